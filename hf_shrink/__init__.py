@@ -1,0 +1,39 @@
+"""hf_shrink: the compression plugin for Hugging Face Transformers.
+
+`import hf_shrink` also teaches `from_pretrained` to load the checkpoints that stock transformers cannot.
+"""
+
+from importlib import metadata
+
+from hf_shrink.checkpoint.module import load_module, save_module
+from hf_shrink.checkpoint.quantizers import register as _register
+from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
+from hf_shrink.evaluation import evaluate_model
+from hf_shrink.pipeline import make_plan, shrink, shrink_checkpoint
+from hf_shrink.plan import Plan
+from hf_shrink.recipe import Recipe
+from hf_shrink.report import ShrinkReport
+
+try:
+    __version__ = metadata.version("hf_shrink")
+except metadata.PackageNotFoundError:  # run from a source tree
+    __version__ = "unknown"
+
+_register()
+
+__all__ = [
+    "ArchitectureError",
+    "CalibrationError",
+    "CheckpointError",
+    "Plan",
+    "Recipe",
+    "RecipeError",
+    "ShrinkError",
+    "ShrinkReport",
+    "evaluate_model",
+    "load_module",
+    "make_plan",
+    "save_module",
+    "shrink",
+    "shrink_checkpoint",
+]

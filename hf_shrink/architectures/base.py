@@ -1,0 +1,107 @@
+"""The words in which a family is declared: which path of a block plays which role, and what its config calls it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+AttentionLayout = Literal["separate", "concatenated", "per_head", "per_group"]
+Quantity = Literal["heads", "kv_heads", "heads_per_group", "query_width", "kv_width", "channels"]
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Where a block's attention keeps its four matrices. Paths are relative to the block.
+
+    Attributes:
+        module: the module that holds `attributes` (and the head size).
+        query, key, value, output: paths of the Linears; one path three times when fused.
+        layout: how rows of a fused matrix are ordered: "concatenated" [q; k; v], "per_head" [q, k, v] for each head,
+            "per_group" [q of each query head, k, v] for each KV group; "separate" when nothing is fused.
+        heads, kv_heads: config keys of the counts (None for kv_heads: as many as heads).
+        head_size: attribute of `module` with the size of a head.
+        head_size_key: config key when the config has a head size of its own; None: derived from the head count, so
+            that removing heads can only be stored as uneven.
+        attributes: attributes of `module` to patch after surgery, and the quantity that each holds.
+        per_head: parameters with one entry a head, {path of the parameter: dimension} (a relative position bias).
+        tied: every block of the stack must keep the same heads (a position bias is handed from block to block).
+        fixed: why heads cannot be removed at all; None when they can.
+    """
+
+    module: str
+    query: str
+    key: str
+    value: str
+    output: str
+    layout: AttentionLayout = "separate"
+    heads: str = "num_attention_heads"
+    kv_heads: str | None = None
+    head_size: str = "head_dim"
+    head_size_key: str | None = None
+    attributes: Mapping[str, Quantity] = field(default_factory=dict)
+    per_head: Mapping[str, int] = field(default_factory=dict)
+    tied: bool = False
+    fixed: str | None = None
+
+
+@dataclass(frozen=True)
+class Mlp:
+    """Where a block's MLP keeps its matrices. Paths are relative to the block.
+
+    Attributes:
+        up, down, gate: paths of the Linears; `gate` equals `up` when fused as [gate; up], None when there is no gate.
+        channels: config key of the hidden width; None when no key says it, so that any change of it is uneven.
+        module, attributes: as in Attention.
+    """
+
+    up: str
+    down: str
+    gate: str | None = None
+    channels: str | None = "intermediate_size"
+    module: str = ""
+    attributes: Mapping[str, Quantity] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Stack:
+    """One row of blocks.
+
+    Attributes:
+        name: "decoder", "encoder", "text" or "vision".
+        blocks: the end of the path of the ModuleList, such as "layers" or "encoder.layer".
+        depth: config key of the number of blocks.
+        config: path from the model's config to the sub-config with the keys ("" for itself).
+        attention, cross_attention, mlp: the roles; None where blocks have none. Of several forms of `mlp` the first whose
+            paths a block has is bound; `cross_attention` is bound in the blocks that have its module (in a BERT only when
+            it is a decoder).
+        block_lists: config keys with one entry a block (layer types and the like).
+        first_is_special: the first block differs from the rest by construction, so it is never removed.
+        cached: blocks write a KV cache.
+        ignored: Linears inside a block that play no role (they can be quantized, not pruned), relative to the block.
+        when: config keys and the values with which this declaration applies; of several declarations of one stack
+            (old and new layouts of a family) the first that applies is used.
+        depth_fixed: why blocks cannot be removed; None when they can.
+    """
+
+    name: str
+    blocks: str
+    attention: Attention | None
+    mlp: Mlp | tuple[Mlp, ...] | None
+    cross_attention: Attention | None = None
+    depth: str = "num_hidden_layers"
+    config: str = ""
+    block_lists: tuple[str, ...] = ()
+    first_is_special: bool = False
+    cached: bool = False
+    ignored: tuple[str, ...] = ()
+    when: Mapping[str, object] = field(default_factory=dict)
+    depth_fixed: str | None = None
+
+
+@dataclass(frozen=True)
+class Family:
+    """All that is known of one kind of model, by its `config.model_type`s."""
+
+    model_types: tuple[str, ...]
+    stacks: tuple[Stack, ...]

@@ -1,0 +1,52 @@
+"""Decoders with a gated MLP and separate query, key, value and output, and the ones that fuse them."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from hf_shrink.architectures.base import Attention, Family, Mlp, Stack
+
+ATTENTION = Attention(
+    module="self_attn",
+    query="self_attn.q_proj",
+    key="self_attn.k_proj",
+    value="self_attn.v_proj",
+    output="self_attn.o_proj",
+    kv_heads="num_key_value_heads",
+    head_size_key="head_dim",
+    attributes={"num_key_value_groups": "heads_per_group"},
+)
+MLP = Mlp(
+    up="mlp.up_proj",
+    down="mlp.down_proj",
+    gate="mlp.gate_proj",
+    module="mlp",
+    attributes={"intermediate_size": "channels"},
+)
+STACK = Stack("decoder", "layers", ATTENTION, MLP, block_lists=("layer_types",), cached=True)
+
+# The attention finds where its queries end by the config's number of heads.
+FUSED_ATTENTION = dataclasses.replace(
+    ATTENTION,
+    query="self_attn.qkv_proj",
+    key="self_attn.qkv_proj",
+    value="self_attn.qkv_proj",
+    layout="concatenated",
+    attributes={
+        "num_key_value_groups": "heads_per_group",
+        "num_key_value_heads": "kv_heads",
+        "config.num_attention_heads": "heads",
+    },
+)
+FUSED_MLP = Mlp(up="mlp.gate_up_proj", down="mlp.down_proj", gate="mlp.gate_up_proj")
+
+FAMILIES = [
+    Family(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), (STACK,)),
+    # The text half; the image tower in front of it stays as it is.
+    Family(
+        ("gemma3",),
+        (dataclasses.replace(STACK, name="text", blocks="language_model.layers", config="text_config"),),
+    ),
+    Family(("smollm3",), (dataclasses.replace(STACK, block_lists=("layer_types", "no_rope_layers")),)),
+    Family(("phi3",), (dataclasses.replace(STACK, attention=FUSED_ATTENTION, mlp=FUSED_MLP),)),
+]

@@ -1,0 +1,82 @@
+"""Models of two stacks, an encoder and a decoder with cross attention: T5, BART and Whisper."""
+
+from __future__ import annotations
+
+from hf_shrink.architectures.base import Attention, Family, Mlp, Stack
+
+
+def _t5_attention(path: str, *, per_head: dict[str, int]) -> Attention:
+    # The first block makes the position bias, one entry a head, for all blocks of its stack.
+    return Attention(
+        module=path,
+        query=f"{path}.q",
+        key=f"{path}.k",
+        value=f"{path}.v",
+        output=f"{path}.o",
+        heads="num_heads",
+        head_size="key_value_proj_dim",
+        head_size_key="d_kv",
+        attributes={"n_heads": "heads", "inner_dim": "query_width"},
+        per_head=per_head,
+        tied=True,
+    )
+
+
+def _t5_mlp(path: str) -> tuple[Mlp, Mlp]:
+    return (
+        Mlp(up=f"{path}.wi_1", down=f"{path}.wo", gate=f"{path}.wi_0", channels="d_ff"),
+        Mlp(up=f"{path}.wi", down=f"{path}.wo", channels="d_ff"),
+    )
+
+
+T5_SELF = _t5_attention("layer.0.SelfAttention", per_head={"relative_attention_bias.weight": 1})
+T5 = (
+    Stack("encoder", "encoder.block", T5_SELF, _t5_mlp("layer.1.DenseReluDense"), depth="num_layers", first_is_special=True),
+    Stack(
+        "decoder",
+        "decoder.block",
+        T5_SELF,
+        _t5_mlp("layer.2.DenseReluDense"),
+        cross_attention=_t5_attention("layer.1.EncDecAttention", per_head={}),
+        depth="num_decoder_layers",
+        first_is_special=True,
+        cached=True,
+    ),
+)
+
+
+def _bart_attention(path: str, heads: str) -> Attention:
+    return Attention(
+        module=path,
+        query=f"{path}.q_proj",
+        key=f"{path}.k_proj",
+        value=f"{path}.v_proj",
+        output=f"{path}.out_proj",
+        heads=heads,
+        attributes={"num_heads": "heads"},
+    )
+
+
+BART = (
+    Stack(
+        "encoder",
+        "encoder.layers",
+        _bart_attention("self_attn", "encoder_attention_heads"),
+        Mlp(up="fc1", down="fc2", channels="encoder_ffn_dim"),
+        depth="encoder_layers",
+    ),
+    Stack(
+        "decoder",
+        "decoder.layers",
+        _bart_attention("self_attn", "decoder_attention_heads"),
+        Mlp(up="fc1", down="fc2", channels="decoder_ffn_dim"),
+        cross_attention=_bart_attention("encoder_attn", "decoder_attention_heads"),
+        depth="decoder_layers",
+        cached=True,
+    ),
+)
+
+FAMILIES = [
+    Family(("t5",), T5),
+    Family(("bart", "whisper"), BART),
+]

@@ -1,0 +1,106 @@
+"""Calibration and evaluation data: from what the user named or passed to batches of model inputs.
+
+`calibration_batches` is the one door. Behind it: text files and data sets (`text.py`), built-in data recipes
+(`recipes.py`), images and sounds (`media.py`), data that the model makes itself (`generate.py`), and batches that the
+user made (`given.py`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch import nn
+
+from hf_shrink.calibration.batches import CalibrationData, finish
+from hf_shrink.calibration.given import given_batches, stacked
+from hf_shrink.calibration.recipes import Purpose, in_order, load_recipe
+from hf_shrink.calibration.request import Request
+from hf_shrink.calibration.sampling import Progress, quiet
+from hf_shrink.errors import CalibrationError
+from hf_shrink.recipe import CalibrationSpec, EvaluationSpec
+
+__all__ = ["CalibrationData", "calibration_batches"]
+
+FILES = (".txt", ".jsonl", ".parquet")
+
+
+def calibration_batches(
+    spec: CalibrationSpec | EvaluationSpec,
+    *,
+    source: object | None = None,
+    model: nn.Module,
+    tokenizer: object | None = None,
+    seed: int = 0,
+    exclude: Sequence[str] | None = None,
+    purpose: Purpose = "calibration",
+    progress: Progress | None = None,
+) -> CalibrationData:
+    """The batches that a spec asks for. The same arguments give the same batches, on the same machine.
+
+    Args:
+        spec: how many samples of how many tokens, in batches of how many; and which data when `source` is None.
+        source: what the user passed as `calibration=`: a data recipe's name ("self", "wikitext", ...), the path of a
+            .txt, .jsonl, .parquet or .yaml file, a `datasets.Dataset`, a list of texts, or an iterable of model-input
+            dicts.
+        model: read for what it takes as input; written text is sampled from it, in its dtype and on its device.
+        tokenizer: a tokenizer, image processor, feature extractor, or a processor of several.
+        exclude: texts that must not appear in the data (of the evaluation). Windows of text that share 50 characters
+            with one are left out and later ones taken. What the model writes itself is not filtered.
+        purpose: the data recipes and `self` give calibration and evaluation different data.
+        progress: called as (what, done, total).
+
+    Raises:
+        CalibrationError: unknown, missing, empty or unreachable data, or data that the model does not read.
+        RecipeError: a .yaml data recipe that is not valid.
+    """
+    source = spec.data if source is None else source
+    batches = _as_batches(source, model)
+    if batches is not None:
+        kept, notes = given_batches(batches, model, spec.samples, spec.batch_size)
+        return finish(kept, "batches of model inputs", {"source": "given"}, notes, spec, seed, purpose, dtype=None)
+    request = Request.of(spec, model, tokenizer, seed, exclude, purpose, progress or quiet)
+    if isinstance(source, str | Path):
+        name = str(source)
+        if Path(name).suffix in FILES:
+            return request.file(Path(name))
+        if Path(name).exists() and Path(name).suffix not in (".yaml", ".yml"):
+            raise CalibrationError(f"{name} is not a {', '.join(FILES)} or .yaml file; rename or convert it")
+        recipe = load_recipe(name)
+        return request.written(recipe) if recipe.kind == "self" else request.recipe(recipe)
+    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        rows = in_order(source, purpose, seed) if isinstance(source, datasets.Dataset) else source
+        return request.rows(rows, "a data set", ())
+    assert isinstance(source, list | tuple)
+    return request.text(source, "a list of texts")
+
+
+def _as_batches(source: object, model: nn.Module) -> Iterable[Mapping[str, Any]] | None:
+    """The source as an iterable of model inputs when it is one; None for names, texts and data sets of raw rows."""
+    if isinstance(source, str | Path):
+        return None
+    if isinstance(source, datasets.DatasetDict | datasets.IterableDatasetDict):
+        raise CalibrationError(f"pass one split of the data set, for example dataset[{next(iter(source), 'train')!r}]")
+    if isinstance(source, datasets.Dataset | datasets.IterableDataset):
+        main = getattr(model, "main_input_name", "input_ids")
+        # Rows that are already images as tensors; token ids are packed like text instead.
+        return stacked(source, [main], 8) if main != "input_ids" and main in (source.column_names or ()) else None
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise CalibrationError(
+            f"calibration cannot be a {type(source).__name__}; pass a name, the path of a file, a datasets.Dataset, "
+            "a list of texts, or an iterable of model-input dicts"
+        )
+    if isinstance(source, list | tuple) and source and all(isinstance(item, str) for item in source):
+        return None
+    iterator = iter(source)
+    first = next(iterator, None)
+    if first is None:
+        raise CalibrationError("the calibration data is empty; pass at least one text or one batch of model inputs")
+    if not isinstance(first, Mapping):
+        raise CalibrationError(
+            f"the elements of the calibration data must all be texts or all dicts of model inputs, not {type(first).__name__}"
+        )
+    return chain([first], iterator)

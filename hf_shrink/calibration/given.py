@@ -1,0 +1,126 @@
+"""Batches that the user made: checked, put on the CPU, cut to the batch size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_shrink.calibration.inputs import accepted_names, setting
+from hf_shrink.errors import CalibrationError
+
+
+def given_batches(
+    batches: Iterable[Mapping[str, Any]], model: nn.Module, samples: int, batch_size: int
+) -> tuple[list[dict[str, Tensor]], list[str]]:
+    """The first `samples` rows of an iterable of model-input dicts, at most `batch_size` rows a batch, and notes.
+
+    A row without a batch dimension becomes a batch of one. Keys that the model's forward does not take are left out.
+    Raises CalibrationError when an element is not a mapping of tensors, and when nothing is left.
+    """
+    accepted = accepted_names(model)
+    left_out: set[str] = set()
+    kept: list[dict[str, Tensor]] = []
+    rows = 0
+    cut = False
+    for number, batch in enumerate(batches):
+        if rows == samples:
+            cut = True
+            break
+        if not isinstance(batch, Mapping):
+            raise CalibrationError(
+                f"element {number} of the calibration data is a {type(batch).__name__}, not a dict of model inputs"
+            )
+        tensors = {name: tensor for name, value in batch.items() if (tensor := _tensor(value)) is not None}
+        wanted = {n: t for n, t in tensors.items() if accepted is None or n in accepted}
+        left_out |= set(batch) - set(wanted)
+        if not wanted:
+            raise CalibrationError(
+                f"element {number} of the calibration data has nothing that {type(model).__name__} reads: it has "
+                f"{', '.join(map(str, batch)) or 'no keys'}"
+            )
+        _check_ids(wanted, model)
+        wanted = _batched(wanted)
+        count = _rows(wanted)
+        if count is None:
+            # Not row by row (patches of several images in one list): cannot be cut, so it counts as it is.
+            kept.append(wanted)
+            rows += 1
+            continue
+        cut |= count > samples - rows
+        count = min(count, samples - rows)
+        for start in range(0, count, batch_size):
+            stop = min(start + batch_size, count)
+            kept.append({n: t[start:stop] if t.dim() > 0 else t for n, t in wanted.items()})
+        rows += count
+    if not kept:
+        raise CalibrationError("the calibration data is empty; pass at least one batch of model inputs")
+    notes = [f"only the first {samples} rows were used (calibration.samples)"] if cut else []
+    if left_out:
+        notes.append(f"not inputs of the model, left out: {', '.join(sorted(map(str, left_out)))}")
+    return kept, notes
+
+
+def stacked(rows: Iterable[Mapping[str, Any]], names: Sequence[str], batch_size: int) -> Iterable[dict[str, Tensor]]:
+    """Rows of a data set as batches, for columns that hold model inputs of one shape."""
+    group: list[Mapping[str, Any]] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == batch_size:
+            yield _stack(group, names)
+            group = []
+    if group:
+        yield _stack(group, names)
+
+
+def _stack(group: list[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Tensor]:
+    columns = {name: [torch.as_tensor(row[name]) for row in group] for name in names}
+    for name, tensors in columns.items():
+        if len({t.shape for t in tensors}) > 1:
+            raise CalibrationError(
+                f"column {name!r} has rows of different shapes, which do not fit one batch; pad them first"
+            )
+    return {name: torch.stack(tensors) for name, tensors in columns.items()}
+
+
+def _tensor(value: Any) -> Tensor | None:
+    """A CPU tensor of a tensor, an array or nested lists of numbers; None for anything else."""
+    if isinstance(value, Tensor):
+        return value.detach().cpu()
+    if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
+        return torch.as_tensor(value)
+    if isinstance(value, list | tuple):
+        try:
+            return torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError):
+            return None
+    return None
+
+
+def _batched(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    ids = tensors.get("input_ids")
+    if ids is not None and ids.dim() == 1:
+        return {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
+    return tensors
+
+
+def _rows(tensors: dict[str, Tensor]) -> int | None:
+    """How many rows the batch has; None when its tensors disagree."""
+    counts = {len(t) for t in tensors.values() if t.dim() > 0}
+    if 0 in counts:
+        raise CalibrationError("a batch of the calibration data has no rows")
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _check_ids(tensors: dict[str, Tensor], model: nn.Module) -> None:
+    size = setting(model.config, "vocab_size") if isinstance(model, PreTrainedModel) else None
+    ids = tensors.get("input_ids")
+    if ids is not None and ids.numel() and isinstance(size, int) and int(ids.max()) >= size:
+        raise CalibrationError(
+            f"the calibration data has token {int(ids.max())}, but the model's vocabulary has {size} entries; "
+            "was it made with another model's tokenizer?"
+        )

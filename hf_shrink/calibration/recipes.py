@@ -1,0 +1,157 @@
+"""Built-in data recipes: small YAML files that say which data set to load and how to read it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal, TypeAlias, get_args
+
+import datasets
+import yaml
+
+from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.registry import did_you_mean
+from hf_shrink.resources import recipes_folder
+
+Kind = Literal["self", "text", "chat", "image", "audio"]
+Purpose = Literal["calibration", "evaluation"]
+
+# Documents at the start of a stream that are for calibration when the data set has no split for evaluation.
+_STREAM_SHARE = 5000
+_SHUFFLE_BUFFER = 1000
+
+Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+
+
+@dataclass(frozen=True)
+class DataRecipe:
+    """One data recipe.
+
+    Attributes:
+        name: how `--calibration` calls it.
+        kind: what the rows hold; "self" means sampled from the model, without a data set.
+        description: one line for `hf-shrink recipes`.
+        dataset, config: what `datasets.load_dataset` gets: a Hub id or a local folder, and its configuration.
+        split, evaluation_split: which split calibrates and which evaluates. Without the latter, evaluation takes rows
+            that calibration does not.
+        columns: which columns hold the text, chat, image or audio. Empty: the usual names.
+        join: put between the rows when they are the lines of one text; null when each row is a document.
+        streaming: read only what is needed instead of downloading the whole data set.
+        temperature, chat_share: for "self", see `generate.py`.
+    """
+
+    name: str
+    kind: Kind
+    description: str = ""
+    dataset: str | None = None
+    config: str | None = None
+    split: str = "train"
+    evaluation_split: str | None = None
+    columns: tuple[str, ...] = ()
+    join: str | None = None
+    streaming: bool = False
+    temperature: float = 1.0
+    chat_share: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise RecipeError(
+                f"data recipe {self.name}: kind {self.kind!r} is unknown; {did_you_mean(str(self.kind), get_args(Kind))}"
+            )
+        if self.kind != "self" and not self.dataset:
+            raise RecipeError(f"data recipe {self.name} needs `dataset`: a Hub id or the path of a folder")
+        if isinstance(self.columns, str) or not all(isinstance(c, str) for c in self.columns):
+            raise RecipeError(f"data recipe {self.name}: columns is a list of names, for example [text]")
+        object.__setattr__(self, "columns", tuple(self.columns))
+        if not (isinstance(self.temperature, int | float) and self.temperature > 0):
+            raise RecipeError(f"data recipe {self.name}: temperature must be above 0, not {self.temperature!r}")
+        if not (isinstance(self.chat_share, int | float) and 0 <= self.chat_share <= 1):
+            raise RecipeError(f"data recipe {self.name}: chat_share must be between 0 and 1, not {self.chat_share!r}")
+
+
+def recipe_names() -> list[str]:
+    """The names of the built-in data recipes, sorted."""
+    return sorted(path.stem for path in recipes_folder("calibration").glob("*.yaml"))
+
+
+def load_recipe(name: str) -> DataRecipe:
+    """A built-in data recipe by name, or one of your own by the path of its .yaml file.
+
+    Raises CalibrationError for an unknown name, RecipeError for a file that is not a valid data recipe.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        known = recipe_names()
+        if name not in known:
+            raise CalibrationError(
+                f"unknown data {name!r}; {did_you_mean(name, known)} "
+                "(or give the path of a .txt, .jsonl, .parquet or .yaml file)"
+            )
+        path = recipes_folder("calibration") / f"{name}.yaml"
+    try:
+        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise CalibrationError(f"cannot read data recipe {path}: {error}") from error
+    except yaml.YAMLError as error:
+        raise RecipeError(f"data recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(data, Mapping) or "kind" not in data:
+        raise RecipeError(f"data recipe {path} must be a mapping with a `kind`")
+    valid = [f.name for f in fields(DataRecipe) if f.name != "name"]
+    for key in data:
+        if key not in valid:
+            raise RecipeError(f"data recipe {path}: unknown key {key!r}; {did_you_mean(str(key), valid)}")
+    return DataRecipe(name=path.stem, **data)
+
+
+def load_rows(recipe: DataRecipe, purpose: Purpose, seed: int) -> Rows:
+    """The data set's rows in the order to use them: shuffled by `seed`, unless they are the lines of one text.
+
+    Calibration and evaluation never get the same rows, as long as there are enough for both.
+    Raises CalibrationError when the data set cannot be reached or lacks the split.
+    """
+    split = recipe.evaluation_split if purpose == "evaluation" and recipe.evaluation_split else recipe.split
+    try:
+        rows = datasets.load_dataset(recipe.dataset, recipe.config, split=split, streaming=recipe.streaming)
+    except _LOADING_ERRORS as error:
+        raise _unreachable(recipe, error) from error
+    own_split = recipe.evaluation_split is not None
+    if isinstance(rows, datasets.Dataset):
+        return rows if recipe.join is not None else in_order(rows, purpose, seed, own_split=own_split)
+    if not own_split:
+        rows = rows.take(_STREAM_SHARE) if purpose == "calibration" else rows.skip(_STREAM_SHARE)
+    return rows if recipe.join is not None else rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+
+
+def in_order(rows: datasets.Dataset, purpose: Purpose, seed: int, *, own_split: bool = False) -> datasets.Dataset:
+    """Rows shuffled by `seed`; evaluation reads the same order from its end, so that the two do not meet."""
+    shuffled = rows.shuffle(seed=seed)
+    if purpose == "evaluation" and not own_split:
+        shuffled = shuffled.select(range(len(shuffled) - 1, -1, -1))
+    return shuffled
+
+
+def iterate(rows: Rows, recipe: DataRecipe) -> Iterator[Mapping[str, Any]]:
+    """The rows one by one; a stream that breaks off raises CalibrationError."""
+    iterator = iter(rows)
+    while True:
+        try:
+            row = next(iterator)
+        except StopIteration:
+            return
+        except _LOADING_ERRORS as error:
+            raise _unreachable(recipe, error) from error
+        yield row
+
+
+# What load_dataset raises when offline, gated, misspelt, without the split, or made of a script.
+_LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError)
+
+
+def _unreachable(recipe: DataRecipe, error: Exception) -> CalibrationError:
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return CalibrationError(
+        f"cannot load data {recipe.name!r} ({recipe.dataset}): {reason[:300]}. Without network access use "
+        "--calibration self or the path of a .txt, .jsonl or .parquet file, or fill the Hugging Face cache (HF_HOME) "
+        "on a machine that has it"
+    )

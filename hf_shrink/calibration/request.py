@@ -1,0 +1,299 @@
+"""What a spec asks of a model's data, once everything that decides it is known: each source becomes batches here."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import datasets
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hf_shrink.calibration.batches import CalibrationData, finish
+from hf_shrink.calibration.generate import Writer, decoder_length
+from hf_shrink.calibration.inputs import (
+    MediaProcessor,
+    ModelInputs,
+    inputs_of,
+    longest_text,
+    media_processor_of,
+    tokenizer_of,
+    vocabulary_size,
+)
+from hf_shrink.calibration.media import media_column, media_noise, media_rows
+from hf_shrink.calibration.overlap import OverlapFilter
+from hf_shrink.calibration.recipes import DataRecipe, Purpose, Rows, in_order, iterate, load_recipe, load_rows
+from hf_shrink.calibration.sampling import Progress
+from hf_shrink.calibration.text import (
+    Document,
+    Framing,
+    document_of,
+    framing_of,
+    pack,
+    read_lines,
+    read_text,
+    text_columns,
+)
+from hf_shrink.errors import CalibrationError
+from hf_shrink.recipe import CalibrationSpec, EvaluationSpec
+
+
+@dataclass(frozen=True)
+class Request:
+    """Everything that decides the batches, apart from where the data comes from."""
+
+    spec: CalibrationSpec | EvaluationSpec
+    model: PreTrainedModel
+    inputs: ModelInputs
+    tokenizer: PreTrainedTokenizerBase | None
+    processor: MediaProcessor | None
+    framing: Framing
+    length: int
+    seed: int
+    overlap: OverlapFilter | None
+    purpose: Purpose
+    progress: Progress
+    notes: tuple[str, ...]
+
+    @classmethod
+    def of(
+        cls,
+        spec: CalibrationSpec | EvaluationSpec,
+        model: nn.Module,
+        tokenizer: object | None,
+        seed: int,
+        exclude: Sequence[str] | None,
+        purpose: Purpose,
+        progress: Progress,
+    ) -> Request:
+        inputs = inputs_of(model)
+        assert isinstance(model, PreTrainedModel)
+        text_tokenizer = tokenizer_of(tokenizer)
+        decoder_only = inputs.generates and not inputs.seq2seq
+        framing = framing_of(text_tokenizer, decoder_only=decoder_only) if text_tokenizer is not None else Framing()
+        limit = longest_text(model) if inputs.text else None
+        length = min(spec.length, limit or spec.length)
+        short = f"the model takes at most {length} tokens, so samples have {length} instead of {spec.length}"
+        return cls(
+            spec=spec,
+            model=model,
+            inputs=inputs,
+            tokenizer=text_tokenizer,
+            processor=media_processor_of(tokenizer),
+            framing=framing,
+            length=length,
+            seed=seed,
+            overlap=OverlapFilter(exclude) if exclude else None,
+            purpose=purpose,
+            progress=progress,
+            notes=(short,) if length < spec.length else (),
+        )
+
+    def file(self, path: Path) -> CalibrationData:
+        if not path.is_file():
+            raise CalibrationError(f"there is no file {path}")
+        if path.suffix == ".txt":
+            return self.text([read_text(path)], path.name)
+        if path.suffix == ".jsonl":
+            lines = read_lines(path)
+            # Shuffled by position, because the rows of a .jsonl file need not fit one table.
+            order = in_order(datasets.Dataset.from_dict({"line": list(range(len(lines)))}), self.purpose, self.seed)
+            names = list(dict.fromkeys(name for line in lines for name in line))
+            columns = text_columns(names, example=lines[0])
+            return self._documents((lines[row["line"]] for row in order), columns, path.name)
+        try:
+            table = datasets.Dataset.from_parquet(str(path))
+        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+            raise CalibrationError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+        assert isinstance(table, datasets.Dataset)
+        return self.rows(in_order(table, self.purpose, self.seed), path.name, ())
+
+    def recipe(self, recipe: DataRecipe) -> CalibrationData:
+        rows = load_rows(recipe, self.purpose, self.seed)
+        details = {"dataset": recipe.dataset, "split": str(rows.split) if rows.split else recipe.split}
+        if recipe.kind in ("image", "audio") and self.inputs.medium != recipe.kind:
+            raise CalibrationError(
+                f"data {recipe.name!r} is {recipe.kind}, which {type(self.model).__name__} does not read"
+            )
+        if recipe.kind in ("text", "chat") and recipe.join is not None:
+            self._need_text(recipe.name)
+            columns = text_columns(list(rows.column_names or ()), recipe.columns)
+            lines = (row[columns[0]] for row in iterate(rows, recipe))
+            return self.text([recipe.join.join(lines)], recipe.name, details)
+        return self.rows(rows, recipe.name, recipe.columns, details, iterate(rows, recipe))
+
+    def rows(
+        self,
+        rows: Rows,
+        name: str,
+        columns: tuple[str, ...],
+        details: Mapping[str, Any] | None = None,
+        iterator: Iterable[Mapping[str, Any]] | None = None,
+    ) -> CalibrationData:
+        """A data set of raw rows: images or sounds when the model reads them and the rows hold them, else text."""
+        iterator = rows if iterator is None else iterator
+        column = media_column(rows, self.inputs.medium, columns) if self.inputs.media else None
+        if column is not None:
+            values = media_rows(iterator, column, self.inputs, self.processor, self.spec.samples)
+            return self._with_media(values, name, dict(details or {}))
+        self._need_text(name)
+        example: Mapping[str, Any] = {}
+        if not columns:
+            iterator = iter(iterator)
+            example = next(iterator, {})
+            iterator = chain([example], iterator) if example else ()
+        names = list(rows.column_names or example)
+        return self._documents(iterator, text_columns(names, columns, example), name, details)
+
+    def text(
+        self, documents: Iterable[Document], name: str, details: Mapping[str, Any] | None = None
+    ) -> CalibrationData:
+        """Consecutive windows of the documents, in the order given."""
+        self._need_text(name)
+        if self.tokenizer is None:
+            raise CalibrationError(f"text ({name}) needs a tokenizer; pass tokenizer=, or use --calibration self")
+        samples = self.spec.samples
+        windows = pack(
+            documents,
+            self.tokenizer,
+            samples=samples,
+            length=self.length,
+            framing=self.framing,
+            vocabulary=vocabulary_size(self.model),
+            overlap=self.overlap,
+            progress=self.progress,
+        )
+        dropped = (
+            f"; {windows.dropped} windows were left out because they overlap with excluded text"
+            if windows.dropped
+            else ""
+        )
+        if not windows.rows:
+            raise CalibrationError(
+                f"{name} has {windows.found} tokens, but one sample takes {self.length}{dropped}; "
+                "give more text or a smaller length"
+            )
+        notes = []
+        if len(windows.rows) < samples:
+            notes.append(
+                f"{name} has {windows.found} tokens, enough for {len(windows.rows)} samples of {self.length} instead of "
+                f"{samples}{dropped}"
+            )
+        known = {"source": name, "dropped_overlap": windows.dropped, **(details or {})}
+        return self._with_text(torch.tensor(windows.rows), f"tokens of {name}", known, notes)
+
+    def written(self, recipe: DataRecipe) -> CalibrationData:
+        """`self`: the model's own text, or noise for its eyes and ears."""
+        samples = self.spec.samples
+        if not self.inputs.text:
+            return self._with_media(self._noise(), None, {})
+        writer = self._writer(recipe)
+        text = writer.text(samples, self.length)
+        details = {"source": "self", **text.details}
+        notes = details.pop("notes", [])
+        by = "random tokens" if notes else f"tokens written by the model (temperature {recipe.temperature:g})"
+        return self._with_text(text.rows, by, details, notes)
+
+    def _documents(
+        self,
+        rows: Iterable[Mapping[str, Any]],
+        columns: tuple[str, ...],
+        name: str,
+        details: Mapping[str, Any] | None = None,
+    ) -> CalibrationData:
+        if self.tokenizer is None:
+            return self.text((), name)
+        tokenizer = self.tokenizer
+        documents: Iterator[Document] = (document_of(row, columns, tokenizer) for row in rows)
+        return self.text(documents, name, {"columns": list(columns), **(details or {})})
+
+    def _with_text(self, rows: Tensor, what: str, details: dict[str, Any], notes: Sequence[str]) -> CalibrationData:
+        """Text, with what else the model reads: its decoder's text, or noise for its second tower."""
+        values = {"input_ids": rows}
+        notes = list(notes)
+        if self.inputs.seq2seq:
+            values |= self._decoder({"input_ids": rows})
+        if self.inputs.media:
+            values[self.inputs.media] = self._noise(len(rows))
+            notes.append(self._noise_note())
+        return self._batches(values, f"{len(rows)} x {rows.shape[1]} {what}", details, notes)
+
+    def _with_media(self, values: Tensor, name: str | None, details: dict[str, Any]) -> CalibrationData:
+        """Images or sounds (`name` None: noise), with the text that the model reads besides."""
+        media, medium = self.inputs.media, "images" if self.inputs.medium == "image" else "clips of sound"
+        assert media is not None
+        notes = [] if name is not None else [self._noise_note()]
+        if len(values) < self.spec.samples:
+            notes.append(f"{name} has {len(values)} {medium} instead of {self.spec.samples}")
+        inputs = {media: values}
+        if self.inputs.text:
+            text = self._writer(None).text(len(values), self.length)
+            inputs["input_ids"] = text.rows
+            notes += text.details.get("notes", [])
+        if self.inputs.seq2seq:
+            inputs |= self._decoder({media: values.to(self.model.dtype)})
+        what = f"{len(values)} {medium}" + (f" of {name}" if name is not None else " of noise with a natural spectrum")
+        return self._batches(inputs, what, {"source": name or "self", **details}, notes)
+
+    def _decoder(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not self.inputs.generates:
+            # A bare encoder-decoder: the same text on both sides, as its training by reconstruction had it.
+            ids = inputs.get("input_ids")
+            if ids is None:
+                raise CalibrationError(
+                    f"{type(self.model).__name__} has no head to write its decoder's text with; load the model with one"
+                )
+            return {"decoder_input_ids": ids}
+        length = decoder_length(self.model, self.length)
+        return {"decoder_input_ids": self._writer(None).answers(inputs, length)}
+
+    def _writer(self, recipe: DataRecipe | None) -> Writer:
+        recipe = recipe or load_recipe("self")
+        return Writer(
+            self.model,
+            self.inputs,
+            self.tokenizer,
+            self.framing,
+            seed=_stream(self.seed, self.purpose),
+            temperature=recipe.temperature,
+            chat_share=recipe.chat_share,
+            progress=self.progress,
+        )
+
+    def _noise(self, samples: int | None = None) -> Tensor:
+        count = self.spec.samples if samples is None else samples
+        return media_noise(self.model, self.inputs, self.processor, count, _stream(self.seed, self.purpose))
+
+    def _noise_note(self) -> str:
+        medium, remedy = self.inputs.medium, "mini-imagenet" if self.inputs.medium == "image" else "librispeech"
+        return f"the {medium} input is noise with a natural spectrum, a stand-in; real data (such as {remedy}) calibrates better"
+
+    def _need_text(self, name: str) -> None:
+        if not self.inputs.text:
+            own = "mini-imagenet" if self.inputs.medium == "image" else "librispeech"
+            raise CalibrationError(
+                f"{name} is text, but {type(self.model).__name__} reads {self.inputs.medium} ({self.inputs.main}); "
+                f"use --calibration self, {own}, or a data set with {self.inputs.medium}s"
+            )
+
+    def _batches(
+        self, values: dict[str, Tensor], what: str, details: Mapping[str, Any], notes: Sequence[str]
+    ) -> CalibrationData:
+        if "input_ids" in values and "attention_mask" in self.inputs.accepted:
+            values = {**values, "attention_mask": torch.ones_like(values["input_ids"])}
+        rows = len(next(iter(values.values())))
+        size = self.spec.batch_size
+        batches = [{n: v[i : i + size].contiguous() for n, v in values.items()} for i in range(0, rows, size)]
+        details = {**details, "length": self.length if "input_ids" in values else None}
+        notes = [*self.notes, *notes]
+        return finish(batches, what, details, notes, self.spec, self.seed, self.purpose, dtype=self.model.dtype)
+
+
+def _stream(seed: int, purpose: Purpose) -> int:
+    """A seed of its own for each purpose, so that evaluation never sees what calibration saw."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:7], "big")

@@ -1,0 +1,56 @@
+"""Second moments of a Linear's input, the one statistic that quantization and pruning share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_shrink.errors import CalibrationError
+
+_PANEL = 384  # columns a panel of the symmetric product; smaller wastes less, larger multiplies faster
+
+
+@dataclass
+class InputStatistics:
+    """Running sum of x xᵀ over the tokens that a Linear saw.
+
+    Attributes:
+        hessian: float32 (in, in), the sum (the Hessian of the squared output error, up to a factor of 2).
+        tokens: how many rows were added.
+    """
+
+    hessian: Tensor
+    tokens: int = 0
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputStatistics:
+        return cls(torch.zeros(in_features, in_features, dtype=torch.float32, device=device))
+
+    @property
+    def mean(self) -> Tensor:
+        """float32 (in, in): hessian / tokens."""
+        return self.hessian / max(self.tokens, 1)
+
+    def add(self, x: Tensor) -> None:
+        """Add a batch of inputs (..., in) of any float dtype. Only the lower panels are computed; see `finish`."""
+        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
+        size = rows.shape[1]
+        columns = rows.t()
+        for start in range(0, size, _PANEL):
+            stop = min(start + _PANEL, size)
+            self.hessian[start:, start:stop].addmm_(columns[start:], rows[:, start:stop])
+        self.tokens += rows.shape[0]
+
+    def finish(self, name: str) -> InputStatistics:
+        """Mirror the lower triangle. Raises CalibrationError naming `name` when the inputs were not finite or absent."""
+        if self.tokens == 0:
+            raise CalibrationError(f"{name} saw no calibration tokens; give more or other calibration data")
+        lower = torch.tril(self.hessian)
+        self.hessian = lower + torch.tril(self.hessian, -1).t()
+        if not torch.isfinite(self.hessian).all():
+            raise CalibrationError(
+                f"NaN or Inf in the inputs of {name} during calibration; check the weights and the data"
+            )
+        return self

@@ -1,0 +1,133 @@
+"""The output folder: whole or not there at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from types import TracebackType
+
+from transformers.utils import CHAT_TEMPLATE_FILE, CONFIG_NAME, GENERATION_CONFIG_NAME
+
+from hf_shrink.checkpoint.record import CARD_NAME, RECORD_NAME
+from hf_shrink.checkpoint.source import PROCESSOR_FILES, TOKENIZER_FILES, Source, side_file
+from hf_shrink.errors import CheckpointError
+
+SIDE_FILES = (
+    *PROCESSOR_FILES,
+    *TOKENIZER_FILES,
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "merges.txt",
+    "normalizer.json",
+    GENERATION_CONFIG_NAME,
+    CHAT_TEMPLATE_FILE,
+    "chat_template.json",
+)
+CHAT_TEMPLATES = "additional_chat_templates"
+
+
+class OutputFolder:
+    """Write into a temporary sibling; the target appears, or is replaced, when everything is written.
+
+        with OutputFolder("out") as folder:
+            model.save_pretrained(folder)
+
+    When the body raises, the sibling is removed and the target is as it was.
+
+    Args:
+        path: the target. Its parents are made.
+        overwrite: replace a model that is there already.
+
+    Raises:
+        CheckpointError: on entry, when the target cannot be written, is a file, or is not empty and may not be
+            replaced; on exit, when it appeared meanwhile.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
+        self.path = Path(os.path.realpath(Path(path).expanduser()))
+        self._overwrite = overwrite
+        self._partial: Path | None = None
+
+    def check(self) -> None:
+        """Raises CheckpointError when the target may not be written, before anything is."""
+        if self.path.exists() and not self.path.is_dir():
+            raise CheckpointError(f"{self.path} is a file; give a folder that does not exist yet")
+        if not self.path.is_dir() or not any(self.path.iterdir()):
+            return
+        if not self._overwrite:
+            raise CheckpointError(f"{self.path} is not empty; give another folder, or ask to overwrite it")
+        if not any((self.path / name).is_file() for name in (CONFIG_NAME, RECORD_NAME)):
+            raise CheckpointError(f"{self.path} holds something that is not a model; it is not overwritten: empty it")
+
+    def __enter__(self) -> Path:
+        self.check()
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            partial = tempfile.mkdtemp(prefix=f".{self.path.name}.partial-", dir=self.path.parent)
+        except OSError as error:
+            raise CheckpointError(f"cannot write beside {self.path}: {error}; give another output folder") from error
+        self._partial = Path(partial)
+        self._partial.chmod(0o777 & ~_umask())
+        return self._partial
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        assert self._partial is not None
+        try:
+            if kind is None:
+                _flush(self._partial)
+                self.check()
+                _put(self._partial, self.path)
+        finally:
+            shutil.rmtree(self._partial, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _flush(folder: Path) -> None:
+    """All files of a folder, and the folders' own entries, onto the disk."""
+    for root, _, names in os.walk(folder):
+        for name in [*names, "."]:
+            descriptor = os.open(os.path.join(root, name), os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+
+def _put(partial: Path, target: Path) -> None:
+    """Rename into place; what was there is moved aside first and removed last."""
+    if not target.is_dir() or not any(target.iterdir()):
+        os.replace(partial, target)
+        return
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+    os.replace(target, aside)
+    try:
+        os.replace(partial, target)
+    except OSError:
+        os.replace(aside, target)
+        raise
+    shutil.rmtree(aside)
+
+
+def copy_side_files(source: Source, folder: Path) -> str | None:
+    """Copy tokenizer, processor, generation config and chat templates beside the new weights.
+
+    Returns:
+        The text of the source's README.md, which is not copied: the new card is made from it. None without one.
+    """
+    for name in SIDE_FILES:
+        path = side_file(source, name)
+        if path is not None:
+            shutil.copyfile(path, folder / name)
+    if (source.folder / CHAT_TEMPLATES).is_dir():
+        shutil.copytree(source.folder / CHAT_TEMPLATES, folder / CHAT_TEMPLATES, dirs_exist_ok=True)
+    card = side_file(source, CARD_NAME)
+    return card.read_text(encoding="utf-8") if card is not None else None

@@ -1,0 +1,131 @@
+"""What stock transformers can load, tried on transformers 5.24 and compressed-tensors 0.20.
+
+Every row has a test in a process without hf_shrink (tests/checkpoint/test_stock_loading.py):
+
+- symmetric schemes, mixed or not, and asymmetric ones with one scale per tensor, on Linears: loaded packed;
+- one scheme for everything, of any kind and on embeddings too: loaded when the block carries `"dequantize": true`,
+  which turns the weights dense;
+- everything else is not portable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_shrink.checkpoint.packed import COMPRESSED
+from hf_shrink.checkpoint.ties import can_untie
+from hf_shrink.plan import Scheme
+from hf_shrink.surgery import build_skeleton, is_uneven
+
+
+def portability(
+    model: PreTrainedModel, schemes: Mapping[str, Scheme], shapes: Mapping[str, Any] | None = None
+) -> list[str]:
+    """Why stock transformers cannot load the model stored with these schemes; empty when it can.
+
+    Args:
+        model: dense, or already compressed.
+        schemes: by module path, of every weight that is stored packed.
+        shapes: those that the stock config will not be able to say, by module path; None: what `config.hf_shrink`
+            holds now.
+    """
+    reasons = []
+    if is_uneven(model) if shapes is None else bool(shapes):
+        reasons.append("blocks differ in shape in a way that the stock config cannot say")
+    kinds = stock_kinds(model, schemes)
+    transposed = [path for path, kind in kinds.items() if issubclass(kind, Conv1D)]
+    if transposed:
+        reasons.append(
+            f"{_few(transposed)}: Conv1D, whose weight is stored transposed; compressed-tensors knows only Linear and "
+            "Embedding"
+        )
+    other = [path for path, kind in kinds.items() if not issubclass(kind, nn.Linear | nn.Embedding | Conv1D)]
+    if other:
+        reasons.append(f"{_few(other)}: neither Linear nor Embedding, which is all that compressed-tensors knows")
+    if len(set(schemes.values())) > 1:
+        for what, paths in _dense_in_stock(model, schemes, kinds).items():
+            reasons.append(f"{_few(paths)}: {what}, which stock loads only when all weights share one scheme")
+    return reasons
+
+
+def needs_dequantize(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> bool:
+    """Whether stock loads these schemes only with `"dequantize": true`."""
+    return bool(_dense_in_stock(model, schemes, stock_kinds(model, schemes)))
+
+
+def stock_kinds(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, type]:
+    """The class that a stock model has at each path; a compressed module is looked up in a skeleton of the model."""
+    modules = dict(model.named_modules())
+    wanted = list(paths)
+    if any(isinstance(modules[path], COMPRESSED) for path in wanted):
+        modules = dict(build_skeleton(model).named_modules())
+    return {path: type(modules[path]) for path in wanted}
+
+
+def _dense_in_stock(
+    model: PreTrainedModel, schemes: Mapping[str, Scheme], kinds: Mapping[str, type]
+) -> dict[str, list[str]]:
+    """The paths that stock can only turn into dense weights while loading, by what they are."""
+    found = {
+        "a quantized embedding": [path for path in schemes if issubclass(kinds[path], nn.Embedding)],
+        "asymmetric": [p for p, scheme in schemes.items() if not scheme.symmetric and scheme.strategy != "tensor"],
+        "packed apart from a weight that this config always ties": _forced_ties(model, schemes),
+    }
+    if not found["a quantized embedding"]:
+        found["initialised by the module around it"] = _initialised_by_parents(model, schemes)
+    return {what: paths for what, paths in found.items() if paths}
+
+
+def _forced_ties(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Packed modules that the stock class ties to a dense one, with a config that cannot say otherwise (T5)."""
+    if not getattr(model.config, "tie_word_embeddings", False) or can_untie(model.config):
+        return []
+    ties = {
+        target.removesuffix(".weight"): source.removesuffix(".weight")
+        for target, source in (type(model)._tied_weights_keys or {}).items()
+    }
+    return [target for target, source in ties.items() if (target in schemes) != (source in schemes)]
+
+
+def _initialised_by_parents(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Packed modules whose `weight` the `_init_weights` of a module around them asks for (T5, CLIP).
+
+    Stock calls it on every module after loading, also where nothing is left to initialise, and fails where the weight
+    is packed.
+    """
+    skeleton = build_skeleton(model)
+    modules = dict(skeleton.named_modules())
+    packed = [path for path in schemes if isinstance(modules.get(path), nn.Linear)]
+    for path in packed:
+        del modules[path].weight
+    for tensor in (*skeleton.parameters(), *skeleton.buffers()):
+        tensor._is_hf_initialized = True  # type: ignore[union-attr]
+    asked = []
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        for around in dict.fromkeys(parent for path in packed for parent in _parents(path)):
+            try:
+                _owner(modules, around)._init_weights(modules[around])
+            except AttributeError:
+                asked += [path for path in packed if around in _parents(path)]
+    return list(dict.fromkeys(asked))
+
+
+def _parents(path: str) -> list[str]:
+    parts = path.split(".")
+    return [".".join(parts[:end]) for end in range(len(parts))]
+
+
+def _owner(modules: Mapping[str, nn.Module], path: str) -> PreTrainedModel:
+    """The innermost model around a module, whose `_init_weights` is the one that is called on it."""
+    around = [modules[parent] for parent in (*_parents(path), path)]
+    return next(module for module in reversed(around) if isinstance(module, PreTrainedModel))
+
+
+def _few(paths: Sequence[str]) -> str:
+    return paths[0] if len(paths) == 1 else f"{paths[0]} and {len(paths) - 1} more"

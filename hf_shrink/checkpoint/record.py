@@ -1,0 +1,101 @@
+"""What a shrunken checkpoint says about itself: shrink.json."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from hf_shrink.errors import CheckpointError, ShrinkError
+from hf_shrink.plan import Plan
+from hf_shrink.report import ShrinkReport
+
+RECORD_NAME = "shrink.json"
+CARD_NAME = "README.md"
+_PACKAGES = ("torch", "transformers", "compressed-tensors")
+
+
+def hf_shrink_version() -> str:
+    """The installed version, or "unknown" when run from a source tree that was never installed."""
+    try:
+        return metadata.version("hf_shrink")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def current_versions() -> dict[str, str]:
+    """Versions of what made a checkpoint, by package name."""
+    packages = {name: metadata.version(name) for name in _PACKAGES}
+    return {"hf_shrink": hf_shrink_version(), **packages, "python": platform.python_version()}
+
+
+@dataclass
+class ShrinkRecord:
+    """How a model became what it is; travels with it as `model.shrink_record` and as shrink.json.
+
+    Attributes:
+        source: folder or Hub id of the dense model.
+        recipe: the recipe as decoded YAML (`Recipe.to_dict`).
+        plan: what was done.
+        report: what came of it.
+        versions: of the packages that made it.
+        card: text of the model card (README.md); None when there is none. Not part of shrink.json.
+    """
+
+    source: str
+    recipe: dict[str, Any]
+    plan: Plan
+    report: ShrinkReport
+    versions: dict[str, str] = field(default_factory=current_versions)
+    card: str | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The content of shrink.json."""
+        return {
+            "hf_shrink_version": self.versions.get("hf_shrink", "unknown"),
+            "source": self.source,
+            "recipe": self.recipe,
+            "plan": json.loads(self.plan.to_json()),
+            "report": self.report.to_dict(),
+            "versions": self.versions,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], card: str | None = None) -> ShrinkRecord:
+        """A record from the content of shrink.json. Raises CheckpointError when it is not one."""
+        try:
+            return cls(
+                source=str(data["source"]),
+                recipe=dict(data["recipe"]),
+                plan=Plan.from_json(data["plan"]),
+                report=ShrinkReport.from_dict(dict(data["report"])),
+                versions=dict(data["versions"]),
+                card=card,
+            )
+        except (KeyError, TypeError, ValueError, AttributeError, ShrinkError) as error:
+            raise CheckpointError(
+                f"{RECORD_NAME} is not a record of this version of hf_shrink ({error}); the model itself is not "
+                f"affected: delete the file, or load it with the version that wrote it"
+            ) from error
+
+    def write(self, folder: Path) -> None:
+        """Write shrink.json, and README.md when there is a card, into `folder`."""
+        (folder / RECORD_NAME).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        if self.card is not None:
+            (folder / CARD_NAME).write_text(self.card, encoding="utf-8")
+
+
+def read_record(path: Path) -> ShrinkRecord:
+    """The record in a shrink.json, with the model card beside it. Raises CheckpointError."""
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; delete it if the model itself is fine") from error
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path} holds a {type(data).__name__}, not a record; delete it if the model is fine")
+    card = path.with_name(CARD_NAME)
+    return ShrinkRecord.from_dict(data, card.read_text(encoding="utf-8") if card.is_file() else None)

@@ -1,0 +1,194 @@
+"""Save a shrunken model so that `from_pretrained` gives it back: the config's block, the record and the card go along.
+
+`bind` puts this behind the model's own `save_pretrained` and `push_to_hub`.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import HfApi, ModelCard
+from transformers import PreTrainedModel
+
+from hf_shrink.checkpoint.format import PRUNED_METHOD, quantization_config
+from hf_shrink.checkpoint.packed import packed_schemes
+from hf_shrink.checkpoint.portability import portability
+from hf_shrink.checkpoint.record import CARD_NAME, ShrinkRecord
+from hf_shrink.checkpoint.ties import saved_state, settle_ties
+from hf_shrink.errors import CheckpointError
+from hf_shrink.surgery import build_skeleton, is_uneven
+from hf_shrink.surgery.sizes import RECORD_FORMAT
+
+EMPTY_MARKER: dict[str, Any] = {"format": RECORD_FORMAT, "shapes": {}, "attributes": {}}
+
+
+class _BoundSave:
+    """`save_pretrained` of one model. An object that holds the model, so that a deep copy or a pickle of the model
+    gets one that saves the copy."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        save_model(self.model, save_directory, *args, **kwargs)
+
+
+class _BoundPush:
+    """`push_to_hub` of one model, as `_BoundSave`."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+
+    def __call__(self, repo_id: str, **kwargs: Any) -> Any:
+        return push_model(self.model, repo_id, **kwargs)
+
+
+def bind(model: PreTrainedModel, record: ShrinkRecord | None = None) -> None:
+    """Make the model save itself as `save_model` does, in place.
+
+    Also settles what depends on which modules are packed: tied weights, `config.tie_word_embeddings`, the marker
+    `config.hf_shrink`. Call again when modules were packed since.
+
+    Args:
+        model: pruned, compressed or both.
+        record: becomes `model.shrink_record`, and its report `model.shrink_report`.
+    """
+    if record is not None:
+        model.shrink_record = record
+        model.shrink_report = record.report
+    if getattr(model.config, "hf_shrink", None) is None:
+        model.config.hf_shrink = dict(EMPTY_MARKER)
+    settle_ties(model)
+    model.save_pretrained = _BoundSave(model)
+    model.push_to_hub = _BoundPush(model)
+
+
+def save_model(
+    model: PreTrainedModel,
+    directory: str | os.PathLike[str],
+    is_main_process: bool = True,
+    state_dict: dict[str, Any] | None = None,
+    push_to_hub: bool = False,
+    **kwargs: Any,
+) -> None:
+    """transformers' `save_pretrained` for a shrunken model; takes the same arguments (`max_shard_size`, `variant`, ...).
+
+    Writes what it writes, with our block in config.json, and shrink.json and README.md when the model has a
+    `shrink_record` (with a card).
+
+    Raises:
+        CheckpointError: the model is uneven in a way that stock transformers would load wrong without an error.
+    """
+    directory = Path(directory)
+    hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs} if push_to_hub else {}
+    with _block_in_config(model):
+        type(model).save_pretrained(
+            model, directory, is_main_process, saved_state(model, state_dict), push_to_hub=False, **kwargs
+        )
+    record = getattr(model, "shrink_record", None)
+    if record is not None and is_main_process:
+        record.write(directory)
+    if push_to_hub and is_main_process:
+        repo_id = hub.pop("repo_id", directory.name)
+        shard = {"max_shard_size": kwargs["max_shard_size"]} if "max_shard_size" in kwargs else {}
+        push_model(model, repo_id, token=kwargs.get("token"), **shard, **hub)
+
+
+_HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
+
+
+def push_model(
+    model: PreTrainedModel,
+    repo_id: str,
+    *,
+    commit_message: str | None = "Upload model",
+    commit_description: str | None = None,
+    private: bool | None = None,
+    token: bool | str | None = None,
+    revision: str | None = None,
+    create_pr: bool = False,
+    max_shard_size: int | str = "50GB",
+    tags: list[str] | None = None,
+) -> Any:
+    """transformers' `push_to_hub` for a shrunken model; a card of the model's own goes up instead of a generic one."""
+    record = getattr(model, "shrink_record", None)
+    if record is None or record.card is None:
+        return type(model).push_to_hub(
+            model,
+            repo_id,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            private=private,
+            token=token,
+            revision=revision,
+            create_pr=create_pr,
+            max_shard_size=max_shard_size,
+            tags=tags,
+        )
+    api = HfApi(token=token)
+    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+    if revision is not None:
+        api.create_branch(repo_id, branch=revision, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(model, folder, max_shard_size=max_shard_size)
+        if tags:
+            card = ModelCard.load(Path(folder) / CARD_NAME)
+            card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
+            card.save(Path(folder) / CARD_NAME)
+        return api.upload_folder(
+            repo_id=repo_id,
+            folder_path=folder,
+            commit_message=commit_message,
+            commit_description=commit_description,
+            revision=revision,
+            create_pr=create_pr,
+        )
+
+
+def config_block(model: PreTrainedModel) -> dict[str, Any] | None:
+    """The `quantization_config` that a checkpoint of this model carries; None when it needs none."""
+    schemes = packed_schemes(model)
+    if schemes:
+        return quantization_config(model, schemes)
+    return {"quant_method": PRUNED_METHOD} if is_uneven(model) else None
+
+
+def model_portability(model: PreTrainedModel) -> list[str]:
+    """Why stock transformers cannot load a checkpoint of this model as it is now; empty when it can."""
+    return portability(model, packed_schemes(model))
+
+
+@contextmanager
+def _block_in_config(model: PreTrainedModel) -> Iterator[None]:
+    """The config with our block as a plain dict, which transformers writes as it is (its own class drops keys)."""
+    block = config_block(model)
+    if block == {"quant_method": PRUNED_METHOD}:
+        _check_stock_refuses(model)
+    before = vars(model.config).get("quantization_config")
+    _set_block(model, block)
+    try:
+        yield
+    finally:
+        _set_block(model, before)
+
+
+def _set_block(model: PreTrainedModel, block: Any) -> None:
+    if block is not None:
+        model.config.quantization_config = block
+    elif "quantization_config" in vars(model.config):
+        del model.config.quantization_config
+
+
+def _check_stock_refuses(model: PreTrainedModel) -> None:
+    """Stock ignores the unknown method with a warning; a shape that does not fit is what makes it stop."""
+    stock = {name: tensor.shape for name, tensor in build_skeleton(model).state_dict().items()}
+    if all(stock.get(name) == tensor.shape for name, tensor in model.state_dict().items()):
+        raise CheckpointError(
+            "the pruned blocks differ from the config only in attributes, which stock transformers would load without "
+            "noticing; make the blocks alike, or prune something else with it"
+        )

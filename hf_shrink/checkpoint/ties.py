@@ -1,0 +1,157 @@
+"""Tied weights once one of the two is packed.
+
+transformers ties parameters called `weight`; packed modules have none. Where embedding and head are packed as one,
+the tie is rewritten to their buffers; where one is stored on its own, the tie is taken out of model and config.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from hf_shrink.checkpoint.packed import COMPRESSED
+
+BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+Pair = tuple[str, str]  # module paths: target (the head), source (the embedding)
+
+
+def settle_ties(model: PreTrainedModel) -> None:
+    """Make the model's ties true again after modules were packed, in place. Does nothing the second time.
+
+    Both packed to the same values: the target shares the source's buffers. Otherwise, and one of them packed: the tie
+    is gone and `tie_word_embeddings` is false.
+    """
+    for pair in _packed_pairs(model):
+        target, source = _modules(model, pair)
+        if _same_weight(target, source):
+            tie_buffers(model, pair)
+        else:
+            _untie(model, pair)
+
+
+def hold_ties(model: PreTrainedModel) -> list[Pair]:
+    """For a skeleton before its weights are loaded: the pairs to hand to `tie_buffers` afterwards.
+
+    Their targets have no buffers meanwhile, so that nothing is missing from the checkpoint. Pairs of which only one
+    is packed, or differently, are untied.
+    """
+    held = []
+    for pair in _packed_pairs(model):
+        target, source = _modules(model, pair)
+        if getattr(target, "scheme", None) != getattr(source, "scheme", None):
+            _untie(model, pair)
+            continue
+        for name in packed_buffers(target):
+            setattr(target, name, None)
+        model.all_tied_weights_keys.pop(f"{pair[0]}.weight")
+        held.append(pair)
+    return held
+
+
+def tie_buffers(model: PreTrainedModel, pair: Pair) -> None:
+    """Let the target use the source's packed buffers, held once, and say so in transformers' tables."""
+    target, source = _modules(model, pair)
+    names = packed_buffers(source)
+    for name, buffer in names.items():
+        setattr(target, name, buffer)
+    ties = {f"{pair[0]}.{name}": f"{pair[1]}.{name}" for name in names}
+    model.all_tied_weights_keys.pop(f"{pair[0]}.weight", None)
+    model.all_tied_weights_keys.update(ties)
+    for owner, prefix in _owners(model, pair):
+        owner._tied_weights_keys.update({t.removeprefix(prefix): s.removeprefix(prefix) for t, s in ties.items()})
+
+
+def ties_to_weights(model: PreTrainedModel) -> None:
+    """The inverse of `tie_buffers` once the modules are dense again: tie their weights."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            module.all_tied_weights_keys = _as_weights(module.all_tied_weights_keys)
+            if "_tied_weights_keys" in vars(module):
+                module._tied_weights_keys = _as_weights(module._tied_weights_keys)
+    model.tie_weights(recompute_mapping=False)
+
+
+def _as_weights(table: dict[str, str]) -> dict[str, str]:
+    def weight(name: str) -> str:
+        return f"{name.rpartition('.')[0]}.weight" if name.endswith(BUFFERS) else name
+
+    return {weight(target): weight(source) for target, source in table.items()}
+
+
+def packed_buffers(module: nn.Module) -> dict[str, Tensor]:
+    """The buffers that hold a packed weight."""
+    return {name: buffer for name, buffer in module.named_buffers(recurse=False) if name in BUFFERS}
+
+
+def can_untie(config: PreTrainedConfig) -> bool:
+    """Whether a reloaded config keeps `tie_word_embeddings: false` (T5's is always true)."""
+    changed = copy.deepcopy(config)
+    changed.tie_word_embeddings = False
+    return not type(config).from_dict(changed.to_dict()).tie_word_embeddings
+
+
+def saved_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors to write: a packed pair once, and what stock will not tie again as a tensor of its own."""
+    state = dict(model.state_dict() if state is None else state)
+    ties = model.get_expanded_tied_weights_keys(all_submodels=True)
+    for target, source in ties.items():
+        if target.endswith(BUFFERS) and source in state:
+            state.pop(target, None)
+    seen: dict[tuple[int, ...], str] = {}
+    for name, tensor in state.items():
+        if not isinstance(tensor, Tensor) or tensor.device.type == "meta" or name in ties:
+            continue
+        place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), *tensor.shape)
+        if seen.setdefault(place, name) != name:
+            state[name] = tensor.clone()
+    return state
+
+
+def _packed_pairs(model: PreTrainedModel) -> list[Pair]:
+    """The pairs whose `weight` the model still counts as tied, of which at least one is packed."""
+    pairs = [
+        (target.removesuffix(".weight"), source.removesuffix(".weight"))
+        for target, source in model.all_tied_weights_keys.items()
+        if target.endswith(".weight") and source.endswith(".weight")
+    ]
+    return [pair for pair in pairs if any(isinstance(module, COMPRESSED) for module in _modules(model, pair))]
+
+
+def _modules(model: PreTrainedModel, pair: Pair) -> tuple[nn.Module, nn.Module]:
+    return model.get_submodule(pair[0]), model.get_submodule(pair[1])
+
+
+def _same_weight(target: nn.Module, source: nn.Module) -> bool:
+    one, other = packed_buffers(target), packed_buffers(source)
+    return (
+        bool(one)
+        and one.keys() == other.keys()
+        and target.scheme == source.scheme
+        and all(buffer is other[name] or torch.equal(buffer, other[name]) for name, buffer in one.items())
+    )
+
+
+def _untie(model: PreTrainedModel, pair: Pair) -> None:
+    model.all_tied_weights_keys.pop(f"{pair[0]}.weight", None)
+    for owner, _ in _owners(model, pair):
+        if can_untie(owner.config):
+            owner.config.tie_word_embeddings = False
+    if can_untie(model.config):
+        model.config.tie_word_embeddings = False
+
+
+def _owners(model: PreTrainedModel, pair: Pair) -> Iterator[tuple[PreTrainedModel, str]]:
+    """The (sub)models whose class declares this tie, with their path prefix; the tie is taken from the instance's own
+    copy of the table, so that the class keeps its."""
+    for path, module in model.named_modules():
+        if not isinstance(module, PreTrainedModel) or not module._tied_weights_keys:
+            continue
+        prefix = f"{path}." if path else ""
+        if f"{pair[0]}.weight".removeprefix(prefix) in module._tied_weights_keys:
+            module._tied_weights_keys = dict(module._tied_weights_keys)
+            del module._tied_weights_keys[f"{pair[0]}.weight".removeprefix(prefix)]
+            yield module, prefix

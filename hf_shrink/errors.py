@@ -1,0 +1,23 @@
+"""The errors that users see. Each message says what is wrong, why, and what to do instead."""
+
+from __future__ import annotations
+
+
+class ShrinkError(Exception):
+    """Base of everything hf_shrink raises on purpose."""
+
+
+class RecipeError(ShrinkError):
+    """The recipe asks for something that does not exist, contradicts itself, or cannot be met."""
+
+
+class ArchitectureError(ShrinkError):
+    """The model is not built the way the requested step needs."""
+
+
+class CalibrationError(ShrinkError):
+    """The calibration or evaluation data is missing, empty, too short, or produced bad numbers."""
+
+
+class CheckpointError(ShrinkError):
+    """A checkpoint folder cannot be read or written as asked."""

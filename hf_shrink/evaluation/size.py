@@ -1,0 +1,28 @@
+"""Bytes on disk and in memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from hf_shrink.errors import CheckpointError
+
+
+def stored_bytes(folder: str | Path) -> int:
+    """Bytes of the safetensors files of a checkpoint folder. Raises CheckpointError where there are none."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} holds no *.safetensors file; give the folder of a saved checkpoint")
+    return sum(file.stat().st_size for file in files)
+
+
+def unique_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and buffers, storages that several of them share (tied weights) counted once."""
+    storages: dict[tuple[object, int], int] = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        storage = tensor.untyped_storage()
+        # Meta tensors have no address: each is its own storage (a tied parameter is listed once already).
+        address = storage.data_ptr() if tensor.device.type != "meta" else id(tensor)
+        storages[(tensor.device, address)] = storage.nbytes()
+    return sum(storages.values())

@@ -1,0 +1,67 @@
+"""A weight and its grid laid out for solvers that go column by column: one column is one contiguous row."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_shrink.ops.grid import Grid, integer_range
+
+# Output features are padded to whole cache lines: each then takes the same vectorised path, so that a row's result does
+# not depend on the rows it is solved with.
+ROW_MULTIPLE = 16
+
+
+class GridColumns:
+    """The columns of a grid in a given order.
+
+    Integers are held as *steps*: float32 (in_features, padded out_features) of q - zero_point, so that a weight is
+    steps * scale.
+
+    Args:
+        grid: of a weight with `out_features` rows.
+        order: (in_features,) the columns, in the order in which they are addressed.
+    """
+
+    def __init__(self, grid: Grid, out_features: int, order: Tensor) -> None:
+        self.grid = grid
+        self.out_features = out_features
+        self.order = order
+        self.group_of = (order // (grid.scheme.group_size or len(order))).tolist()
+        self.lowest, self.highest = integer_range(grid.scheme.bits)
+        self.scale = self._spread(grid.scale, fill=1.0)  # (groups, padded out_features)
+        self.inverse = self.scale.reciprocal()
+        self.zero = None if grid.zero_point is None else self._spread(grid.zero_point, fill=0.0)
+
+    def _spread(self, values: Tensor, fill: float) -> Tensor:
+        padded = -(-self.out_features // ROW_MULTIPLE) * ROW_MULTIPLE
+        spread = torch.full((values.shape[1], padded), fill, device=values.device)
+        spread[:, : self.out_features] = values.T.float()
+        return spread
+
+    def place(self, weight: Tensor) -> Tensor:
+        """A weight (out_features, in_features) as float32 (in_features, padded out_features), in order."""
+        placed = torch.zeros(len(self.order), self.scale.shape[1], device=weight.device)
+        placed[:, : self.out_features] = weight.T[self.order]
+        return placed
+
+    def steps(self, values: Tensor) -> Tensor:
+        """The steps that int8 values (out_features, in_features) stand for."""
+        steps = self.place(values)
+        return steps if self.zero is None else steps.sub_(self.zero[self.group_of])
+
+    def values(self, steps: Tensor) -> Tensor:
+        """The int8 values (out_features, in_features) of steps."""
+        if self.zero is not None:
+            steps = steps + self.zero[self.group_of]
+        values = torch.empty_like(steps, dtype=torch.int8)
+        values[self.order] = steps.to(torch.int8)
+        return values[:, : self.out_features].T.contiguous()
+
+    def round_(self, steps: Tensor, j: int) -> Tensor:
+        """Round column j's fractional steps, in place, to the nearest that the grid has."""
+        steps.round_()
+        if self.zero is None:
+            return steps.clamp_(self.lowest, self.highest)
+        zero = self.zero[self.group_of[j]]
+        return steps.clamp_(self.lowest - zero, self.highest - zero)

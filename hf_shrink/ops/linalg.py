@@ -1,0 +1,123 @@
+"""Linear algebra on second moments: factors of a damped inverse, and least squares in closed form, in float64."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from hf_shrink.errors import CalibrationError
+
+LARGEST_DAMPING = 1e3
+
+
+@dataclass(frozen=True)
+class InverseFactor:
+    """An upper triangular U with U^T U = (moment + damping * mean(diagonal) * I)^-1.
+
+    Attributes:
+        upper: (n, n) float64.
+        damping: the damping that was used: the asked one, or larger where Cholesky did not hold.
+    """
+
+    upper: Tensor
+    damping: float
+
+
+def dead_channels(moment: Tensor) -> Tensor:
+    """(n,) bool: the channels whose input was always zero."""
+    return moment.diagonal() == 0
+
+
+def damped_inverse_factor(moment: Tensor, damping: float) -> InverseFactor:
+    """The upper Cholesky factor of the inverse of a damped second moment, as GPTQ uses it.
+
+    Args:
+        moment: (n, n) symmetric, any float dtype. Dead channels are fine: damping keeps them apart from the others.
+        damping: fraction of the mean diagonal that is added to it. Grown tenfold until Cholesky holds.
+
+    Raises:
+        CalibrationError: NaN or Inf in the moment, or no damping helps.
+    """
+    # Of the matrix with its order reversed, Cholesky gives moment = R R^T with R upper triangular, and U = R^-1.
+    lower, used = damped_cholesky(moment.flip(0, 1), damping)
+    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
+    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    return InverseFactor(upper, used)
+
+
+def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
+    """The lower Cholesky factor, (n, n) float64, of a damped second moment, and the damping used.
+
+    Raises:
+        CalibrationError: as `damped_inverse_factor`.
+    """
+    check_finite(moment)
+    double = moment.double()
+    mean = double.diagonal().mean()
+    if mean == 0:  # no input was ever non-zero: every channel counts alike
+        return torch.eye(len(double), dtype=double.dtype, device=double.device), damping
+    damped = double.clone()
+    used = damping
+    while used <= LARGEST_DAMPING:
+        damped.diagonal().copy_(double.diagonal() + used * mean)
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            return lower, used
+        used = max(used * 10, 1e-6)
+    raise CalibrationError(
+        f"the statistics of the inputs are not a second moment: Cholesky fails even with damping {LARGEST_DAMPING:g}; "
+        "check the calibration data"
+    )
+
+
+def check_finite(moment: Tensor) -> None:
+    """Raises CalibrationError where a second moment holds NaN or Inf."""
+    if not torch.isfinite(moment).all():
+        raise CalibrationError(
+            "the statistics of the inputs hold NaN or Inf: the model's activations overflow on the calibration data; "
+            "load it in bfloat16 or float32 instead of float16, or check the data"
+        )
+
+
+def least_squares_refit(weight: Tensor, moment: Tensor, kept: Tensor, damping: float) -> Tensor:
+    """The weights on the kept channels that best reproduce a Linear's outputs without the others.
+
+    Minimises ||V X_kept - W X||^2 + damping * mean(diagonal) * ||V - W_kept||^2 over V, in closed form: the more damping, the
+    nearer to the weights as they are.
+
+    Args:
+        weight: W, (out_features, in_features) float32.
+        moment: X X^T, or its mean over tokens, (in_features, in_features).
+        kept: (k,) indices of the kept input channels.
+        damping: fraction of the kept channels' mean second moment. Grown tenfold until Cholesky holds.
+
+    Returns:
+        V, (out_features, k) float32.
+
+    Raises:
+        CalibrationError: NaN or Inf in the moment or the weight, or no damping helps.
+    """
+    if not torch.isfinite(weight).all():
+        raise CalibrationError("the weight to refit holds NaN or Inf; check the checkpoint")
+    check_finite(moment)
+    kept = kept.to(weight.device)
+    removed = torch.ones(weight.shape[1], dtype=torch.bool, device=weight.device)
+    removed[kept] = False
+    lower, _ = damped_cholesky(moment[kept][:, kept], damping)
+    lost = weight[:, removed].double() @ moment[removed][:, kept].double()
+    update = torch.cholesky_solve(lost.T, lower).T
+    return (weight[:, kept].double() + update).float()
+
+
+def relative_error(weight: Tensor, approximation: Tensor, moment: Tensor | None) -> float:
+    """tr(D H D^T) / tr(W H W^T) with D = W - approximation: the outputs' relative squared error.
+
+    H is `moment`, (in_features, in_features), or the identity when None. 0 where the outputs are all zero.
+    """
+    difference = weight - approximation
+    moved, whole = (difference, weight) if moment is None else (difference @ moment, weight @ moment)
+    lost = torch.sum(moved * difference, dtype=torch.float64).item()
+    total = torch.sum(whole * weight, dtype=torch.float64).item()
+    return max(lost, 0.0) / total if total > 0 else 0.0

@@ -1,0 +1,6 @@
+"""The whole road: a model or a folder, a recipe, and a smaller model."""
+
+from hf_shrink.pipeline.checkpointing import shrink_checkpoint
+from hf_shrink.pipeline.shrinking import make_plan, shrink
+
+__all__ = ["make_plan", "shrink", "shrink_checkpoint"]

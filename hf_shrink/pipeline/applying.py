@@ -1,0 +1,213 @@
+"""The one pass that carries out a Plan: block by block, everything planned for a block before the next is touched."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.architectures.bound import BoundBlock, BoundStack
+from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
+from hf_shrink.calibration.precision import in_float32
+from hf_shrink.calibration.statistics import InputStatistics
+from hf_shrink.calibration.walk import StackWalk
+from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
+from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
+from hf_shrink.pruning.refit import refit_columns
+from hf_shrink.quantization.base import QuantizationMethod
+from hf_shrink.report import ShrinkReport
+from hf_shrink.progress import ProgressCallback
+from hf_shrink.surgery import check_plan, cut_block, remove_blocks, settle_config
+
+
+def apply_plan(
+    model: nn.Module,
+    binding: Binding | None,
+    plan: Plan,
+    method: QuantizationMethod | None,
+    batches: Sequence[Mapping[str, Any]],
+    report: ShrinkReport,
+    progress: ProgressCallback,
+) -> None:
+    """Carry out `plan` on `model` in place, and fill `report`.
+
+    Args:
+        binding: the model's, before anything is changed; None for a plain module, whose weights are only packed.
+        method: solves the plan's schemes; None when it has none.
+        batches: model inputs for calibration; may be empty when nothing needs them.
+    """
+    stacks = _remove_blocks(model, binding, plan) if binding is not None else []
+    schemes = _present_schemes(plan, stacks)
+    untie(model, tied_partner_missing(model, schemes))
+    inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
+    outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
+    run = _Run(model, plan, schemes, method, batches, report, progress, total=sum(len(s.kept) for s in stacks))
+    statistics: dict[str, InputStatistics] = {}
+    for position, stack in enumerate(stacks):
+        heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
+        statistics = run.stack(stack, heads)
+    if outer and method is not None:
+        with run.timed("solve"):
+            tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
+            report.notes += solve_and_pack(model, tasks, method)
+    if isinstance(model, PreTrainedModel) and binding is not None:
+        settle_config(model)
+
+
+@dataclass(frozen=True)
+class _Stack:
+    """A stack after whole blocks were removed, and the source index of each block left."""
+
+    stack: BoundStack
+    kept: tuple[int, ...]
+    plan: StackPlan
+
+
+def _remove_blocks(model: nn.Module, binding: Binding, plan: Plan) -> list[_Stack]:
+    check_plan(binding, plan)
+    plans = {s.name: plan.stacks.get(s.name, StackPlan(tuple(range(len(s.blocks))))) for s in binding.stacks}
+    for stack in binding.stacks:
+        if len(plans[stack.name].kept) < len(stack.blocks):
+            remove_blocks(model, stack, plans[stack.name].kept)
+    return [_Stack(stack, plans[stack.name].kept, plans[stack.name]) for stack in bind(model).stacks]
+
+
+def _present_schemes(plan: Plan, stacks: Sequence[_Stack]) -> dict[str, Scheme]:
+    """The plan's schemes by present path: plans name modules as in the source, where blocks had other numbers."""
+    renamed = {}
+    for path, scheme in plan.schemes.items():
+        for s in stacks:
+            for block, source in zip(s.stack.blocks, s.kept, strict=True):
+                old = f"{s.stack.path}.{source}."
+                if path.startswith(old):
+                    path = f"{block.path}.{path.removeprefix(old)}"
+                    break
+            else:
+                continue
+            break
+        renamed[path] = scheme
+    return renamed
+
+
+def _dtype(module: nn.Module) -> torch.dtype:
+    return next(p.dtype for p in module.parameters() if p.is_floating_point())
+
+
+@dataclass
+class _Run:
+    """What stays the same from block to block."""
+
+    model: nn.Module
+    plan: Plan
+    schemes: Mapping[str, Scheme]
+    method: QuantizationMethod | None
+    batches: Sequence[Mapping[str, Any]]
+    report: ShrinkReport
+    progress: ProgressCallback
+    total: int
+    done: int = 0
+    walk: StackWalk | None = field(default=None, init=False)
+
+    def stack(self, stack: _Stack, heads: Sequence[str]) -> dict[str, InputStatistics]:
+        """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it."""
+        solves = bool(self.schemes) and self.method is not None and self.method.needs_statistics
+        refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
+        self.walk = None
+        blocks = stack.stack.blocks
+        if solves or refits:
+            with self.timed("calibrate"):
+                self.walk = StackWalk(self.model, [b.module for b in blocks], self.batches)
+        for block, source in zip(blocks, stack.kept, strict=True):
+            stored = _dtype(block.module)
+            with in_float32(block.module, enabled=self.walk is not None):
+                self._block(block, stack.plan.blocks.get(source, BlockPlan()), stored)
+                if self.walk is not None:
+                    further = block.index + 1 < len(blocks) or bool(heads and solves)
+                    self._step(self.walk, f"{stack.stack.path}.{source}", further)
+            self.done += 1
+            self.progress("compressing blocks", self.done, self.total)
+        if not (heads and solves and self.walk is not None):
+            return {}
+        with self.timed("calibrate"):
+            return self.walk.statistics_after(self.model, {p: self.model.get_submodule(p) for p in heads})
+
+    def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype) -> None:
+        if not plan.keeps_all:
+            self._cut(block, plan)
+        paths = [path for path in self.schemes if path.startswith(block.path + ".")]
+        if paths:
+            self._pack(paths, stored)
+
+    def _step(self, walk: StackWalk, label: str, further: bool) -> None:
+        """Go on to the next block (`further`), and note how far this one's output moved on the first batch."""
+        inputs, before = walk.hidden[0], walk.reference
+        with self.timed("calibrate"):
+            if further:
+                walk.advance()
+                after = walk.hidden[0]
+            else:
+                after = walk.outputs(1)[0]
+        if before is not None:
+            self.report.block_errors[label] = _relative_error(before, after, inputs)
+
+    def _cut(self, block: BoundBlock, plan: BlockPlan) -> None:
+        refitted: dict[str, Tensor] = {}
+        consumers = dict(_consumers(block, plan))
+        if self.plan.refit and self.walk is not None and consumers:
+            modules = {path: self.model.get_submodule(path) for path in consumers}
+            with self.timed("calibrate"):
+                statistics = self.walk.statistics(modules)
+            with self.timed("solve"):
+                for path, kept in consumers.items():
+                    refitted[path] = refit_columns(matrix(modules[path]).float(), statistics[path], kept)
+        cut_block(block, plan)
+        for path, weight in refitted.items():
+            module = self.model.get_submodule(path)
+            set_matrix(module, weight, module.bias.data if isinstance(module.bias, nn.Parameter) else None)
+
+    def _pack(self, paths: Sequence[str], stored: torch.dtype) -> None:
+        assert self.method is not None
+        statistics: dict[str, InputStatistics] = {}
+        if self.walk is not None and self.method.needs_statistics:
+            with self.timed("calibrate"):
+                statistics = self.walk.statistics({path: self.model.get_submodule(path) for path in paths})
+        with self.timed("solve"):
+            tasks = [self.task(path, statistics.get(path), stored) for path in paths]
+            self.report.notes += solve_and_pack(self.model, tasks, self.method)
+
+    def task(self, path: str, statistics: InputStatistics | None, stored: torch.dtype) -> Task:
+        return Task(path, self.model.get_submodule(path), self.schemes[path], statistics, stored)
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            seconds = self.report.seconds
+            seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+
+
+def _consumers(block: BoundBlock, plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
+    """(path, kept input positions) of every matrix that reads the units that `plan` cuts."""
+    for part, role, units in (
+        (block.attention, "output", plan.query_heads),
+        (block.cross_attention, "output", plan.cross_heads),
+        (block.mlp, "down", plan.channels),
+    ):
+        if part is not None and units is not None:
+            path = part.slot(role).path
+            yield path, part.cuts(units)[path, "in"]
+
+
+def _relative_error(before: Tensor, after: Tensor, inputs: Tensor) -> float:
+    """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
+    size = (before - inputs).float().square().sum()
+    return float((after - before).float().square().sum() / size.clamp_min(1e-30))

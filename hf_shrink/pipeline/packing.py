@@ -1,0 +1,117 @@
+"""Solve matrices that share an input as one, and put the packed modules in their places."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from hf_shrink.architectures.linears import is_matrix, matrix
+from hf_shrink.calibration.statistics import InputStatistics
+from hf_shrink.errors import CalibrationError
+from hf_shrink.plan import Scheme
+from hf_shrink.quantization.base import METHODS, QuantizationMethod, QuantizedWeight
+from hf_shrink.runtime.embedding import CompressedEmbedding
+from hf_shrink.runtime.linear import CompressedLinear
+
+
+@dataclass(frozen=True)
+class Task:
+    """One weight to be stored in few bits. `statistics` is None for data-free methods and embeddings."""
+
+    path: str
+    module: nn.Module
+    scheme: Scheme
+    statistics: InputStatistics | None
+    scale_dtype: torch.dtype
+
+
+def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: QuantizationMethod) -> list[str]:
+    """Replace every task's module by its packed form; returns notes.
+
+    Weights that see the same input under the same scheme (query, key and value; gate and up) are solved as one matrix:
+    their rows are independent given the statistics, so the result is the same and the factorisation is done once.
+    Modules that share one weight are solved once.
+    """
+    notes: list[str] = []
+    for group in _groups(tasks, method):
+        weights = [_weight(task) for task in group]
+        first = group[0]
+        solver = method if first.statistics is not None or not method.needs_statistics else _data_free()
+        solved = solver.solve(torch.cat(weights), first.scheme, first.statistics, scale_dtype=first.scale_dtype)
+        notes += [f"{first.path}: {note}" for note in solved.notes]
+        start = 0
+        for task, weight in zip(group, weights, strict=True):
+            stop = start + weight.shape[0]
+            part = solved.rows(start, stop) if len(group) > 1 else solved
+            for path, module in _sharing(model, task):
+                model.set_submodule(path, _packed(module, part))
+            start = stop
+    return notes
+
+
+def _groups(tasks: Sequence[Task], method: QuantizationMethod) -> list[list[Task]]:
+    """Tasks that are solved together; of several modules with one weight only the first is solved."""
+    groups: dict[object, list[Task]] = {}
+    seen: set[int] = set()
+    for task in tasks:
+        if id(task.module.weight) in seen:
+            continue
+        seen.add(id(task.module.weight))
+        together = task.statistics is not None and task.scheme.strategy != "tensor"
+        key = (id(task.statistics), task.scheme, task.scale_dtype) if together else task.path
+        groups.setdefault(key, []).append(task)
+    return list(groups.values())
+
+
+def _weight(task: Task) -> Tensor:
+    """float32 (out, in). Raises CalibrationError naming the module when it is not finite."""
+    weight = matrix(task.module) if is_matrix(task.module) else task.module.weight
+    assert isinstance(weight, Tensor)
+    dense = weight.detach().to(torch.float32)
+    if not torch.isfinite(dense).all():
+        raise CalibrationError(f"NaN or Inf in {task.path}.weight; the checkpoint is damaged")
+    return dense
+
+
+def _data_free() -> QuantizationMethod:
+    """What stands in where a method needs statistics and there are none by nature: embeddings."""
+    return METHODS.build("rtn", {})
+
+
+def _sharing(model: nn.Module, task: Task) -> list[tuple[str, nn.Module]]:
+    """Every module of the model that holds the task's weight (tied ones), with its path."""
+    return [
+        (path, module)
+        for path, module in model.named_modules()
+        if getattr(module, "weight", None) is task.module.weight and (is_matrix(module) or isinstance(module, nn.Embedding))
+    ]
+
+
+def _packed(module: nn.Module, weight: QuantizedWeight) -> nn.Module:
+    if isinstance(module, nn.Embedding):
+        return CompressedEmbedding.from_quantized(weight, module)
+    bias = getattr(module, "bias", None)
+    return CompressedLinear.from_quantized(weight, bias if isinstance(bias, nn.Parameter) else None)
+
+
+def tied_partner_missing(model: nn.Module, schemes: Mapping[str, Scheme]) -> set[str]:
+    """Paths in `schemes` whose weight is shared with a module that is not in `schemes`: these are untied first."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if is_matrix(module) or isinstance(module, nn.Embedding):
+            holders.setdefault(id(module.weight), []).append(path)
+    return {
+        path for paths in holders.values() if any(p not in schemes for p in paths) for path in paths if path in schemes
+    } - {paths[0] for paths in holders.values() if len(paths) == 1}
+
+
+def untie(model: nn.Module, paths: set[str]) -> None:
+    """Give each of these modules a weight of its own, so that packing it leaves its partner dense."""
+    for path in paths:
+        module = model.get_submodule(path)
+        weight = module.weight
+        assert isinstance(weight, nn.Parameter)
+        module.weight = nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

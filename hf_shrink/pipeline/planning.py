@@ -1,0 +1,131 @@
+"""From a recipe to a Plan: what is removed, decided on the dense model, and the scheme of every weight."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.errors import ArchitectureError, RecipeError
+from hf_shrink.pipeline.recipes import depth_method, quantization_method, width_method
+from hf_shrink.pipeline.targets import resolve_schemes
+from hf_shrink.plan import BlockPlan, Plan, StackPlan
+from hf_shrink.progress import ProgressCallback
+from hf_shrink.pruning.plan_depth import plan_depth
+from hf_shrink.pruning.plan_width import plan_width
+from hf_shrink.recipe import Recipe
+from hf_shrink.surgery import without_blocks
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A plan, and what the user should know about how it came to be."""
+
+    plan: Plan
+    notes: tuple[str, ...]
+
+
+def find_binding(model: nn.Module) -> Binding | None:
+    """The model's binding; None for a plain module, which can only be quantized, without data."""
+    return bind(model) if isinstance(model, PreTrainedModel) else None
+
+
+def plan_recipe(
+    model: nn.Module, recipe: Recipe, batches: Sequence[Mapping[str, Any]], seed: int, progress: ProgressCallback
+) -> Planned:
+    """Decide everything. The model is left as it was.
+
+    Raises:
+        RecipeError: the recipe cannot be met on this model.
+        ArchitectureError: pruning of a family without a role table.
+    """
+    binding = find_binding(model)
+    notes: list[str] = []
+    stacks: dict[str, StackPlan] = {}
+    damage: dict[str, float] = {}
+    depth, width, quantize = recipe.prune("depth"), recipe.prune("width"), recipe.quantize
+    if depth or width:
+        if binding is None or not isinstance(model, PreTrainedModel):
+            raise ArchitectureError("only transformers models can be pruned; this module can be quantized (method: rtn)")
+        binding.require_roles()
+    if depth:
+        assert binding is not None
+        method = depth_method(depth)
+        kept, found, damage = plan_depth(
+            model, binding, depth, method, batches, portable=recipe.portable, seed=seed, progress=progress
+        )
+        notes += found
+        stacks = {name: StackPlan(tuple(blocks)) for name, blocks in kept.items()}
+    if width:
+        assert binding is not None
+        with _without(model, binding, stacks) as (smaller, sources):
+            blocks, found = plan_width(
+                model, smaller, width, width_method(width), batches, portable=recipe.portable, progress=progress
+            )
+        notes += found
+        stacks = _with_width(smaller, sources, stacks, blocks)
+    plan = Plan(
+        model_type=binding.model_type if binding is not None else type(model).__name__,
+        stacks={name: stack for name, stack in stacks.items() if not _keeps_all(binding, name, stack)},
+        refit=width.refit if width else False,
+        damage=damage,
+    )
+    if quantize:
+        quantization_method(quantize)
+        resolved = resolve_schemes(model, binding, quantize, recipe.portable)
+        schemes = {p: s for p, s in resolved.schemes.items() if not _removed(p, binding, plan)}
+        plan = replace(plan, schemes=schemes, method=quantize.method, options=dict(quantize.options))
+        notes += resolved.notes
+    if not plan.stacks and not plan.schemes:
+        raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
+    return Planned(plan, tuple(notes))
+
+
+@contextmanager
+def _without(
+    model: nn.Module, binding: Binding, stacks: Mapping[str, StackPlan]
+) -> Iterator[tuple[Binding, dict[str, tuple[int, ...]]]]:
+    """The model with the planned blocks out: its binding, and the source index of every block that is left."""
+    sources = {s.name: stacks[s.name].kept if s.name in stacks else tuple(range(len(s.blocks))) for s in binding.stacks}
+    with ExitStack() as stack:
+        for bound in binding.stacks:
+            removed = sorted(set(range(len(bound.blocks))) - set(sources[bound.name]))
+            if removed:
+                stack.enter_context(without_blocks(model, bound, removed))
+        yield bind(model), sources
+
+
+def _with_width(
+    binding: Binding,
+    sources: Mapping[str, tuple[int, ...]],
+    stacks: Mapping[str, StackPlan],
+    blocks: Mapping[tuple[str, int], BlockPlan],
+) -> dict[str, StackPlan]:
+    """Stack plans with what width pruning keeps, renumbered from the depth-pruned to the source's blocks."""
+    merged = {}
+    for bound in binding.stacks:
+        kept = sources[bound.name]
+        own = {kept[i]: plan for (name, i), plan in blocks.items() if name == bound.name and not plan.keeps_all}
+        if own or bound.name in stacks:
+            merged[bound.name] = StackPlan(kept, own)
+    return merged
+
+
+def _keeps_all(binding: Binding | None, name: str, stack: StackPlan) -> bool:
+    assert binding is not None
+    return not stack.blocks and len(stack.kept) == len(binding.stack(name).blocks)
+
+
+def _removed(path: str, binding: Binding | None, plan: Plan) -> bool:
+    """Whether a module lies in a block that the plan removes."""
+    for name, stack in plan.stacks.items():
+        assert binding is not None
+        for block in binding.stack(name).blocks:
+            if path.startswith(block.path + ".") and block.index not in stack.kept:
+                return True
+    return False

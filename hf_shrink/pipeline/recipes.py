@@ -1,0 +1,92 @@
+"""From what the user passes as `recipe` to a validated Recipe (or Plan): names, paths, mappings."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from hf_shrink.errors import RecipeError
+from hf_shrink.plan import Plan
+from hf_shrink.pruning.base import DEPTH, WIDTH, DepthMethod, WidthMethod
+from hf_shrink.quantization.base import METHODS, QuantizationMethod
+from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
+from hf_shrink.registry import did_you_mean
+from hf_shrink.resources import recipes_folder
+
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+DEFAULT_RECIPE = "w4a16"
+
+
+def built_in_recipes() -> dict[str, Path]:
+    """The compression recipes that ship with the package, by name."""
+    return {path.stem: path for path in sorted(recipes_folder("compression").glob("*.yaml"))}
+
+
+def load_recipe(recipe: RecipeLike) -> Recipe:
+    """A validated recipe from a built-in name, a YAML path, a mapping or a Recipe.
+
+    Raises:
+        RecipeError: unknown name, key, method, option or value; the message names the nearest valid one.
+    """
+    if isinstance(recipe, Recipe):
+        loaded = recipe
+    elif isinstance(recipe, Mapping):
+        loaded = Recipe.from_dict(recipe)
+    else:
+        known = built_in_recipes()
+        path = Path(recipe)
+        if str(recipe) in known:
+            path = known[str(recipe)]
+        elif not path.is_file():
+            raise RecipeError(f"unknown recipe {str(recipe)!r}: no such file, and {did_you_mean(str(recipe), known)}")
+        loaded = Recipe.from_yaml(path)
+    check_methods(loaded)
+    return loaded
+
+
+def check_methods(recipe: Recipe) -> None:
+    """Every method exists and takes the options given. Raises RecipeError."""
+    for step in recipe.steps:
+        if isinstance(step, QuantizeStep):
+            quantization_method(step)
+        elif step.what == "depth":
+            depth_method(step)
+        else:
+            width_method(step)
+
+
+def quantization_method(step: QuantizeStep) -> QuantizationMethod:
+    return METHODS.build(step.method, step.options, _own_keys(QuantizeStep))
+
+
+def plan_method(plan: Plan) -> QuantizationMethod | None:
+    """The method that a plan's schemes are solved with."""
+    return METHODS.build(plan.method, plan.options) if plan.method is not None else None
+
+
+def depth_method(step: PruneStep) -> DepthMethod:
+    return DEPTH.build(step.method, step.options, _own_keys(PruneStep))
+
+
+def width_method(step: PruneStep) -> WidthMethod:
+    return WIDTH.build(step.method, step.options, _own_keys(PruneStep))
+
+
+def _own_keys(step: type[Any]) -> set[str]:
+    return {field.name for field in fields(step)} - {"options"}
+
+
+def needs_calibration(recipe: Recipe) -> bool:
+    """Whether any step of the recipe looks at data."""
+    for step in recipe.steps:
+        if isinstance(step, QuantizeStep):
+            needed = quantization_method(step).needs_statistics
+        elif step.what == "depth":
+            needed = True
+        else:
+            needed = step.refit or width_method(step).needs_statistics
+        if needed:
+            return True
+    return False

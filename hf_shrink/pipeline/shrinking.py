@@ -1,0 +1,188 @@
+"""`shrink` and `make_plan`: a loaded model, in place."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.checkpoint.record import ShrinkRecord
+from hf_shrink.checkpoint.save import bind as bind_save
+from hf_shrink.checkpoint.save import model_portability
+from hf_shrink.checkpoint.source import check_finite
+from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.evaluation.size import unique_bytes
+from hf_shrink.pipeline.applying import apply_plan
+from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
+from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, load_recipe, needs_calibration, plan_method
+from hf_shrink.plan import Plan
+from hf_shrink.recipe import CalibrationSpec, Recipe
+from hf_shrink.report import ShrinkReport
+from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.runtime.embedding import CompressedEmbedding
+from hf_shrink.runtime.linear import CompressedLinear
+
+Module = TypeVar("Module", bound=nn.Module)
+NO_DATA = CalibrationData(batches=[], description="no calibration data")
+
+
+def shrink(
+    model: Module,
+    recipe: RecipeLike | Plan = DEFAULT_RECIPE,
+    *,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Module:
+    """Make a model smaller, in place; returns the same object.
+
+    Afterwards `generate`, `save_pretrained` and `push_to_hub` just work and `model.shrink_report` says what came of
+    it. Nothing is changed before the whole plan is made; a failure while it is carried out leaves the model half done.
+
+    Args:
+        model: a transformers model, dense; any `torch.nn.Module` for data-free quantization (`method: rtn`).
+        recipe: a built-in name ("w4a16", "prune20-w4a16", ...; see `hf-shrink recipes`), the path of a YAML file, a
+            mapping, a `Recipe`, or a `Plan` made for this model.
+        tokenizer: tokenizer or processor; needed when calibration data is text, images or sound.
+        calibration: in place of the recipe's `calibration.data`: a name such as "self" or "wikitext", the path of a
+            .txt, .jsonl or .parquet file, a `datasets.Dataset`, a list of texts, or an iterable of model-input dicts.
+        seed: of everything random. Same seed, same machine, same bytes.
+        progress: show progress bars.
+
+    Raises:
+        RecipeError: the recipe is not valid, or cannot be met on this model.
+        ArchitectureError: the model's structure does not allow a step.
+        CalibrationError: the data is missing or too short, or numbers are not finite.
+    """
+    job = Job(model, recipe, tokenizer, calibration, seed, progress)
+    with silence(), evaluating(model):
+        record = job.run(job.data())
+    if isinstance(model, PreTrainedModel):
+        bind_save(model, record)
+    else:
+        model.shrink_record, model.shrink_report = record, record.report  # type: ignore[assignment]
+    return model
+
+
+def make_plan(
+    model: nn.Module,
+    recipe: RecipeLike = DEFAULT_RECIPE,
+    *,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Plan:
+    """What `shrink` would do, without doing it. Arguments and errors as in `shrink`."""
+    job = Job(model, recipe, tokenizer, calibration, seed, progress)
+    with silence(), evaluating(model):
+        return job.plan(job.data()).plan
+
+
+def check_dense(model: nn.Module) -> None:
+    """Raises RecipeError for a model that is quantized already, CheckpointError for weights that are not finite."""
+    block = getattr(getattr(model, "config", None), "quantization_config", None)
+    if block is None and any(isinstance(m, CompressedLinear | CompressedEmbedding) for m in model.modules()):
+        block = {"quant_method": "hf_shrink"}
+    if block is not None:
+        method = block.get("quant_method") if isinstance(block, dict) else getattr(block, "quant_method", None)
+        raise RecipeError(
+            f"this model is quantized already ({getattr(method, 'value', method)}); load the dense model it was made from"
+        )
+    check_finite(model.state_dict().items())
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Logical parameters: a packed weight counts its unpacked elements, tied weights count once."""
+    packed = {id(m.weight_packed): m.numel for m in model.modules() if isinstance(m, CompressedLinear | CompressedEmbedding)}
+    return sum(p.numel() for p in model.parameters()) + sum(packed.values())
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Any:
+    """The model in eval mode and without gradients, its own mode restored afterwards."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+@dataclass
+class Job:
+    """One run on one model: what is asked for, checked before anything is computed."""
+
+    model: nn.Module
+    asked: RecipeLike | Plan
+    tokenizer: Any
+    calibration: Any
+    seed: int
+    progress: bool
+    exclude: Sequence[str] | None = None
+
+    def __post_init__(self) -> None:
+        self.recipe: Recipe | None = None if isinstance(self.asked, Plan) else load_recipe(self.asked)
+        if isinstance(self.asked, Plan):
+            plan_method(self.asked)
+        check_dense(self.model)
+        self.show = Progress(quiet=not self.progress)
+
+    def data(self) -> CalibrationData:
+        """Calibration batches; none when no step needs them."""
+        if self.recipe is not None:
+            needed, spec = needs_calibration(self.recipe), self.recipe.calibration
+        else:
+            assert isinstance(self.asked, Plan)
+            method, spec = plan_method(self.asked), CalibrationSpec()
+            needed = (method is not None and method.needs_statistics) or (self.asked.refit and self.asked.prunes)
+        if not needed:
+            return NO_DATA
+        if not isinstance(self.model, PreTrainedModel):
+            raise CalibrationError("only transformers models can be calibrated; for this module use method: rtn")
+        return calibration_batches(
+            spec,
+            source=self.calibration,
+            model=self.model,
+            tokenizer=self.tokenizer,
+            seed=self.seed,
+            exclude=self.exclude,
+            progress=self.show,
+        )
+
+    def plan(self, data: CalibrationData) -> Planned:
+        if isinstance(self.asked, Plan):
+            return Planned(self.asked, ())
+        assert self.recipe is not None
+        return plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show)
+
+    def run(self, data: CalibrationData) -> ShrinkRecord:
+        """Plan and apply; returns the record of it."""
+        started = time.perf_counter()
+        model = self.model
+        report = ShrinkReport(parameters_before=count_parameters(model), bytes_before=unique_bytes(model))
+        report.notes += data.notes
+        planned = self.plan(data)
+        report.seconds["plan"] = time.perf_counter() - started
+        report.notes += planned.notes
+        if self.recipe is not None and self.recipe.dtype != "keep":
+            model.to(getattr(torch, self.recipe.dtype))
+        apply_plan(model, find_binding(model), planned.plan, plan_method(planned.plan), data.batches, report, self.show)
+        if isinstance(model, PreTrainedModel):
+            report.not_portable_because = model_portability(model)
+            report.portable = not report.not_portable_because
+        report.parameters_after, report.bytes_after = count_parameters(model), unique_bytes(model)
+        report.seconds["total"] = time.perf_counter() - started
+        self.show.close()
+        recipe = self.recipe.to_dict() if self.recipe is not None else {"plan": True}
+        source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
+        return ShrinkRecord(source, {**recipe, "seed": self.seed, "data": data.details}, planned.plan, report)

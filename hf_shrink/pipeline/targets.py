@@ -1,0 +1,174 @@
+"""Which weights a quantize step touches, and the scheme of each."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from hf_shrink.architectures.binding import Binding
+from hf_shrink.architectures.linears import is_matrix
+from hf_shrink.errors import RecipeError
+from hf_shrink.plan import Scheme
+from hf_shrink.recipe import QuantizeStep
+from hf_shrink.registry import did_you_mean
+
+_EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Schemes by module path, in the model's order, and what the user should know about them."""
+
+    schemes: dict[str, Scheme]
+    notes: tuple[str, ...]
+
+
+def matches(path: str, module: nn.Module, target: str) -> bool:
+    """Whether a target (exact path, "re:" regex from the start of the path, or class name) means this module."""
+    if target.startswith("re:"):
+        return re.match(target[3:], path) is not None
+    return target in (path, class_of(module))
+
+
+def class_of(module: nn.Module) -> str:
+    """The class name that a target uses; Conv1D, a Linear stored transposed, counts as Linear."""
+    return "Linear" if isinstance(module, Conv1D) else type(module).__name__
+
+
+def resolve_schemes(model: nn.Module, binding: Binding | None, step: QuantizeStep, portable: bool) -> Resolved:
+    """The scheme of every weight that the step quantizes.
+
+    Without `targets`: every matrix inside the blocks. Without `ignore`: not the output head, task heads, routers and
+    tied weights, unless an override names them. An exact path wins over regexes in their written order, those over
+    class names. Tied weights that are both chosen get one scheme.
+
+    Raises:
+        RecipeError: nothing is left to quantize, a target or override matches nothing, or `portable` cannot be kept.
+    """
+    _check_patterns(model, step)
+    candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or isinstance(m, nn.Embedding))}
+    inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
+    spared = _spared(model, candidates, inside) if step.ignore is None else set()
+    chosen: dict[str, Scheme] = {}
+    for path, module in candidates.items():
+        override = _override(path, module, step.overrides)
+        named = override is not None and override not in (class_of(module),)
+        if step.ignore is not None and any(matches(path, module, t) for t in step.ignore):
+            continue
+        wanted = path in inside if step.targets is None else any(matches(path, module, t) for t in step.targets)
+        if not (named or (wanted and path not in spared)):
+            continue
+        base = step.base_scheme() if override is None else step.scheme_with(step.overrides[override])
+        chosen[path] = base
+    if not chosen:
+        raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
+    notes: list[str] = []
+    chosen = _agree_on_ties(model, chosen)
+    schemes = {path: scheme.for_width(_width(candidates[path])) for path, scheme in chosen.items()}
+    if portable and isinstance(model, PreTrainedModel):
+        schemes = _one_scheme_where_needed(candidates, schemes, notes)
+        _refuse_unportable(candidates, schemes)
+    notes[:0] = _group_notes(chosen, schemes)
+    return Resolved(schemes, tuple(notes))
+
+
+def _width(module: nn.Module) -> int:
+    if isinstance(module, nn.Embedding):
+        return module.embedding_dim
+    return module.nx if isinstance(module, Conv1D) else int(module.in_features)  # type: ignore[arg-type]
+
+
+def _check_patterns(model: nn.Module, step: QuantizeStep) -> None:
+    """Every target, override and explicit ignore must be a valid regex, and targets and overrides must match something."""
+    modules = {p: m for p, m in model.named_modules() if p}
+    names = set(modules) | {class_of(m) for m in modules.values()}
+    for where, patterns in (("targets", step.targets or ()), ("overrides", step.overrides), ("ignore", step.ignore or ())):
+        for pattern in patterns:
+            try:
+                found = any(matches(p, m, pattern) for p, m in modules.items())
+            except re.error as error:
+                raise RecipeError(f"quantize.{where}: {pattern!r} is not a valid regex: {error}") from error
+            if not found and where != "ignore":
+                raise RecipeError(f"quantize.{where}: {pattern!r} matches no module; {did_you_mean(pattern, names)}")
+
+
+def _override(path: str, module: nn.Module, overrides: Mapping[str, object]) -> str | None:
+    """The most specific override's key: exact path, then the first regex, then the class name."""
+    if path in overrides:
+        return path
+    for key in overrides:
+        if key.startswith("re:") and matches(path, module, key):
+            return key
+    return class_of(module) if class_of(module) in overrides else None
+
+
+def _spared(model: nn.Module, candidates: Mapping[str, nn.Module], inside: set[str]) -> set[str]:
+    """The default `ignore`: output head, task heads (any matrix outside the blocks), routers, tied weights."""
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    config = getattr(model, "config", None)
+    experts = {getattr(config, key, None) for key in _EXPERT_COUNTS} - {None}
+    owners: dict[int, list[str]] = {}
+    for path, module in candidates.items():
+        owners.setdefault(id(module.weight), []).append(path)
+    spared = {path for paths in owners.values() if len(paths) > 1 for path in paths}
+    for path, module in candidates.items():
+        outside = path not in inside and is_matrix(module)
+        router = is_matrix(module) and getattr(module, "out_features", None) in experts
+        if module is head or router or (outside and isinstance(model, PreTrainedModel)):
+            spared.add(path)
+    return spared
+
+
+def _agree_on_ties(model: nn.Module, chosen: dict[str, Scheme]) -> dict[str, Scheme]:
+    """Modules that share one weight and are both chosen are stored once: the first one's scheme for all of them."""
+    first: dict[int, Scheme] = {}
+    return {path: first.setdefault(id(model.get_submodule(path).weight), scheme) for path, scheme in chosen.items()}
+
+
+def _one_scheme_where_needed(
+    modules: Mapping[str, nn.Module], schemes: dict[str, Scheme], notes: list[str]
+) -> dict[str, Scheme]:
+    """Stock reads asymmetric schemes and embeddings only when everything shares one scheme: agree on a group size."""
+    special = any(not s.symmetric or isinstance(modules[p], nn.Embedding) for p, s in schemes.items())
+    kinds = {replace(s, group_size=None if s.group_size is None else 1) for s in schemes.values()}
+    sizes = {s.group_size for s in schemes.values()}
+    if not special or len(kinds) > 1 or len(sizes) == 1:
+        return schemes
+    common = math.gcd(*(_width(modules[p]) for p in schemes))
+    smallest = min(s for s in sizes if s is not None)
+    size = max(d for d in range(1, smallest + 1) if common % d == 0)
+    notes.append(f"one group size, {size}, for all weights: stock transformers loads this kind of scheme only so")
+    return {path: replace(scheme, group_size=size) for path, scheme in schemes.items()}
+
+
+def _refuse_unportable(modules: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> None:
+    remedy = "set portable: false (the result then loads after `import hf_shrink`)"
+    for path in schemes:
+        if isinstance(modules[path], Conv1D):
+            raise RecipeError(f"{path} is a Conv1D, which compressed-tensors cannot express in stock transformers; {remedy}")
+    if len(set(schemes.values())) > 1:
+        for path, scheme in schemes.items():
+            kind = "is asymmetric" if not scheme.symmetric and scheme.strategy != "tensor" else None
+            kind = "is an embedding" if isinstance(modules[path], nn.Embedding) else kind
+            if kind:
+                raise RecipeError(
+                    f"{path} {kind}, which stock transformers loads only when every weight has the same scheme; "
+                    f"use one scheme, or {remedy}"
+                )
+
+
+def _group_notes(asked: Mapping[str, Scheme], got: Mapping[str, Scheme]) -> Iterable[str]:
+    changed: dict[tuple[int | None, int | None], int] = {}
+    for path, scheme in got.items():
+        if scheme.group_size != asked[path].group_size:
+            key = (asked[path].group_size, scheme.group_size)
+            changed[key] = changed.get(key, 0) + 1
+    for (old, new), count in changed.items():
+        fast = "" if new in (32, 64, 128, 256) else "; no fast kernel takes that size"
+        yield f"group size {old} does not divide the width of {count} weights; they use {new}{fast}"

@@ -1,0 +1,212 @@
+"""A Plan says exactly what is done to a model: which units are kept, which scheme each weight gets. Data only."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_shrink.errors import RecipeError
+from hf_shrink.registry import did_you_mean
+
+Strategy = Literal["tensor", "channel", "group"]
+STRATEGIES = ("tensor", "channel", "group")
+BITS = tuple(range(2, 9))
+PLAN_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Scheme:
+    """How a weight is stored: integers of `bits`, with a scale for the tensor, each row, or each group of columns.
+
+    `group_size` is set exactly when `strategy` is "group". Activations stay in 16 bits or more ("A16").
+    """
+
+    bits: int
+    symmetric: bool = True
+    strategy: Strategy = "group"
+    group_size: int | None = 128
+
+    def __post_init__(self) -> None:
+        if self.bits not in BITS:
+            raise RecipeError(
+                f"weights can have 2 to 8 bits, not {self.bits}; did you mean {min(max(self.bits, 2), 8)}?"
+            )
+        if self.strategy not in STRATEGIES:
+            raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(self.strategy, STRATEGIES)}")
+        if (self.strategy == "group") != (self.group_size is not None):
+            raise RecipeError(f"group_size goes with strategy 'group' only (strategy {self.strategy!r})")
+        if self.group_size is not None and self.group_size < 1:
+            raise RecipeError(f"group_size must be at least 1, not {self.group_size}")
+
+    @property
+    def name(self) -> str:
+        """For example W4A16."""
+        return f"W{self.bits}A16"
+
+    @staticmethod
+    def bits_of(name: str) -> int:
+        """The weight bits of a scheme's name, such as 4 of "W4A16". Raises RecipeError naming the nearest valid one."""
+        match = re.fullmatch(r"[Ww](\d+)[Aa]16", name)
+        if match is None or int(match[1]) not in BITS:
+            nearest = f"W{min(max(int(match[1]), 2), 8)}A16" if match else None
+            hint = f"did you mean {nearest!r}?" if nearest else did_you_mean(name.upper(), [f"W{b}A16" for b in BITS])
+            raise RecipeError(f"unknown scheme {name!r}; {hint}")
+        return int(match[1])
+
+    def for_width(self, in_features: int) -> Scheme:
+        """This scheme with a group size that divides `in_features`.
+
+        A group size that does not becomes the largest of 128, 64, 32 not above it that does, else the largest divisor.
+        """
+        if self.group_size is None or in_features % self.group_size == 0:
+            return self
+        for size in (128, 64, 32):
+            if size <= self.group_size and in_features % size == 0:
+                return Scheme(self.bits, self.symmetric, self.strategy, size)
+        size = max(d for d in range(1, min(self.group_size, in_features) + 1) if in_features % d == 0)
+        return Scheme(self.bits, self.symmetric, self.strategy, size)
+
+    def scale_columns(self, in_features: int) -> int:
+        """How many scales a row has (1 unless grouped)."""
+        return in_features // self.group_size if self.group_size else 1
+
+    def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
+        """Bytes of the packed weight, its scales, zero points and shape in a checkpoint."""
+        rows = 1 if self.strategy == "tensor" else out_features
+        columns = self.scale_columns(in_features)
+        packed = out_features * -(-in_features * self.bits // 32) * 4
+        zero_points = 0
+        if not self.symmetric:
+            zero_points = columns if self.strategy == "tensor" else -(-rows * self.bits // 32) * 4 * columns
+        return packed + rows * columns * scale_bytes + zero_points + 16
+
+
+@dataclass(frozen=True)
+class BlockPlan:
+    """What is kept of one block. None means everything.
+
+    Attributes:
+        query_heads: kept query heads, ascending, as numbered in the source; the same number from every KV group kept.
+        channels: kept MLP channels, ascending.
+        cross_heads: as query_heads, of the attention to the encoder.
+    """
+
+    query_heads: tuple[int, ...] | None = None
+    channels: tuple[int, ...] | None = None
+    cross_heads: tuple[int, ...] | None = None
+
+    @property
+    def keeps_all(self) -> bool:
+        return self.query_heads is None and self.channels is None and self.cross_heads is None
+
+
+@dataclass(frozen=True)
+class StackPlan:
+    """What is kept of one stack.
+
+    Attributes:
+        kept: indices of the kept blocks in the source, ascending.
+        blocks: by source index; a block without an entry keeps everything.
+    """
+
+    kept: tuple[int, ...]
+    blocks: Mapping[int, BlockPlan] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that is done to one model.
+
+    Attributes:
+        model_type: the source's `config.model_type`, checked before the plan is applied.
+        stacks: by stack name; a stack without an entry keeps everything.
+        schemes: by module path **in the source model**, for every weight that is quantized.
+        method: name of the quantization method, and its options, by step order of `schemes`' users.
+        options: the method's options.
+        refit: whether `output` and `down` are refitted by least squares after width pruning.
+        damage: predicted damage by what was removed (free form, for reports).
+    """
+
+    model_type: str
+    stacks: Mapping[str, StackPlan] = field(default_factory=dict)
+    schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    method: str | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
+    refit: bool = True
+    damage: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def prunes(self) -> bool:
+        return bool(self.stacks)
+
+    def to_json(self, path: str | Path | None = None) -> str:
+        """The plan as JSON text, also written to `path` when given."""
+        text = json.dumps({"plan_format": PLAN_FORMAT, **asdict(self)}, indent=1)
+        if path is not None:
+            Path(path).write_text(text)
+        return text
+
+    @classmethod
+    def from_json(cls, source: str | Path | Mapping[str, Any]) -> Plan:
+        """A plan from JSON text, a path, or the decoded mapping. Raises RecipeError where it is not a plan."""
+        if isinstance(source, Mapping):
+            data = dict(source)
+        else:
+            text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
+            try:
+                data = json.loads(text)
+            except json.JSONDecodeError as error:
+                raise RecipeError(f"not a plan: {error}") from error
+        if data.pop("plan_format", None) != PLAN_FORMAT:
+            raise RecipeError(f"not a plan of format {PLAN_FORMAT}; make one with `hf-shrink plan` or make_plan()")
+        try:
+            stacks = {
+                name: StackPlan(
+                    kept=tuple(stack["kept"]),
+                    blocks={
+                        int(i): BlockPlan(**{k: None if v is None else tuple(v) for k, v in block.items()})
+                        for i, block in stack["blocks"].items()
+                    },
+                )
+                for name, stack in data.pop("stacks").items()
+            }
+            schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
+            return cls(stacks=stacks, schemes=schemes, **data)
+        except (KeyError, TypeError, AttributeError) as error:
+            raise RecipeError(f"not a plan: {error!r}") from error
+
+    def summary(self) -> str:
+        """One line a stack and one a scheme: how much is kept, what is quantized how."""
+        lines = []
+        for name, stack in self.stacks.items():
+            lines.append(f"{name}: {len(stack.kept)} blocks kept ({_ranges(stack.kept)})")
+            for index in stack.kept:
+                block = stack.blocks.get(index)
+                if block is None or block.keeps_all:
+                    continue
+                heads = "all" if block.query_heads is None else str(len(block.query_heads))
+                channels = "all" if block.channels is None else str(len(block.channels))
+                lines.append(f"  block {index}: query heads {heads}, channels {channels}")
+        by_scheme: dict[Scheme, int] = {}
+        for scheme in self.schemes.values():
+            by_scheme[scheme] = by_scheme.get(scheme, 0) + 1
+        for scheme, count in by_scheme.items():
+            group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
+            kind = "symmetric" if scheme.symmetric else "asymmetric"
+            lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}")
+        return "\n".join(lines) or "nothing to do"
+
+
+def _ranges(numbers: tuple[int, ...]) -> str:
+    """(0, 1, 2, 5) as "0-2, 5"."""
+    parts: list[list[int]] = []
+    for n in numbers:
+        if parts and n == parts[-1][1] + 1:
+            parts[-1][1] = n
+        else:
+            parts.append([n, n])
+    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

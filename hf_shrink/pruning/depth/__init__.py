@@ -1,0 +1,1 @@
+"""Ways to choose whole blocks to remove, one a file."""

@@ -1,0 +1,310 @@
+"""A Recipe says what the user wants. Parsed and validated once, here and in the methods' own registries."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from hf_shrink.errors import RecipeError
+from hf_shrink.plan import STRATEGIES, Scheme, Strategy
+from hf_shrink.registry import did_you_mean
+
+PRUNE_KINDS = ("depth", "width")
+UNITS = ("all", "attention", "mlp")
+DTYPES = ("keep", "float32", "bfloat16", "float16")
+METRICS = ("perplexity", "kl_divergence", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Which data the statistics come from.
+
+    Attributes:
+        data: a built-in data recipe's name ("self", "wikitext", ...) or the path of a .txt, .jsonl or .parquet file.
+        samples, length: how many sequences of how many tokens (images, clips: `length` is unused).
+        batch_size: sequences per forward pass; fixed here so that results never depend on memory.
+    """
+
+    data: str = "self"
+    samples: int = 128
+    length: int = 512
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in (("samples", self.samples), ("length", self.length), ("batch_size", self.batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise RecipeError(f"calibration.{name} must be a whole number of at least 1, not {value!r}")
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """What is measured after the run, and on what. `data: self` uses samples and a seed disjoint from calibration."""
+
+    data: str = "self"
+    metrics: tuple[str, ...] = METRICS
+    samples: int = 16
+    length: int = 512
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise RecipeError(f"unknown metric {metric!r} in evaluation; {did_you_mean(metric, METRICS)}")
+        for name, value in (("samples", self.samples), ("length", self.length), ("batch_size", self.batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise RecipeError(f"evaluation.{name} must be a whole number of at least 1, not {value!r}")
+
+
+@dataclass(frozen=True)
+class PruneStep:
+    """Take out whole blocks (`depth`, by `blocks` or `ratio`) or units inside them (`width`, by `ratio`).
+
+    `ratio` is the fraction of all block parameters, as they are when the step starts, that the step removes.
+    `options` are the fields of the method's own dataclass.
+    """
+
+    what: Literal["depth", "width"]
+    method: str
+    ratio: float | None = None
+    blocks: int | None = None
+    units: Literal["all", "attention", "mlp"] = "all"
+    refit: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.what not in PRUNE_KINDS:
+            raise RecipeError(f"prune.what {self.what!r} is unknown; {did_you_mean(str(self.what), PRUNE_KINDS)}")
+        if self.units not in UNITS:
+            raise RecipeError(f"prune.units {self.units!r} is unknown; {did_you_mean(str(self.units), UNITS)}")
+        if (self.ratio is None) == (self.blocks is None):
+            raise RecipeError("prune takes either ratio or blocks")
+        if self.blocks is not None and self.what != "depth":
+            raise RecipeError("prune.blocks goes with what: depth; for width give ratio")
+        if self.blocks is not None and (not isinstance(self.blocks, int) or self.blocks < 0):
+            raise RecipeError(f"prune.blocks must be a whole number of at least 0, not {self.blocks!r}")
+        if self.ratio is not None and not (isinstance(self.ratio, int | float) and 0 <= self.ratio < 1):
+            raise RecipeError(f"prune.ratio must be at least 0 and below 1, not {self.ratio!r}")
+
+
+@dataclass(frozen=True)
+class QuantizeStep:
+    """Store weights in few bits.
+
+    Attributes:
+        targets: class names ("Linear", "Embedding"), exact module paths, or "re:" regexes (matched from the start of
+            the path, as in compressed-tensors). None: every Linear inside the blocks.
+        ignore: the same forms; None: output head, task heads, routers, tied weights. `[]`: nothing is ignored.
+        overrides: by target, any of scheme, symmetric, strategy, group_size. Exact path before regexes in written
+            order before class names.
+        options: the fields of the method's own dataclass.
+    """
+
+    method: str = "gptq"
+    scheme: str = "W4A16"
+    symmetric: bool = True
+    strategy: Strategy = "group"
+    group_size: int | None = 128
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name in ("targets", "ignore"):
+            value = getattr(self, name)
+            if isinstance(value, str):
+                raise RecipeError(f"quantize.{name} is a list, for example [{value}]")
+            if value is not None:
+                object.__setattr__(self, name, tuple(value))
+        if self.strategy not in STRATEGIES:
+            raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(str(self.strategy), STRATEGIES)}")
+        self.base_scheme()
+        for target, override in self.overrides.items():
+            if not isinstance(override, Mapping):
+                raise RecipeError(f"quantize.overrides[{target!r}] must be a mapping such as {{scheme: W8A16}}")
+            self.scheme_with(override)
+
+    def base_scheme(self) -> Scheme:
+        return self.scheme_with({})
+
+    def scheme_with(self, override: Mapping[str, Any]) -> Scheme:
+        """The step's scheme with an override's keys replaced. Raises RecipeError for unknown keys and values."""
+        valid = ("scheme", "symmetric", "strategy", "group_size")
+        for key in override:
+            if key not in valid:
+                raise RecipeError(f"unknown key {key!r} in quantize.overrides; {did_you_mean(key, valid)}")
+        strategy = override.get("strategy", self.strategy)
+        group_size = override.get("group_size", self.group_size) if strategy == "group" else None
+        return Scheme(
+            bits=Scheme.bits_of(str(override.get("scheme", self.scheme))),
+            symmetric=bool(override.get("symmetric", self.symmetric)),
+            strategy=strategy,
+            group_size=group_size,
+        )
+
+
+Step = PruneStep | QuantizeStep
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What the user wants done. Build with `from_dict` or `from_yaml`, which validate."""
+
+    steps: tuple[Step, ...]
+    name: str = "custom"
+    portable: bool = True
+    dtype: str = "keep"
+    calibration: CalibrationSpec = CalibrationSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            raise RecipeError("the recipe has no steps; add a prune or a quantize step")
+        if self.dtype not in DTYPES:
+            raise RecipeError(f"unknown dtype {self.dtype!r}; {did_you_mean(str(self.dtype), DTYPES)}")
+        kinds = [step.what if isinstance(step, PruneStep) else "quantize" for step in self.steps]
+        order = [*PRUNE_KINDS, "quantize"]
+        for before, after in zip(kinds, kinds[1:], strict=False):
+            if order.index(before) >= order.index(after):
+                raise RecipeError(
+                    f"step {after!r} cannot follow {before!r}: steps run in the order {', '.join(order)}, each at most "
+                    "once; for more rounds run hf-shrink again on the result"
+                )
+
+    @property
+    def quantize(self) -> QuantizeStep | None:
+        return next((s for s in self.steps if isinstance(s, QuantizeStep)), None)
+
+    def prune(self, what: str) -> PruneStep | None:
+        return next((s for s in self.steps if isinstance(s, PruneStep) and s.what == what), None)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], name: str = "custom") -> Recipe:
+        """Validate a decoded recipe. Raises RecipeError that names the nearest valid key."""
+        data = dict(_mapping(data, "the recipe"))
+        _check_keys(data, ("name", "portable", "dtype", "calibration", "steps", "evaluation"), "the recipe")
+        steps = data.get("steps")
+        if not isinstance(steps, list | tuple):
+            raise RecipeError("the recipe's `steps` must be a list of prune and quantize steps")
+        portable = data.get("portable", True)
+        if not isinstance(portable, bool):
+            raise RecipeError(f"portable must be true or false, not {portable!r}")
+        return cls(
+            steps=tuple(_step(s) for s in steps),
+            name=str(data.get("name", name)),
+            portable=portable,
+            dtype=str(data.get("dtype", "keep")),
+            calibration=_section(CalibrationSpec, data.get("calibration"), "calibration"),
+            evaluation=_section(EvaluationSpec, data.get("evaluation"), "evaluation"),
+        )
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Recipe:
+        """Read a YAML file with the safe loader. Raises RecipeError."""
+        path = Path(path)
+        try:
+            data = yaml.safe_load(path.read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(f"cannot read recipe {path}: {error}") from error
+        except yaml.YAMLError as error:
+            raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
+        return cls.from_dict(_mapping(data, f"recipe {path}"), name=path.stem)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The form that `from_dict` reads."""
+        steps: list[dict[str, Any]] = []
+        for step in self.steps:
+            body = {k: v for k, v in asdict(step).items() if k != "options" and v not in (None, {})}
+            body.update(step.options)
+            for key in ("targets", "ignore"):
+                if key in body:
+                    body[key] = list(body[key])
+            steps.append({"prune" if isinstance(step, PruneStep) else "quantize": body})
+        evaluation = asdict(self.evaluation)
+        evaluation["metrics"] = list(evaluation["metrics"])
+        return {
+            "name": self.name,
+            "portable": self.portable,
+            "dtype": self.dtype,
+            "calibration": asdict(self.calibration),
+            "steps": steps,
+            "evaluation": evaluation,
+        }
+
+    def with_overrides(self, assignments: Iterable[str]) -> Recipe:
+        """Apply `--set` assignments such as "quantize.group_size=64" or "calibration.samples=16".
+
+        `prune.` and `quantize.` change that key in every step of the kind. Values are read as YAML.
+        """
+        data = copy.deepcopy(self.to_dict())
+        for assignment in assignments:
+            key, equals, text = assignment.partition("=")
+            section, dot, leaf = key.strip().partition(".")
+            if not equals or not leaf and section not in ("portable", "dtype"):
+                raise RecipeError(
+                    f"--set takes section.key=value, for example quantize.group_size=64, not {assignment!r}"
+                )
+            try:
+                value = yaml.safe_load(text)
+            except yaml.YAMLError as error:
+                raise RecipeError(f"--set {assignment!r}: the value is not valid YAML") from error
+            if section in ("portable", "dtype") and not dot:
+                data[section] = value
+            elif section in ("calibration", "evaluation"):
+                data[section][leaf] = value
+            elif section in ("prune", "quantize"):
+                bodies = [s[section] for s in data["steps"] if section in s]
+                if not bodies:
+                    raise RecipeError(f"--set {assignment!r}: the recipe has no {section} step")
+                for body in bodies:
+                    body[leaf] = value
+                    if section == "prune" and leaf in ("ratio", "blocks"):
+                        body.pop("blocks" if leaf == "ratio" else "ratio", None)
+            else:
+                valid = ("calibration", "evaluation", "prune", "quantize", "portable", "dtype")
+                raise RecipeError(f"--set {assignment!r}: unknown section {section!r}; {did_you_mean(section, valid)}")
+        return Recipe.from_dict(data, name=self.name)
+
+
+def _mapping(value: Any, where: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise RecipeError(f"{where} must be a mapping of keys to values, not {type(value).__name__}")
+    return value
+
+
+def _check_keys(data: Mapping[str, Any], valid: Iterable[str], where: str) -> None:
+    valid = list(valid)
+    for key in data:
+        if key not in valid:
+            raise RecipeError(f"unknown key {key!r} in {where}; {did_you_mean(key, valid)}")
+
+
+def _section(cls: type[Any], data: Any, where: str) -> Any:
+    data = _mapping({} if data is None else data, where)
+    _check_keys(data, [f.name for f in fields(cls)], where)
+    return cls(**data)
+
+
+def _step(data: Any) -> Step:
+    data = _mapping(data, "a step")
+    if len(data) != 1:
+        raise RecipeError(f"a step has one key, prune or quantize; this one has {', '.join(map(str, data)) or 'none'}")
+    ((kind, body),) = data.items()
+    _check_keys(data, ("prune", "quantize"), "a step")
+    cls: type[Any] = PruneStep if kind == "prune" else QuantizeStep
+    body = dict(_mapping({} if body is None else body, kind))
+    own = {f.name for f in fields(cls)} - {"options"}
+    options = {k: body.pop(k) for k in list(body) if k not in own}
+    if kind == "prune":
+        for key in ("what", "method"):
+            if key not in body:
+                hint = did_you_mean(next(iter(options)), own) if options else f"for example {key}: depth"
+                raise RecipeError(f"a prune step needs {key!r}; {hint}")
+    step: Step = cls(**body, options=options)
+    return step

@@ -1,0 +1,46 @@
+"""What came of a run: sizes, times, notes, measurements. Data only."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+
+@dataclass
+class ShrinkReport:
+    """Result of `shrink` or `shrink_checkpoint`.
+
+    Attributes:
+        parameters_before, parameters_after: logical parameters (a packed weight counts its unpacked elements).
+        bytes_before, bytes_after: of all weights as stored, tied ones once.
+        seconds: wall time by phase ("plan", "calibrate", "solve", ...), and "total".
+        portable: loads in stock transformers; `not_portable_because` says why when it does not.
+        notes: what the user should know: resolved group sizes, grown damping, excluded choices.
+        block_errors: relative squared output error by block path, compressed against dense function.
+        evaluation: {"data", "dense": {metric: value}, "compressed": {metric: value}} when it was run.
+        completions: {"prompt", "dense", "compressed"} when made.
+    """
+
+    parameters_before: int = 0
+    parameters_after: int = 0
+    bytes_before: int = 0
+    bytes_after: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    portable: bool = True
+    not_portable_because: list[str] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    block_errors: dict[str, float] = field(default_factory=dict)
+    evaluation: dict[str, Any] = field(default_factory=dict)
+    completions: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def compression(self) -> float:
+        """bytes_before / bytes_after."""
+        return self.bytes_before / max(self.bytes_after, 1)
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> ShrinkReport:
+        return cls(**data)

@@ -1,0 +1,100 @@
+"""Progress on stderr, and quiet libraries underneath."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from tqdm import tqdm
+
+# Seconds between two lines of one task where there is no terminal to redraw a bar on.
+LINE_EVERY = 30.0
+
+
+class Progress:
+    """Callable `(what, done, total)`: a bar on a terminal, now and then a line in CI, nothing when quiet or piped.
+
+    A task begins when `what` changes and ends when `done` reaches `total`. Use it as a context manager, or `close()`
+    it, so that an interrupted bar leaves the terminal in order.
+    """
+
+    def __init__(self, quiet: bool = False, file: TextIO | None = None) -> None:
+        self._file = file if file is not None else sys.stderr
+        self._bars = not quiet and self._file.isatty()
+        self._lines = not quiet and not self._bars and os.environ.get("CI", "").lower() not in ("", "0", "false")
+        self._bar: Any = None
+        self._what: str | None = None
+        self._started = self._printed = 0.0
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        """Say that `done` of `total` parts of `what` are finished."""
+        if what != self._what:
+            self.close()
+            self._what, self._started, self._printed = what, time.monotonic(), time.monotonic()
+        if self._bars:
+            self._draw(what, done, total)
+        elif self._lines:
+            self._print(what, done, total)
+        if done >= total:
+            self.close()
+
+    def close(self) -> None:
+        """End the current task."""
+        if self._bar is not None:
+            self._bar.close()
+        self._bar, self._what = None, None
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _draw(self, what: str, done: int, total: int) -> None:
+        if self._bar is None:
+            self._bar = tqdm(total=total, desc=what, file=self._file, dynamic_ncols=True, leave=True)
+        self._bar.total = total
+        self._bar.update(done - self._bar.n)
+
+    def _print(self, what: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if done >= total or now - self._printed >= LINE_EVERY:
+            self._printed = now
+            print(f"{what}: {done}/{total} ({now - self._started:.0f} s)", file=self._file, flush=True)
+
+
+@contextmanager
+def silence(enabled: bool = True) -> Iterator[None]:
+    """No progress bars and no warnings of transformers, huggingface_hub and datasets inside; all restored after."""
+    if not enabled:
+        yield
+        return
+    import datasets
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+    from transformers.utils import logging
+
+    levels = logging.get_verbosity(), datasets.logging.get_verbosity()
+    bars = logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    hub_bars = not are_progress_bars_disabled()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.set_verbosity(logging.log_levels["error"])
+        datasets.logging.set_verbosity_error()
+        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        datasets.disable_progress_bars()
+        try:
+            yield
+        finally:
+            logging.set_verbosity(levels[0])
+            datasets.logging.set_verbosity(levels[1])
+            if bars[0]:
+                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            if bars[1]:
+                datasets.enable_progress_bars()
+            # transformers switches the Hub's bars along with its own, so these come last.
+            (enable_progress_bars if hub_bars else disable_progress_bars)()

@@ -1,0 +1,69 @@
+"""An embedding whose weight stays packed: only the rows that are looked up are unpacked."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from hf_shrink.plan import Scheme
+from hf_shrink.quantization.base import QuantizedWeight
+from hf_shrink.runtime.packed import PackedModule
+
+
+class CompressedEmbedding(PackedModule):
+    """Rows of a packed weight by index. Its state dict is what a compressed-tensors checkpoint holds.
+
+    A model's own scaling of embeddings (Gemma's `embed_scale`) belongs to the wrapper that owns this module.
+
+    Attributes:
+        num_embeddings, embedding_dim, padding_idx: as of nn.Embedding.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(scheme, num_embeddings, embedding_dim, dtype, device)
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+
+    @classmethod
+    def empty(
+        cls,
+        scheme: Scheme,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> CompressedEmbedding:
+        """All zeros (or meta tensors), to load a state dict into. `dtype`: of the scales and of `weight`."""
+        return cls(scheme, num_embeddings, embedding_dim, padding_idx, dtype, device)
+
+    @classmethod
+    def from_quantized(cls, quantized: QuantizedWeight, padding_idx: int | None = None) -> CompressedEmbedding:
+        """From a method's result."""
+        rows, columns = quantized.values.shape
+        grid = quantized.grid
+        embedding = cls(grid.scheme, rows, columns, padding_idx, grid.scale.dtype, "meta")
+        embedding._fill(quantized)
+        embedding.weight_shape = torch.tensor([rows, columns], device=quantized.values.device)
+        return embedding
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As nn.Embedding: indices (...) to (..., embedding_dim) in the dtype of `weight`."""
+        rows = input.flatten()
+        scale, zero_point = self.weight_scale, self._zero_point()
+        if self.scheme.strategy != "tensor":
+            scale = scale[rows]
+            zero_point = None if zero_point is None else zero_point[rows]
+        return self._unpack(self.weight_packed[rows], scale, zero_point).view(*input.shape, self.embedding_dim)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        padding = "" if self.padding_idx is None else f", padding_idx={self.padding_idx}"
+        return f"{self.num_embeddings}, {self.embedding_dim}{padding}, {self._describe()}"

@@ -1,0 +1,94 @@
+"""A Linear whose weight stays packed: unpacked for one product at a time, in the forward and in the backward pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_shrink.plan import Scheme
+from hf_shrink.quantization.base import QuantizedWeight
+from hf_shrink.runtime.packed import PackedModule
+
+
+class CompressedLinear(PackedModule):
+    """y = x W^T + b with W packed. Its state dict is what a compressed-tensors checkpoint holds for a Linear.
+
+    Attributes:
+        in_features, out_features: as of nn.Linear.
+        bias: parameter (out_features,) or None.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> None:
+        super().__init__(scheme, out_features, in_features, dtype, device)
+        self.in_features, self.out_features = in_features, out_features
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+
+    @classmethod
+    def empty(
+        cls,
+        scheme: Scheme,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        dtype: torch.dtype,
+        device: torch.device | str | None = None,
+    ) -> CompressedLinear:
+        """All zeros (or meta tensors), to load a state dict into. `dtype`: of the scales, the bias and `weight`."""
+        return cls(scheme, in_features, out_features, bias, dtype, device)
+
+    @classmethod
+    def from_quantized(cls, quantized: QuantizedWeight, bias: Tensor | None) -> CompressedLinear:
+        """From a method's result. The bias is taken over as it is."""
+        rows, columns = quantized.values.shape
+        grid = quantized.grid
+        linear = cls(grid.scheme, columns, rows, False, grid.scale.dtype, "meta")
+        linear._fill(quantized)
+        linear.weight_shape = torch.tensor([rows, columns], device=quantized.values.device)
+        if bias is not None:
+            linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
+        return linear
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As nn.Linear, on (..., in_features), in the dtype of the input. Gradients reach the input and the bias."""
+        bias = self.bias if self.bias is None or self.bias.dtype == input.dtype else self.bias.to(input.dtype)
+        if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
+            output: Tensor = _PackedProduct.apply(input, bias, self)
+            return output
+        return F.linear(input, self.weight.to(input.dtype), bias)
+
+    def extra_repr(self) -> str:
+        """For print(model)."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {self._describe()}"
+
+
+class _PackedProduct(torch.autograd.Function):
+    """F.linear that unpacks the weight again for the backward pass instead of keeping a dense copy in the graph."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor, bias: Tensor | None, linear: CompressedLinear) -> Tensor:
+        ctx.linear = linear
+        ctx.dtype = input.dtype
+        return F.linear(input, linear.weight.to(input.dtype), bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        needs_input, needs_bias, _ = ctx.needs_input_grad
+        to_input = to_bias = None
+        if needs_input:
+            to_input = (gradient @ ctx.linear.weight.to(gradient.dtype)).to(ctx.dtype)
+        if needs_bias:
+            to_bias = gradient.flatten(0, -2).sum(0)
+        return to_input, to_bias, None

@@ -1,0 +1,105 @@
+"""What packed modules share: the buffers of a compressed-tensors checkpoint and a dense weight on access."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_shrink.plan import Scheme
+from hf_shrink.quantization.base import QuantizedWeight
+from hf_shrink.runtime.packing import pack, pack_zero_point, unpack_weight, unpack_zero_point
+
+
+class PackedModule(nn.Module):
+    """A module whose weight (rows, columns) is held packed, and only packed.
+
+    Attributes:
+        scheme: bits, symmetry, strategy, group size.
+        compute_dtype: dtype of `weight`; None means the scale's. Casting the module sets it back to None.
+        weight_packed: int32 (rows, ceil(columns * bits / 32)).
+        weight_scale: (rows, groups), (rows, 1) per channel, (1,) per tensor.
+        weight_zero_point: asymmetric schemes only: int32 (ceil(rows * bits / 32), groups); per tensor int8 (1,).
+        weight_shape: int64 (2,).
+    """
+
+    weight_packed: Tensor
+    weight_scale: Tensor
+    weight_zero_point: Tensor | None
+    weight_shape: Tensor
+
+    def __init__(
+        self, scheme: Scheme, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None = None
+    ) -> None:
+        super().__init__()
+        self.scheme = scheme
+        self.compute_dtype: torch.dtype | None = None
+        self._rows, self._columns = rows, columns
+        words = -(-columns * scheme.bits // 32)
+        groups = scheme.scale_columns(columns)
+        scale_shape = (1,) if scheme.strategy == "tensor" else (rows, groups)
+        self.register_buffer("weight_packed", torch.zeros(rows, words, dtype=torch.int32, device=device))
+        self.register_buffer("weight_scale", torch.zeros(scale_shape, dtype=dtype, device=device))
+        if not scheme.symmetric:
+            packed_rows = -(-rows * scheme.bits // 32)
+            per_tensor = torch.zeros(1, dtype=torch.int8, device=device)
+            packed = torch.zeros(packed_rows, groups, dtype=torch.int32, device=device)
+            self.register_buffer("weight_zero_point", per_tensor if scheme.strategy == "tensor" else packed)
+        self.register_buffer("weight_shape", torch.tensor([rows, columns], device=device))
+
+    @property
+    def weight(self) -> Tensor:
+        """The dense weight (rows, columns), unpacked anew on every access; no gradient reaches it."""
+        return self._unpack(self.weight_packed, self.weight_scale, self._zero_point())
+
+    @property
+    def numel(self) -> int:
+        """Elements of the unpacked weight."""
+        return self._rows * self._columns
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weight is."""
+        return self.weight_packed.device
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """dtype of `weight`, without unpacking it."""
+        return self.compute_dtype or self.weight_scale.dtype
+
+    def _zero_point(self) -> Tensor | None:
+        if self.scheme.symmetric or self.weight_zero_point is None:
+            return None
+        return unpack_zero_point(self.weight_zero_point, self.scheme, self._rows)
+
+    def _unpack(self, packed: Tensor, scale: Tensor, zero_point: Tensor | None) -> Tensor:
+        with torch.no_grad():
+            return unpack_weight(packed, scale, zero_point, self.scheme, self._columns, self.weight_dtype)
+
+    def _fill(self, quantized: QuantizedWeight) -> None:
+        """Take over a method's result."""
+        grid, bits = quantized.grid, self.scheme.bits
+        self.weight_packed = pack(quantized.values, bits)
+        self.weight_scale = grid.scale.reshape(self.weight_scale.shape).contiguous()
+        if grid.zero_point is not None:
+            self.weight_zero_point = pack_zero_point(grid.zero_point, self.scheme)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = self.weight_scale.dtype
+        result = super()._apply(fn, recurse)
+        if self.weight_scale.dtype != before:
+            self.compute_dtype = None
+        return result
+
+    def _describe(self) -> str:
+        scheme = self.scheme
+        size = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
+        return f"{scheme.name}{size} {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+def count_parameters(model: nn.Module) -> int:
+    """Logical parameters: every parameter once, and a packed weight's unpacked elements."""
+    packed = {id(m.weight_packed): m.numel for m in model.modules() if isinstance(m, PackedModule)}
+    return sum(p.numel() for p in model.parameters()) + sum(packed.values())

@@ -1,0 +1,69 @@
+"""Surgery: cut a model as a Plan says, and keep its config true."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.architectures.bound import BoundStack
+from hf_shrink.errors import ArchitectureError
+from hf_shrink.plan import BlockPlan, Plan, StackPlan
+from hf_shrink.surgery.depth import remove_blocks, without_blocks
+from hf_shrink.surgery.sizes import build_skeleton, is_uneven, module_shape, resize_skeleton, settle_config
+from hf_shrink.surgery.units import check_units, cut_block
+
+__all__ = [
+    "apply_structure",
+    "build_skeleton",
+    "check_plan",
+    "cut_block",
+    "is_uneven",
+    "module_shape",
+    "remove_blocks",
+    "resize_skeleton",
+    "settle_config",
+    "without_blocks",
+]
+
+
+def apply_structure(model: PreTrainedModel, plan: Plan) -> None:
+    """Everything structural in `plan`, without refit: remove blocks, cut units, settle the config."""
+    binding = bind(model)
+    check_plan(binding, plan)
+    for name, stack_plan in plan.stacks.items():
+        remove_blocks(model, binding.stack(name), stack_plan.kept)
+    for name, stack_plan in plan.stacks.items():
+        stack = bind(model).stack(name)
+        for block, source in zip(stack.blocks, stack_plan.kept, strict=True):
+            cut_block(block, stack_plan.blocks.get(source, BlockPlan()))
+    settle_config(model)
+
+
+def check_plan(binding: Binding, plan: Plan) -> None:
+    """Raises ArchitectureError when the plan was made for another model."""
+    if plan.model_type != binding.model_type:
+        raise ArchitectureError(
+            f"the plan was made for a {plan.model_type!r} model, this one is {binding.model_type!r}"
+        )
+    if plan.stacks:
+        binding.require_roles()
+    for name, stack_plan in plan.stacks.items():
+        stack = binding.stack(name)
+        check_units(stack_plan.kept, len(stack.blocks), stack.path, "blocks")
+        gone = set(stack_plan.blocks) - set(stack_plan.kept)
+        if gone:
+            raise ArchitectureError(f"the plan keeps units of blocks that it removes: {sorted(gone)} of {stack.path}")
+        _check_tied(stack, stack_plan)
+
+
+def _check_tied(stack: BoundStack, plan: StackPlan) -> None:
+    """A position bias that goes from block to block has one entry a head, so all blocks must keep the same heads."""
+    kept = [plan.blocks.get(index, BlockPlan()) for index in plan.kept]
+    for attention, heads in (
+        (stack.spec and stack.spec.attention, {block.query_heads for block in kept}),
+        (stack.spec and stack.spec.cross_attention, {block.cross_heads for block in kept}),
+    ):
+        if attention and attention.tied and len(heads) > 1:
+            raise ArchitectureError(
+                f"all blocks of {stack.path} share one position bias, so a plan must keep the same heads in each"
+            )

@@ -1,0 +1,100 @@
+"""Take whole blocks out of a stack, for good or for a measurement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from transformers import PretrainedConfig
+
+from hf_shrink.architectures.bound import BoundStack
+from hf_shrink.errors import ArchitectureError
+from hf_shrink.surgery.units import check_units
+
+
+@contextmanager
+def without_blocks(model: nn.Module, stack: BoundStack, removed: Sequence[int]) -> Iterator[None]:
+    """The model with some of a stack's blocks taken out, for measurements; put back afterwards. Use no KV cache."""
+    modules = model.get_submodule(stack.path)
+    assert isinstance(modules, nn.ModuleList)
+    owner = model.get_submodule(stack.path.rpartition(".")[0])
+    gone = set(removed)
+    kept = [block.index for block in stack.blocks if block.index not in gone]
+    undo = _DepthConfig(model, stack, kept)
+    setattr(owner, stack.path.rpartition(".")[2], nn.ModuleList(modules[i] for i in kept))
+    undo.apply()
+    try:
+        yield
+    finally:
+        setattr(owner, stack.path.rpartition(".")[2], modules)
+        undo.revert()
+
+
+def remove_blocks(model: nn.Module, stack: BoundStack, kept: Sequence[int]) -> None:
+    """Keep only the given blocks of a stack, renumber them, and set the config's depth. The binding is stale after."""
+    check_units(kept, len(stack.blocks), stack.path, "blocks")
+    if stack.spec is None:
+        raise ArchitectureError(f"blocks of {stack.path} cannot be removed: its config keys are not in the table")
+    if stack.spec.depth_fixed is not None and len(kept) != len(stack.blocks):
+        raise ArchitectureError(f"blocks of {stack.path} cannot be removed: {stack.spec.depth_fixed}")
+    if stack.spec.first_is_special and kept[0] != 0:
+        raise ArchitectureError(f"{stack.path}: the first block is built differently and must be kept")
+    owner = model.get_submodule(stack.path.rpartition(".")[0])
+    modules = model.get_submodule(stack.path)
+    assert isinstance(modules, nn.ModuleList)
+    setattr(owner, stack.path.rpartition(".")[2], nn.ModuleList(modules[i] for i in kept))
+    _DepthConfig(model, stack, kept).apply()
+    for new, old in enumerate(kept):
+        for module in modules[old].modules():
+            if getattr(module, "layer_idx", None) == old:
+                module.layer_idx = new  # type: ignore[assignment]
+            if getattr(module, "layer_id", None) == old:
+                module.layer_id = new  # type: ignore[assignment]
+
+
+class _DepthConfig:
+    """The config keys that depend on the number of blocks, on every config object of the model that has them."""
+
+    def __init__(self, model: nn.Module, stack: BoundStack, kept: Sequence[int]) -> None:
+        assert stack.spec is not None
+        spec = stack.spec
+        self._old: list[tuple[PretrainedConfig, str, Any]] = []
+        self._new: list[tuple[PretrainedConfig, str, Any]] = []
+        total = len(stack.blocks)
+        for place, config in enumerate(stack_configs(model, stack)):
+            # In a stack's own copy the usual key counts its blocks too (T5 sizes the decoder's KV cache by it).
+            depths = (spec.depth, "num_hidden_layers") if place else (spec.depth,)
+            for key in dict.fromkeys((*depths, *spec.block_lists)):
+                value = getattr(config, key, None)
+                if isinstance(value, list | tuple) and len(value) == total:
+                    self._change(config, key, value, [value[i] for i in kept])
+                elif key in depths and value == total:
+                    self._change(config, key, value, len(kept))
+
+    def _change(self, config: PretrainedConfig, key: str, old: Any, new: Any) -> None:
+        self._old.append((config, key, old))
+        self._new.append((config, key, new))
+
+    def apply(self) -> None:
+        for config, key, value in self._new:
+            setattr(config, key, value)
+
+    def revert(self) -> None:
+        for config, key, value in self._old:
+            setattr(config, key, value)
+
+
+def stack_configs(model: nn.Module, stack: BoundStack) -> list[PretrainedConfig]:
+    """The stack's own config first, then copies of it that modules hold (T5 gives each stack a copy)."""
+    config: Any = model.config
+    for part in stack.spec.config.split(".") if stack.spec and stack.spec.config else []:
+        config = getattr(config, part, config)
+    found = [config]
+    for name, module in model.named_modules():
+        other = getattr(module, "config", None)
+        inside = (stack.path + ".").startswith(name + ".") or name.startswith(stack.path + ".") or not name
+        if inside and type(other) is type(config) and all(other is not c for c in found):
+            found.append(other)
+    return found

@@ -1,0 +1,169 @@
+"""Write a model's present sizes into its config, and build a skeleton back from there.
+
+Uniform sizes go into the stock config keys. What those keys cannot say (different sizes in different blocks, head
+counts of families that derive the head size) is recorded by module path in `config.hf_shrink`, which the loader reads.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
+from transformers.pytorch_utils import Conv1D
+
+from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.architectures.bound import BoundMlp
+from hf_shrink.architectures.linears import resize
+from hf_shrink.architectures.portable import part_keys
+from hf_shrink.errors import ArchitectureError
+from hf_shrink.surgery.depth import stack_configs
+from hf_shrink.surgery.units import CONFIG_PREFIX, get_attribute, set_attribute
+
+RECORD_FORMAT = 1
+
+
+def settle_config(model: PreTrainedModel) -> None:
+    """Write the model's present sizes into its config: stock keys where all blocks agree, `hf_shrink` for the rest."""
+    binding = bind(model)
+    if binding.family is not None:
+        _settle_stock_keys(model, binding)
+        _settle_cache_depth(model, binding)
+        _share_configs(model, binding)
+    model.config.hf_shrink = {"format": RECORD_FORMAT, **_uneven(model, binding)}
+
+
+@dataclass
+class _Wish:
+    """What the parts that read the same config keys would have these keys be."""
+
+    keys: list[dict[str, int] | None] = field(default_factory=list)
+    configs: list[PretrainedConfig] = field(default_factory=list)
+    changed: bool = False
+
+
+def _settle_stock_keys(model: PreTrainedModel, binding: Binding) -> None:
+    """Set the keys of every kind of part whose sizes changed, where all parts agree and stock can build them."""
+    built = {part.path: part.sizes for block in bind(build_skeleton(model)).blocks for part in block.parts}
+    wishes: dict[tuple[int, str | None], _Wish] = {}
+    for stack in binding.stacks:
+        configs = stack_configs(model, stack)
+        for part in (part for block in stack.blocks for part in block.parts):
+            name = part.spec.channels if isinstance(part, BoundMlp) else part.spec.heads
+            wish = wishes.setdefault((id(configs[0]), name), _Wish())
+            wish.changed |= part.sizes != built[part.path]
+            wish.configs += [c for c in configs if all(c is not known for known in wish.configs)]
+            keys = part_keys(part, configs[0])
+            if keys not in wish.keys:
+                wish.keys.append(keys)
+    for wish in wishes.values():
+        if not wish.changed or len(wish.keys) != 1 or wish.keys[0] is None:
+            continue
+        for key, value in wish.keys[0].items():
+            for config in wish.configs:
+                setattr(config, key, value)
+
+
+def _settle_cache_depth(model: PreTrainedModel, binding: Binding) -> None:
+    """See to it that `generate` makes a KV cache for as many blocks as the decoder of an encoder-decoder has.
+
+    `get_text_config(decoder=True)` tells the number. Where a config has `decoder_layers` it takes that, and else the
+    encoder's number (T5), which is too few once the encoder is the shorter: then the key is added.
+    """
+    for stack in binding.stacks:
+        config = model.config
+        if stack.spec and stack.spec.cached and config.is_encoder_decoder:
+            if config.get_text_config(decoder=True).num_hidden_layers != len(stack.blocks):
+                config.decoder_layers = len(stack.blocks)
+
+
+def _share_configs(model: PreTrainedModel, binding: Binding) -> None:
+    """Give modules whose own copy of the config says nothing else the stack's config back."""
+    for stack in binding.stacks:
+        config = stack_configs(model, stack)[0]
+        for part in (part for block in stack.blocks for part in block.parts):
+            own = getattr(part.module, "config", None)
+            copied = any(name.startswith(CONFIG_PREFIX) for name in part.spec.attributes)
+            if copied and isinstance(own, PretrainedConfig) and _without_record(own) == _without_record(config):
+                part.module.config = config  # type: ignore[assignment]
+
+
+def _without_record(config: PretrainedConfig) -> dict[str, Any]:
+    return {key: value for key, value in config.to_dict().items() if key != "hf_shrink"}
+
+
+def build_skeleton(model: PreTrainedModel) -> PreTrainedModel:
+    """What stock transformers builds from the model's config, on the meta device."""
+    config = copy.deepcopy(model.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    with torch.device("meta"), no_init_weights():
+        return type(model)(config)
+
+
+def module_shape(module: nn.Module) -> tuple[int, int] | None:
+    """(out, in) of anything with a matrix: Linear, Conv1D, Embedding (rows, width), compressed ones; None otherwise."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    if hasattr(module, "out_features") and hasattr(module, "in_features"):
+        return int(module.out_features), int(module.in_features)  # type: ignore[arg-type]
+    if hasattr(module, "num_embeddings") and hasattr(module, "embedding_dim"):
+        return int(module.num_embeddings), int(module.embedding_dim)  # type: ignore[arg-type]
+    return None
+
+
+def _uneven(model: PreTrainedModel, binding: Binding) -> dict[str, Any]:
+    """Shapes and attributes, by module path, in which the model differs from what its config builds."""
+    skeleton = dict(build_skeleton(model).named_modules())
+    shapes = {}
+    for path, module in model.named_modules():
+        size = module_shape(module)
+        if size is not None and path in skeleton and module_shape(skeleton[path]) != size:
+            shapes[path] = list(size)
+    attributes: dict[str, dict[str, int]] = {}
+    for block in binding.blocks:
+        for part in block.parts:
+            for name in part.spec.attributes:
+                value = get_attribute(part.module, name)
+                if get_attribute(skeleton[part.path], name) != value:
+                    attributes.setdefault(part.path, {})[name] = value
+    return {"shapes": shapes, "attributes": attributes}
+
+
+def resize_skeleton(model: nn.Module, record: Mapping[str, Any]) -> None:
+    """The inverse of `settle_config`'s record: give a stock skeleton the recorded shapes and attributes, in place.
+
+    Raises:
+        ArchitectureError: the record is of a later format, or names a module that the model does not have.
+    """
+    if record.get("format") != RECORD_FORMAT:
+        raise ArchitectureError(f"this checkpoint's shapes are of format {record.get('format')!r}; update hf_shrink")
+    modules = dict(model.named_modules())
+    for path, size in record.get("shapes", {}).items():
+        if path not in modules:
+            raise ArchitectureError(f"the checkpoint records a shape for {path}, which {type(model).__name__} lacks")
+        rows, columns = (int(n) for n in size)
+        module = modules[path]
+        if isinstance(module, nn.Embedding):
+            module.weight = nn.Parameter(
+                torch.empty(rows, columns, dtype=module.weight.dtype, device=module.weight.device)
+            )
+            module.num_embeddings, module.embedding_dim = rows, columns
+        else:
+            resize(module, rows, columns)
+    for path, values in record.get("attributes", {}).items():
+        if path not in modules:
+            raise ArchitectureError(f"the checkpoint records attributes of {path}, which {type(model).__name__} lacks")
+        for name, value in values.items():
+            set_attribute(modules[path], name, int(value))
+
+
+def is_uneven(model: nn.Module) -> bool:
+    """Whether the config cannot express the model's shapes."""
+    record = getattr(getattr(model, "config", None), "hf_shrink", None) or {}
+    return bool(record.get("shapes") or record.get("attributes"))

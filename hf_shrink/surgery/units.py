@@ -1,0 +1,91 @@
+"""Cut query heads and channels out of one block."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp
+from hf_shrink.architectures.linears import cut
+from hf_shrink.errors import ArchitectureError
+from hf_shrink.plan import BlockPlan
+
+CONFIG_PREFIX = "config."  # of an attribute that a module reads from its config
+
+
+def cut_block(block: BoundBlock, plan: BlockPlan) -> None:
+    """Remove the query heads and channels that `plan` does not keep, in place. The binding is stale afterwards."""
+    cross = plan.cross_heads
+    for attention, heads in ((block.attention, plan.query_heads), (block.cross_attention, cross)):
+        if heads is None:
+            continue
+        if attention is None:
+            raise ArchitectureError(f"{block.path} has no such attention whose heads could be removed")
+        _cut_attention(attention, heads)
+    if plan.channels is not None:
+        if block.mlp is None:
+            raise ArchitectureError(f"{block.path} has no MLP whose channels could be removed")
+        check_units(plan.channels, block.mlp.channels, block.mlp.path, "channels")
+        _cut(block.mlp, block.mlp.cuts(plan.channels))
+        values = {"channels": len(plan.channels)}
+        for name, quantity in block.mlp.spec.attributes.items():
+            set_attribute(block.mlp.module, name, values[quantity])
+
+
+def _cut_attention(attention: BoundAttention, heads: Sequence[int]) -> None:
+    if attention.spec.fixed is not None and len(heads) != attention.heads:
+        raise ArchitectureError(f"heads of {attention.path} cannot be removed: {attention.spec.fixed}")
+    check_units(heads, attention.heads, attention.path, "query heads")
+    groups = attention.groups_of(heads)
+    _cut(attention, attention.cuts(heads))
+    for path, dim in attention.per_head.items():
+        _cut_per_head(attention.module, path, dim, heads)
+    for name, quantity in attention.spec.attributes.items():
+        set_attribute(attention.module, name, attention.quantity(quantity, len(heads), len(groups)))
+
+
+def check_units(kept: Sequence[int], count: int, path: str, what: str) -> None:
+    if not kept:
+        raise ArchitectureError(f"{path}: nothing would be left of its {what}; keep at least one")
+    if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
+        raise ArchitectureError(f"{path}: kept {what} must be ascending numbers below {count}, each once")
+
+
+def _cut(part: BoundAttention | BoundMlp, cuts: Mapping[tuple[str, str], Tensor]) -> None:
+    for path, module in part.modules.items():
+        rows, columns = cuts.get((path, "out")), cuts.get((path, "in"))
+        if rows is not None or columns is not None:
+            cut(module, rows, columns)
+
+
+def _cut_per_head(owner: nn.Module, path: str, dim: int, heads: Sequence[int]) -> None:
+    """A parameter with one entry a head; absent in blocks that do not carry it."""
+    module_path, _, name = path.rpartition(".")
+    try:
+        module = owner.get_submodule(module_path)
+    except AttributeError:
+        return
+    old = getattr(module, name)
+    kept = old.data.index_select(dim, torch.as_tensor(heads, device=old.device))
+    setattr(module, name, nn.Parameter(kept, requires_grad=old.requires_grad))
+    if isinstance(module, nn.Embedding):
+        module.embedding_dim = kept.shape[1]
+
+
+def set_attribute(module: nn.Module, name: str, value: int) -> None:
+    """Set an attribute; "config.key" sets it on a copy of the module's config, which other blocks share."""
+    if name.startswith(CONFIG_PREFIX):
+        module.config = copy.copy(module.config)
+        setattr(module.config, name.removeprefix(CONFIG_PREFIX), value)
+    else:
+        setattr(module, name, value)
+
+
+def get_attribute(module: nn.Module, name: str) -> Any:
+    """The attribute that `set_attribute` sets."""
+    owner = module.config if name.startswith(CONFIG_PREFIX) else module
+    return getattr(owner, name.removeprefix(CONFIG_PREFIX))

@@ -1,0 +1,147 @@
+"""What the benchmarks share: protocol pieces, timing, peak memory, and JSON results with versions and hardware.
+
+The module imports torch only where it is needed: a parent that starts the measured processes must itself stay small,
+because Linux counts its resident memory as the first peak of a child.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("hf_shrink", "torch", "transformers", "compressed-tensors", "datasets", "accelerate", "numpy")
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of what decides a result, and of Python."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """Processor, cores and memory of this machine."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                model = line.partition(":")[2].strip()
+                break
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {"processor": model, "cores": os.cpu_count(), "memory_gb": round(memory / 2**30, 1)}
+
+
+def git_commit() -> str:
+    """The commit that was measured, with "+" when the working tree differs from it."""
+    head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    if head.returncode:
+        return "unknown"
+    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    return head.stdout.strip() + ("+" if dirty.strip() else "")
+
+
+@contextmanager
+def stopwatch() -> Iterator[dict[str, float]]:
+    """`with stopwatch() as t: ...` leaves wall and process CPU seconds in t."""
+    times: dict[str, float] = {}
+    wall, cpu = time.perf_counter(), time.process_time()
+    yield times
+    times["seconds"] = round(time.perf_counter() - wall, 2)
+    times["cpu_seconds"] = round(time.process_time() - cpu, 2)
+
+
+def peak_memory_mb() -> float:
+    """The most memory (10^6 bytes) that was resident in this process so far: VmHWM, or ru_maxrss without /proc."""
+    status = Path("/proc/self/status")
+    if status.is_file():
+        for line in status.read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return round(int(line.split()[1]) * 1024 / 1e6, 1)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+
+
+def folder_bytes(folder: Path) -> int:
+    """Bytes of the weights in a checkpoint folder."""
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+
+
+def windows(tokenizer: Any, path: Path, count: int, length: int) -> torch.Tensor:
+    """The first `count` windows of `length` consecutive tokens of a text file, int64 (count, length).
+
+    No special tokens; the same cut as the peers' runner. Raises ValueError where the text is too short.
+    """
+    ids = tokenizer(path.read_text(), return_tensors="pt", add_special_tokens=False).input_ids[0]
+    if ids.numel() < count * length:
+        raise ValueError(f"{path} has {ids.numel()} tokens, {count} x {length} are needed")
+    rows: torch.Tensor = ids[: count * length].view(count, length)
+    return rows
+
+
+def perplexity(model: Any, rows: torch.Tensor) -> float:
+    """exp of the mean loss over all predicted tokens (length - 1 of each row), summed before it is divided."""
+    import torch
+
+    loss, tokens = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            logits = model(row[None]).logits[0, :-1].float()
+            loss += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
+            tokens += row.numel() - 1
+    return math.exp(loss / tokens)
+
+
+def run_fresh(command: Sequence[str], threads: int) -> dict[str, Any]:
+    """Run a command in a process of its own and read the JSON line that it prints last.
+
+    Raises RuntimeError with the end of its output when it fails or prints none.
+    """
+    environment = {
+        **os.environ,
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    done = subprocess.run(list(command), env=environment, stdout=subprocess.PIPE, text=True)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or not lines:
+        raise RuntimeError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout[-2000:]}")
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def write_results(name: str, content: dict[str, Any], output: Path | None = None) -> Path:
+    """Write `content` with date, commit, versions and hardware to results/NAME.json or `output`; returns the path."""
+    path = output or RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "commit": git_commit(),
+        "versions": versions(),
+        "hardware": hardware(),
+    }
+    path.write_text(json.dumps({**about, **content}, indent=1) + "\n")
+    return path

@@ -1,0 +1,67 @@
+"""Save every row once, and see once what stock transformers makes of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from checkpoint.rows import IDS, ROWS
+from torch import Tensor
+from transformers import PreTrainedModel
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A row's checkpoint, the logits of the model that wrote it, and the stock outcome (None without a stock run)."""
+
+    folder: Path
+    kind: str
+    logits: Tensor
+    reasons: tuple[str, ...]
+    stock_logits: Tensor | None = None
+    stock_error: str | None = None
+
+    def config(self) -> dict:
+        return json.loads((self.folder / "config.json").read_text())
+
+
+def logits_of(model: PreTrainedModel) -> Tensor:
+    ids = torch.tensor(IDS)
+    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return model(ids, **extra).logits
+
+
+def save_rows(root: Path, reasons_of) -> dict[str, Saved]:
+    saved = {}
+    for name, row in ROWS.items():
+        model = row.build()
+        logits, reasons = logits_of(model), tuple(reasons_of(model))
+        folder = root / name.replace(" ", "_").replace(",", "")
+        model.save_pretrained(folder)
+        saved[name] = Saved(folder, type(model).__name__, logits, reasons)
+    return saved
+
+
+def run_stock(saved: dict[str, Saved], root: Path) -> dict[str, Saved]:
+    jobs = [{"folder": str(item.folder), "class": item.kind, "ids": IDS} for item in saved.values()]
+    (root / "jobs.json").write_text(json.dumps(jobs))
+    script = Path(__file__).with_name("stock.py")
+    done = subprocess.run([sys.executable, str(script), str(root / "jobs.json")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outcome = {}
+    for name, item in saved.items():
+        logits, error = item.folder / "stock.pt", item.folder / "stock.txt"
+        outcome[name] = Saved(
+            item.folder,
+            item.kind,
+            item.logits,
+            item.reasons,
+            torch.load(logits) if logits.is_file() else None,
+            error.read_text() if error.is_file() else None,
+        )
+    return outcome

@@ -1,0 +1,313 @@
+"""Encoders, vision models and encoder-decoders: cutting and removing does what masking and bypassing does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conformance.cases_encoders import CASES, Case
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from hf_shrink.architectures import bind
+from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundStack
+from hf_shrink.calibration.walk import StackWalk
+from hf_shrink.errors import ArchitectureError
+from hf_shrink.plan import BlockPlan, Plan, StackPlan
+from hf_shrink.surgery import apply_structure, build_skeleton, is_uneven, resize_skeleton
+
+# Heads of these can be removed within stock config keys.
+OWN_HEAD_SIZE = ("vit", "t5")
+DECODERS = ("bert_decoder", "whisper", "t5", "t5_gated", "bart")
+
+every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+
+
+def outputs(model: nn.Module, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Every tensor that the model returns, without its KV cache."""
+
+    def tensors(output: Any) -> Iterator[Tensor]:
+        if isinstance(output, Tensor):
+            yield output
+        elif isinstance(output, ModelOutput):
+            for value in output.values():
+                yield from tensors(value)
+
+    with torch.no_grad():
+        return list(tensors(model(**inputs)))
+
+
+def assert_near(actual: list[Tensor], expected: list[Tensor], tolerance: float = 1e-5) -> None:
+    assert len(actual) == len(expected) > 0
+    for a, e in zip(actual, expected, strict=True):
+        assert a.shape == e.shape
+        assert (a - e).abs().max() <= tolerance * max(1.0, float(e.abs().max()))
+
+
+def far_apart(first: list[Tensor], second: list[Tensor]) -> bool:
+    return any((a - b).abs().max() > 1e-2 for a, b in zip(first, second, strict=True))
+
+
+def plan_for(model: PreTrainedModel, *, heads: bool, uneven: bool) -> Plan:
+    """Keep a part of every block: the same number everywhere, or other numbers in every block."""
+    binding = bind(model)
+    lost_everywhere = min(part.heads for block in binding.blocks for part in attentions(block)) // 2
+    stacks = {}
+    for stack in binding.stacks:
+        blocks = {}
+        for block in stack.blocks:
+            lost = 1 + block.index if uneven else 10
+            channels = [c for c in range(block.mlp.channels) if c % 7 != 3][:-lost]
+            spec = block.attention.spec
+            # A position bias that blocks share wants the same heads in all of them.
+            dropped = lost_everywhere + (stack.name == "decoder") if uneven and spec.tied else lost_everywhere
+            if uneven and not spec.tied:
+                dropped = 1 + block.index % 2
+            blocks[block.index] = BlockPlan(
+                query_heads=kept_heads(block.attention, dropped, 1) if heads else None,
+                cross_heads=kept_heads(block.cross_attention, dropped, 2) if heads and block.cross_attention else None,
+                channels=tuple(channels),
+            )
+        stacks[stack.name] = StackPlan(tuple(range(len(stack.blocks))), blocks)
+    return Plan(model.config.model_type, stacks)
+
+
+def attentions(block: BoundBlock) -> list[BoundAttention]:
+    return [a for a in (block.attention, block.cross_attention) if a is not None]
+
+
+def kept_heads(attention: BoundAttention, dropped: int, first: int) -> tuple[int, ...]:
+    gone = {(first + i) % attention.heads for i in range(dropped)}
+    return tuple(h for h in range(attention.heads) if h not in gone)
+
+
+def masked(model: PreTrainedModel, plan: Plan) -> PreTrainedModel:
+    """The dense model with zero columns in `output` and `down` for everything that the plan removes."""
+    model = copy.deepcopy(model)
+    for stack in bind(model).stacks:
+        for block in stack.blocks:
+            kept = plan.stacks[stack.name].blocks[block.index]
+            for part, heads in ((block.attention, kept.query_heads), (block.cross_attention, kept.cross_heads)):
+                if part is not None and heads is not None:
+                    weight = block.module.get_submodule(part.spec.output).weight
+                    for head in set(range(part.heads)) - set(heads):
+                        weight.data[:, head * part.head_size : (head + 1) * part.head_size] = 0
+            down = block.module.get_submodule(block.mlp.spec.down).weight
+            down.data[:, [c for c in range(block.mlp.channels) if c not in kept.channels]] = 0
+    return model
+
+
+@every_case
+def test_a_plan_that_keeps_everything_changes_nothing(case: Case) -> None:
+    model = case.build()
+    before = outputs(model, case.inputs())
+    stacks = {
+        stack.name: StackPlan(
+            tuple(range(len(stack.blocks))),
+            {
+                b.index: BlockPlan(
+                    tuple(range(b.attention.heads)),
+                    tuple(range(b.mlp.channels)),
+                    tuple(range(b.cross_attention.heads)) if b.cross_attention else None,
+                )
+                for b in stack.blocks
+            },
+        )
+        for stack in bind(model).stacks
+    }
+    apply_structure(model, Plan(model.config.model_type, stacks))
+    assert not is_uneven(model)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(model, case.inputs()), before, strict=True))
+
+
+@every_case
+def test_uniform_pruning_equals_masking_and_loads_in_stock(case: Case, tmp_path: Path) -> None:
+    model = case.build()
+    dense = outputs(model, case.inputs())
+    heads = model.config.model_type in OWN_HEAD_SIZE
+    plan = plan_for(model, heads=heads, uneven=False)
+    expected = outputs(masked(model, plan), case.inputs())
+    assert far_apart(dense, expected)
+
+    apply_structure(model, plan)
+    cut = outputs(model, case.inputs())
+    assert_near(cut, expected)
+    assert not is_uneven(model)
+
+    model.save_pretrained(tmp_path)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, case.inputs()), cut, strict=True))
+
+
+@every_case
+def test_uneven_pruning_equals_masking_and_its_record_rebuilds_it(case: Case) -> None:
+    model = case.build()
+    plan = plan_for(model, heads=True, uneven=True)
+    expected = outputs(masked(model, plan), case.inputs())
+    apply_structure(model, plan)
+    cut = outputs(model, case.inputs())
+    assert_near(cut, expected)
+    assert is_uneven(model)
+
+    skeleton = build_skeleton(model)
+    resize_skeleton(skeleton, model.config.hf_shrink)
+    assert {k: v.shape for k, v in skeleton.state_dict().items()} == {
+        k: v.shape for k, v in model.state_dict().items()
+    }
+    rebuilt = type(model)(copy.deepcopy(model.config)).eval()
+    resize_skeleton(rebuilt, model.config.hf_shrink)
+    rebuilt.load_state_dict(model.state_dict())
+    assert all(torch.equal(a, b) for a, b in zip(outputs(rebuilt, case.inputs()), cut, strict=True))
+
+
+def bypass(stack: BoundStack, removed: set[int]) -> None:
+    """Let blocks hand their hidden states through, with whatever else they return."""
+    for block in stack.blocks:
+        if block.index not in removed:
+            continue
+
+        def forward(hidden_states: Tensor, *args: Any, real: Any = block.module.forward, **kwargs: Any) -> Any:
+            output = real(hidden_states, *args, **kwargs)
+            return (hidden_states, *output[1:]) if isinstance(output, tuple) else hidden_states
+
+        block.module.forward = forward
+
+
+@every_case
+@pytest.mark.parametrize("removed", [{0}, {1}, {1, 2}], ids=str)
+def test_removing_blocks_equals_bypassing_them(case: Case, removed: set[int], tmp_path: Path) -> None:
+    model = case.build()
+    reference = copy.deepcopy(model)
+    for stack in bind(reference).stacks:
+        bypass(stack, removed)
+    binding = bind(model)
+    plan = Plan(
+        model.config.model_type,
+        {s.name: StackPlan(tuple(b.index for b in s.blocks if b.index not in removed)) for s in binding.stacks},
+    )
+    if 0 in removed and any(s.spec.first_is_special for s in binding.stacks):
+        with pytest.raises(ArchitectureError, match="first block"):
+            apply_structure(model, plan)
+        return
+    apply_structure(model, plan)
+    cut = outputs(model, case.inputs())
+    assert_near(cut, outputs(reference, case.inputs()), tolerance=1e-6)
+
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, case.inputs()), cut, strict=True))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("kept", [(0, 2), (0, 1, 2)], ids=str)
+def test_decoding_with_a_cache_equals_the_full_forward(name: str, kept: tuple[int, ...]) -> None:
+    case = CASES[name]
+    model = case.build()
+    apply_structure(model, plan_for(model, heads=True, uneven=True))
+    decoder = bind(model).stacks[-1]
+    apply_structure(model, Plan(model.config.model_type, {decoder.name: StackPlan(kept)}))
+
+    inputs = case.inputs()
+    key = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    ids = inputs.pop(key)
+    with torch.no_grad():
+        full = model(**inputs, **{key: ids}).logits
+        first = model(**inputs, **{key: ids[:, :4]}, use_cache=True)
+        assert len(first.past_key_values.self_attention_cache.layers) >= len(kept)
+        rest = model(**inputs, **{key: ids[:, 4:]}, past_key_values=first.past_key_values, use_cache=True).logits
+    assert_near([torch.cat([first.logits, rest], dim=1)], [full])
+
+
+@pytest.mark.parametrize("name", ["whisper", "t5", "bart"])
+@pytest.mark.parametrize("stack", ["encoder", "decoder"])
+def test_generation_is_greedy_decoding_after_blocks_are_gone(name: str, stack: str) -> None:
+    case = CASES[name]
+    model = case.build()
+    apply_structure(model, Plan(model.config.model_type, {stack: StackPlan((0, 2))}))
+    inputs = {k: v for k, v in case.inputs().items() if k != "decoder_input_ids"}
+    if name == "whisper":
+        model.generation_config.update(forced_decoder_ids=None, suppress_tokens=None, begin_suppress_tokens=None)
+    start = torch.full((len(next(iter(inputs.values()))), 1), 1)
+    settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5, "suppress_tokens": None}
+    cached = PreTrainedModel_generate(model, inputs, start, use_cache=True, **settings)
+    full = PreTrainedModel_generate(model, inputs, start, use_cache=False, **settings)
+    assert torch.equal(cached, full)
+
+
+def PreTrainedModel_generate(model: PreTrainedModel, inputs: dict[str, Tensor], start: Tensor, **settings: Any) -> Tensor:
+    from transformers import GenerationMixin
+
+    return GenerationMixin.generate(model, **inputs, decoder_input_ids=start, **settings)
+
+
+@every_case
+def test_gradients_reach_every_weight_that_is_left(case: Case) -> None:
+    model = case.build()
+    apply_structure(model, plan_for(model, heads=True, uneven=True))
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    reached = {}
+    for cut in (False, True):
+        model = case.build()
+        if cut:
+            apply_structure(model, plan_for(model, heads=True, uneven=True))
+        results: list[Tensor] = []
+        output = model(**case.inputs())
+        for value in output.values():
+            results += [value] if isinstance(value, Tensor) else []
+        sum(r.square().sum() for r in results).backward()
+        reached[cut] = {n for n, p in model.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
+    assert reached[True] == reached[False]
+    assert wanted >= reached[True]
+
+
+@every_case
+def test_the_walk_reproduces_the_hidden_states(case: Case) -> None:
+    model = case.build()
+    batches = [case.inputs(), {k: v[:1] for k, v in case.inputs().items()}]
+    for stack in bind(model).stacks:
+        seen: list[list[Tensor]] = [[] for _ in batches]
+        for number, batch in enumerate(batches):
+            hooks = [
+                block.module.register_forward_hook(
+                    lambda _, __, out, n=number: seen[n].append(out[0] if isinstance(out, tuple) else out)
+                )
+                for block in stack.blocks
+            ]
+            outputs(model, batch)
+            for hook in hooks:
+                hook.remove()
+        walk = StackWalk(model, [block.module for block in stack.blocks], batches)
+        for block in stack.blocks:
+            matrices = {path: model.get_submodule(path) for path in block.roles}
+            assert set(walk.statistics(matrices)) == set(matrices)
+            walk.advance()
+            for number in range(len(batches)):
+                assert torch.allclose(walk.hidden[number], seen[number][block.index], atol=1e-6)
+
+
+def test_a_shared_position_bias_wants_the_same_heads_in_every_block() -> None:
+    model = CASES["t5"].build()
+    plan = Plan("t5", {"encoder": StackPlan((0, 1, 2), {1: BlockPlan(query_heads=(0, 1, 2))})})
+    with pytest.raises(ArchitectureError, match="same heads"):
+        apply_structure(model, plan)
+
+
+def test_the_parts_around_the_blocks_are_left_alone() -> None:
+    for name, parts in {
+        "bert_classifier": ("bert.pooler.dense", "classifier"),
+        "vit": ("pooler.dense",),
+        "clip": ("text_projection", "visual_projection"),
+        "whisper": ("proj_out",),
+    }.items():
+        model = CASES[name].build()
+        before = {part: model.get_submodule(part).weight.clone() for part in parts}
+        inside = {path for block in bind(model).blocks for path in block.roles}
+        assert not inside & set(parts)
+        apply_structure(model, plan_for(model, heads=True, uneven=True))
+        assert all(torch.equal(model.get_submodule(part).weight, weight) for part, weight in before.items())

@@ -1,0 +1,87 @@
+"""The metric files: values, intervals, and loading with no network and several at once."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.evaluation.bootstrap import ratio_interval
+from hf_shrink.evaluation.metrics import NAMES, load_metric
+
+
+def test_the_four_metrics_are_found():
+    assert NAMES == ("cosine", "kl_divergence", "perplexity", "top1_agreement")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_value_is_the_ratio_of_the_sums(name, tmp_path):
+    metric = load_metric(name, tmp_path)
+    metric.add_batch(predictions=[6.0, 2.0], references=[3, 4])
+    metric.add_batch(predictions=[1.0], references=[2])
+    result = metric.compute()
+    expected = np.exp(9 / 9) if name == "perplexity" else 9 / 9
+    assert result[name] == pytest.approx(expected, rel=1e-12)
+    assert result["low"] < expected < result["high"]
+
+
+def test_two_of_one_kind_do_not_mix(tmp_path):
+    first, second = load_metric("perplexity", tmp_path), load_metric("perplexity", tmp_path)
+    first.add(prediction=1.0, reference=1)
+    second.add(prediction=2.0, reference=1)
+    assert first.compute()["perplexity"] == pytest.approx(np.e)
+    assert second.compute()["perplexity"] == pytest.approx(np.e**2)
+
+
+def test_interval_covers_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    hits = 0
+    for trial in range(200):
+        counts = rng.integers(50, 200, size=40)
+        sums = counts * rng.normal(3.0, 0.5, size=40)
+        _, low, high = ratio_interval(sums.tolist(), counts.tolist(), seed=trial)
+        hits += low <= 3.0 <= high
+    assert 180 <= hits <= 198
+
+
+def test_interval_is_repeatable_and_needs_something():
+    assert ratio_interval([1.0, 2.0, 4.0], [2, 3, 4], 7) == ratio_interval([1.0, 2.0, 4.0], [2, 3, 4], 7)
+    assert ratio_interval([3.0, 0.0], [2, 0]) == (1.5, None, None)
+    with pytest.raises(CalibrationError, match="no position to score"):
+        ratio_interval([0.0], [0])
+    with pytest.raises(CalibrationError, match="sequence 1"):
+        ratio_interval([0.0, float("inf")], [1, 1])
+
+
+def test_unknown_metric_names_the_nearest(tmp_path):
+    with pytest.raises(RecipeError, match="did you mean 'kl_divergence'"):
+        load_metric("kl_divergense", tmp_path)
+
+
+SCRIPT = """
+import socket, sys
+def refuse(*args, **kwargs): raise SystemExit("the network was tried")
+socket.socket.connect = socket.create_connection = socket.getaddrinfo = refuse
+from hf_shrink.evaluation.metrics import NAMES, load_metric
+for name in NAMES:
+    print(name, load_metric(name, sys.argv[1]).compute(predictions=[1.0, 2.0], references=[1, 2])[name])
+"""
+
+
+def test_two_processes_at_once_without_a_network(tmp_path):
+    """Both start with empty caches, so that both also copy the metric files there."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    environment = {**os.environ, **offline, "PYTHONPATH": str(Path(__file__).parents[2])}
+    command = [sys.executable, "-c", SCRIPT, str(tmp_path / "metrics")]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True, "env": environment}
+    processes = [subprocess.Popen(command, **pipes) for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        assert [line.split()[0] for line in out.splitlines()] == list(NAMES)
+    assert not list((tmp_path / "metrics").rglob("*.arrow")), "totals stay in memory"

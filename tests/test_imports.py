@@ -1,0 +1,229 @@
+"""The shape of the package: imports point down, model names stay in architectures/, files stay small."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parents[1] / "hf_shrink"
+
+# Lowest first. A room may import rooms of the layers before its own, and itself; never a neighbour in its layer.
+LAYERS: tuple[tuple[str, ...], ...] = (
+    ("errors",),
+    ("registry",),
+    ("plan", "report", "resources"),
+    ("recipe",),
+    ("ops",),
+    ("architectures",),
+    ("runtime", "reporting"),
+    ("surgery",),
+    ("calibration", "checkpoint"),
+    ("quantization", "pruning", "evaluation"),
+    ("search",),
+    ("pipeline",),
+    ("training", "hub"),
+    ("cli",),
+    ("__main__",),
+)
+LEVEL = {room: level for level, rooms in enumerate(LAYERS) for room in rooms}
+ROOT_LEVEL = LEVEL["cli"]  # hf_shrink/__init__.py: above all that it re-exports, below the command line
+
+# Counted anywhere inside a word ("gemma3_patch", "DistilBertModel") ...
+MODEL_NAMES = (
+    *("llama", "mistral", "mixtral", "qwen", "gemma", "smollm", "gptj", "gpt2", "neox", "bert", "deberta", "electra"),
+    *("siglip", "whisper", "wav2vec", "mamba", "deepseek", "olmo", "starcoder"),
+)
+# ... and these, which are or hide in ordinary words, only as a whole string literal, as a model_type is.
+MODEL_TYPES = {"phi", "phi3", "opt", "mpt", "vit", "clip", "bart", "bloom", "falcon", "t5"}
+METHOD_ROOMS = ("quantization", "pruning")
+MAX_LINES = 300
+
+
+def files() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def ids(path: Path) -> str:
+    return str(path.relative_to(PACKAGE))
+
+
+def room_of(path: Path) -> str:
+    """The room a file belongs to; "" for the package's own __init__.py."""
+    first = path.relative_to(PACKAGE).parts[0]
+    room = first.removesuffix(".py")
+    return "" if room == "__init__" else room
+
+
+def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those under `if TYPE_CHECKING:`."""
+    for child in ast.iter_child_nodes(tree):
+        if isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test):
+            for other in child.orelse:
+                yield other
+                yield from runtime_nodes(other)
+            continue
+        yield child
+        yield from runtime_nodes(child)
+
+
+def imported_rooms(source: str, package: tuple[str, ...]) -> set[str]:
+    """Rooms of hf_shrink imported by `source`, a file of the dotted `package`; "" is hf_shrink itself."""
+    rooms: set[str] = set()
+    for node in runtime_nodes(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                parts = alias.name.split(".")
+                if parts[0] == "hf_shrink":
+                    rooms.add(parts[1] if len(parts) > 1 else "")
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else ()
+            parts = [*base, *(node.module or "").split(".")] if node.module else list(base)
+            if parts[:1] != ["hf_shrink"]:
+                continue
+            if len(parts) > 1:
+                rooms.add(parts[1])
+            else:  # from hf_shrink import x: a room, or a name of the package itself
+                rooms.update(alias.name if alias.name in LEVEL else "" for alias in node.names)
+    return rooms
+
+
+def violations(room: str, imported: set[str]) -> list[str]:
+    level = LEVEL[room] if room else ROOT_LEVEL
+    return sorted(
+        other or "hf_shrink itself"
+        for other in imported
+        if other != room and (ROOT_LEVEL if not other else LEVEL[other]) >= level
+    )
+
+
+@pytest.mark.parametrize("path", files(), ids=ids)
+def test_imports_point_down(path: Path) -> None:
+    package = ("hf_shrink", *path.relative_to(PACKAGE).parent.parts)
+    imported = imported_rooms(path.read_text(), package)
+    unknown = ({room_of(path)} | imported) - set(LEVEL) - {""}
+    assert not unknown, f"give {sorted(unknown)} a layer in {Path(__file__).name}"
+    assert not violations(room_of(path), imported)
+
+
+@pytest.mark.parametrize(
+    ("source", "package", "expected"),
+    [
+        ("from hf_shrink.ops.grid import Grid", ("hf_shrink", "pruning"), {"ops"}),
+        ("import hf_shrink.pipeline", ("hf_shrink", "ops"), {"pipeline"}),
+        ("from hf_shrink import pipeline, shrink", ("hf_shrink", "ops"), {"pipeline", ""}),
+        ("from ..pipeline import shrink", ("hf_shrink", "ops"), {"pipeline"}),
+        ("from . import grid", ("hf_shrink", "ops"), {"ops"}),
+        ("def f():\n    from .. import search", ("hf_shrink", "ops"), {"search"}),
+        ("if TYPE_CHECKING:\n    from hf_shrink.pipeline import x", ("hf_shrink", "ops"), set()),
+        ("if TYPE_CHECKING:\n    pass\nelse:\n    import hf_shrink.cli", ("hf_shrink", "ops"), {"cli"}),
+        ("import torch\nfrom transformers import pipeline", ("hf_shrink", "ops"), set()),
+    ],
+)
+def test_the_reader_of_imports_sees_every_form(source: str, package: tuple[str, ...], expected: set[str]) -> None:
+    assert imported_rooms(source, package) == expected
+
+
+def test_upward_and_sideways_imports_are_violations() -> None:
+    assert violations("ops", {"plan", "ops", "errors"}) == []
+    assert violations("ops", {"architectures"}) == ["architectures"]
+    assert violations("pruning", {"quantization"}) == ["quantization"]
+    assert violations("pipeline", {""}) == ["hf_shrink itself"]
+    assert violations("cli", {"pipeline"}) == []
+
+
+def docstrings(tree: ast.Module) -> set[int]:
+    """ids of the string nodes that are docstrings or other bare strings."""
+    return {
+        id(node.value) for node in ast.walk(tree) if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+
+
+def words_of(node: ast.AST, skip: set[int]) -> list[tuple[str, bool]]:
+    """(text, whether it is a string literal) of everything in a node that could hold a name."""
+    if isinstance(node, ast.Constant):
+        return [(node.value, True)] if isinstance(node.value, str) and id(node) not in skip else []
+    if isinstance(node, ast.Name):
+        return [(node.id, False)]
+    if isinstance(node, ast.Attribute):
+        return [(node.attr, False)]
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef | ast.alias):
+        return [(node.name, False)]
+    if isinstance(node, ast.arg | ast.keyword):
+        return [(node.arg or "", False)]
+    return []
+
+
+def model_names_in(source: str) -> set[str]:
+    """Names of model families in the literals and identifiers of `source`; comments and docstrings do not count."""
+    tree = ast.parse(source)
+    skip = docstrings(tree)
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        for text, literal in words_of(node, skip):
+            lower = text.lower()
+            found.update(name for name in MODEL_NAMES if name in lower)
+            if literal and lower in MODEL_TYPES:
+                found.add(lower)
+    return found
+
+
+@pytest.mark.parametrize("path", [p for p in files() if room_of(p) != "architectures"], ids=ids)
+def test_model_names_stay_in_architectures(path: Path) -> None:
+    assert not model_names_in(path.read_text())
+
+
+def test_the_search_for_model_names_finds_them() -> None:
+    assert model_names_in("if config.model_type == 'llama': pass") == {"llama"}
+    assert model_names_in("if kind == 'opt': pass") == {"opt"}
+    assert model_names_in("from transformers import BertModel") == {"bert"}
+    assert model_names_in("def gemma3_patch(qwen2): pass") == {"gemma", "qwen"}
+    assert not model_names_in('"""Works for Llama."""\n# and BERT\nx = torch.clip(option, adopt)')
+
+
+@pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=ids)
+def test_ops_never_sees_a_module(path: Path) -> None:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            assert not [a.name for a in node.names if re.match(r"torch\.nn(?!\.functional)", a.name)]
+        elif isinstance(node, ast.ImportFrom) and node.module == "torch":
+            assert "nn" not in [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch.nn"):
+            assert node.module == "torch.nn.functional" or [a.name for a in node.names] == ["functional"]
+        elif isinstance(node, ast.Attribute) and ast.unparse(node.value) == "torch.nn":
+            assert node.attr == "functional"
+
+
+@pytest.mark.parametrize("path", files(), ids=ids)
+def test_files_stay_small(path: Path) -> None:
+    lines = len(path.read_text().splitlines())
+    assert lines <= MAX_LINES, f"{lines} lines: find the second subject in it and give it a file"
+
+
+def registered(source: str) -> list[ast.ClassDef]:
+    """The classes that `source` registers."""
+    return [
+        node
+        for node in ast.walk(ast.parse(source))
+        if isinstance(node, ast.ClassDef) and any(".register(" in ast.unparse(d) for d in node.decorator_list)
+    ]
+
+
+def method_files() -> list[Path]:
+    """Every file of a method room that can hold a method: __init__.py and base.py say what one is."""
+    return [
+        p for room in METHOD_ROOMS for p in sorted((PACKAGE / room).glob("*.py")) if p.stem not in ("__init__", "base")
+    ]
+
+
+@pytest.mark.parametrize("path", method_files(), ids=ids)
+def test_one_method_a_file(path: Path) -> None:
+    classes = registered(path.read_text())
+    assert len(classes) == 1, "each file here registers exactly one method"
+    decorators = " ".join(ast.unparse(d) for d in classes[0].decorator_list)
+    assert "frozen=True" in decorators, "a method is a frozen dataclass: its fields are the recipe's options"
+    assert ast.get_docstring(classes[0]) or ast.get_docstring(ast.parse(path.read_text()))
