@@ -65,7 +65,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_recipe(run)
     run.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
     run.add_argument("--overwrite", action="store_true", help="replace the output folder once the new one is whole")
-    run.add_argument("--evaluation", metavar="SPEC", help="what to measure on: 'self', a data recipe, a file, or 'none'")
+    run.add_argument(
+        "--evaluation", metavar="SPEC", help="what to measure on: 'self', a data recipe, a file, or 'none'"
+    )
     run.set_defaults(command=_run)
 
     plan = commands.add_parser("plan", help="say what run would do, without doing it")
@@ -81,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     evaluate = commands.add_parser("evaluate", help="measure a model, beside a dense one if given")
     evaluate.add_argument("directory", metavar="DIR", help="folder or Hub id of the model to measure")
     evaluate.add_argument("--baseline", metavar="DENSE", help="folder or Hub id of the dense model")
-    evaluate.add_argument("--data", default="self", metavar="SPEC", help="'self', a data recipe, or a file (default: self)")
+    evaluate.add_argument(
+        "--data", default="self", metavar="SPEC", help="'self', a data recipe, or a file (default: self)"
+    )
     evaluate.add_argument("--samples", type=int, metavar="N", help="sequences (default: the recipe's)")
     evaluate.add_argument("--length", type=int, metavar="N", help="tokens of a sequence (default: the recipe's)")
     evaluate.add_argument("--json", metavar="FILE", help="write the figures")

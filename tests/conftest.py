@@ -22,8 +22,8 @@ from from_scripts import load_script
 ROOT = Path(__file__).resolve().parents[1]
 REMEDY = "run the tests through `bash scripts/test.sh`, which installs it"
 
-# Two threads at most, one a worker under xdist, so that neither the machine nor the numbers depend on core counts.
-torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else min(2, os.cpu_count() or 1))
+# One thread: tiny models only lose by more, and neither the machine nor the numbers depend on core counts.
+torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_shrink"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("registry",),
-    ("plan", "report", "resources"),
+    ("plan", "report", "resources", "progress"),
     ("recipe",),
     ("ops",),
     ("architectures",),
@@ -213,17 +213,31 @@ def registered(source: str) -> list[ast.ClassDef]:
     ]
 
 
-def method_files() -> list[Path]:
-    """Every file of a method room that can hold a method: __init__.py and base.py say what one is."""
-    return [
-        p for room in METHOD_ROOMS for p in sorted((PACKAGE / room).glob("*.py")) if p.stem not in ("__init__", "base")
-    ]
+def dotted(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
-@pytest.mark.parametrize("path", method_files(), ids=ids)
-def test_one_method_a_file(path: Path) -> None:
-    classes = registered(path.read_text())
-    assert len(classes) == 1, "each file here registers exactly one method"
-    decorators = " ".join(ast.unparse(d) for d in classes[0].decorator_list)
-    assert "frozen=True" in decorators, "a method is a frozen dataclass: its fields are the recipe's options"
-    assert ast.get_docstring(classes[0]) or ast.get_docstring(ast.parse(path.read_text()))
+METHOD_FILES = [path for path in files() if room_of(path) in METHOD_ROOMS and registered(path.read_text())]
+
+
+def test_both_rooms_have_methods() -> None:
+    assert {room_of(path) for path in METHOD_FILES} == set(METHOD_ROOMS)
+
+
+@pytest.mark.parametrize("path", METHOD_FILES, ids=ids)
+def test_a_method_is_one_frozen_dataclass_in_a_file_of_its_own(path: Path) -> None:
+    (method,) = registered(path.read_text())
+    assert "frozen=True" in " ".join(ast.unparse(d) for d in method.decorator_list)
+    assert ast.get_docstring(method)
+
+
+@pytest.mark.parametrize("path", files(), ids=ids)
+def test_no_file_names_a_method_so_that_deleting_one_touches_nothing(path: Path) -> None:
+    imported: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            imported.update(alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and not node.level:
+            imported.add(node.module or "")
+            imported.update(f"{node.module}.{alias.name}" for alias in node.names)
+    assert not imported & {dotted(method) for method in METHOD_FILES}

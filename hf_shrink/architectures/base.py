@@ -72,9 +72,9 @@ class Stack:
         blocks: the end of the path of the ModuleList, such as "layers" or "encoder.layer".
         depth: config key of the number of blocks.
         config: path from the model's config to the sub-config with the keys ("" for itself).
-        attention, cross_attention, mlp: the roles; None where blocks have none. Of several forms of `mlp` the first whose
-            paths a block has is bound; `cross_attention` is bound in the blocks that have its module (in a BERT only when
-            it is a decoder).
+        attention, cross_attention, mlp: the roles; None where blocks have none. Of several forms of `mlp` the first
+            whose paths a block has is bound; `cross_attention` is bound in the blocks that have its module (in a BERT
+            only when it is a decoder).
         block_lists: config keys with one entry a block (layer types and the like).
         first_is_special: the first block differs from the rest by construction, so it is never removed.
         cached: blocks write a KV cache.

@@ -151,8 +151,10 @@ def _bind_attention(spec: Attention, path: str, block: nn.Module) -> BoundAttent
     else:
         kv_heads = (shape(modules[f"{path}.{spec.query}"])[0] // size - heads) // 2
     if kv_heads < 1 or heads % kv_heads or out_columns != heads * size:
-        raise ArchitectureError(f"{path}.{spec.output} has {out_columns} inputs, and the attention {kv_heads} KV groups: "
-            f"these do not fit heads of size {size}")
+        raise ArchitectureError(
+            f"{path}.{spec.output} has {out_columns} inputs, and the attention {kv_heads} KV groups: "
+            f"these do not fit heads of size {size}"
+        )
     index = _attention_rows(spec, heads, kv_heads, size)
     slots = tuple(
         Slot(role, f"{path}.{r}", "in" if role == "output" else "out", index[role]) for role, r in relative.items()

@@ -8,10 +8,17 @@ from collections.abc import Iterator, Mapping
 from huggingface_hub.errors import StrictDataclassError
 from transformers import PretrainedConfig
 
-from hf_shrink.architectures.base import Attention, Mlp
+from hf_shrink.architectures.base import Attention, Mlp, Stack
 from hf_shrink.architectures.bound import BoundAttention, BoundMlp
 
 Keys = dict[str, int]
+
+
+def stack_config(config: PretrainedConfig, spec: Stack) -> PretrainedConfig:
+    """The config with a stack's keys: the model's own, or a part of it. A tower alone has no such part."""
+    for part in spec.config.split(".") if spec.config else ():
+        config = getattr(config, part, config)
+    return config
 
 
 def stock_accepts(config: PretrainedConfig, keys: Mapping[str, int]) -> bool:
@@ -26,9 +33,7 @@ def stock_accepts(config: PretrainedConfig, keys: Mapping[str, int]) -> bool:
     return True
 
 
-def attention_keys(
-    spec: Attention, config: PretrainedConfig, heads: int, kv_heads: int, head_size: int
-) -> Keys | None:
+def attention_keys(spec: Attention, config: PretrainedConfig, heads: int, kv_heads: int, head_size: int) -> Keys | None:
     """The config keys that make stock transformers build such an attention; None when it cannot."""
     if spec.head_size_key is None or (spec.kv_heads is None and kv_heads != heads):
         return None
@@ -61,7 +66,5 @@ def portable_head_counts(attention: BoundAttention, config: PretrainedConfig) ->
     for groups in range(attention.kv_heads, 0, -1):
         for each in range(attention.heads_per_group, 0, -1):
             heads = groups * each
-            if heads != attention.heads and attention_keys(
-                attention.spec, config, heads, groups, attention.head_size
-            ):
+            if heads != attention.heads and attention_keys(attention.spec, config, heads, groups, attention.head_size):
                 yield groups, each

@@ -40,12 +40,14 @@ class Captured:
         calls: [batch][block] arguments besides the hidden states.
         links: [block] {keyword: (earlier block, position in its output)} for tensors handed from block to block.
         masks: for each batch, bool (batch, sequence) of the real tokens, or None when nothing is padded.
+        contexts: the same of what a decoder's cross attention reads; empty for stacks that are not such a decoder.
     """
 
     hidden: list[Tensor] = field(default_factory=list)
     calls: list[list[Call]] = field(default_factory=list)
     links: list[dict[str, tuple[int, int]]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
+    contexts: list[Tensor | None] = field(default_factory=list)
 
 
 def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]) -> Captured:
@@ -78,13 +80,16 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Map
         if len(calls) != len(blocks):
             raise CalibrationError(f"the model ran {len(calls)} of its {len(blocks)} blocks on this calibration data")
         found.calls.append(calls)
-        found.masks.append(_token_mask(batch, found.hidden[-1]))
+        length = found.hidden[-1].shape[1]
+        if _is_decoder(model, blocks):
+            found.masks.append(_padding(batch.get("decoder_attention_mask"), found.hidden[-1], length))
+            found.contexts.append(_padding(batch.get("attention_mask"), found.hidden[-1]))
+        else:
+            found.masks.append(_padding(batch.get("attention_mask"), found.hidden[-1], length))
     return found
 
 
-def run_with_outputs(
-    model: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, Any], hidden: Tensor
-) -> None:
+def run_with_outputs(model: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, Any], hidden: Tensor) -> None:
     """Run what comes before and after the blocks, with `hidden` in place of the last block's output."""
 
     def stand_in(index: int, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
@@ -127,7 +132,9 @@ class _Probe:
         if self._outputs:
             before = first_output(self._outputs[-1])
             if before is not hidden and (
-                before.shape != hidden.shape or not torch.equal(before.to(hidden.device), hidden)
+                before.shape != hidden.shape
+                # NaN equals itself here: the walk finds it and names the place.
+                or not torch.allclose(before.to(hidden.device), hidden, rtol=0, atol=0, equal_nan=True)
             ):
                 raise ArchitectureError(
                     f"the hidden states change between block {index - 1} and block {index}, outside the blocks; "
@@ -216,9 +223,17 @@ def _replaced(blocks: Sequence[nn.Module], stand_in: Callable[..., Any]) -> Any:
                 block.forward = old
 
 
-def _token_mask(batch: Mapping[str, Any], hidden: Tensor) -> Tensor | None:
-    for key in ("attention_mask", "decoder_attention_mask"):
-        mask = batch.get(key)
-        if isinstance(mask, Tensor) and mask.shape == hidden.shape[:2] and not bool(mask.all()):
-            return mask.bool().to(hidden.device)
-    return None
+def _is_decoder(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
+    """Whether the blocks are the decoder of an encoder-decoder."""
+    if not getattr(getattr(model, "config", None), "is_encoder_decoder", False):
+        return False
+    return not any(module is blocks[0] for module in model.get_encoder().modules())  # type: ignore[operator]
+
+
+def _padding(mask: Any, hidden: Tensor, length: int | None = None) -> Tensor | None:
+    """The mask as bool (batch, tokens); None where it pads nothing, or is not of this batch (and length)."""
+    if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
+        return None
+    if mask.shape[0] != hidden.shape[0] or (length is not None and mask.shape[1] != length):
+        return None
+    return mask.bool().to(hidden.device)

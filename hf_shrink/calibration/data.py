@@ -58,7 +58,7 @@ def calibration_batches(
         RecipeError: a .yaml data recipe that is not valid.
     """
     source = spec.data if source is None else source
-    batches = _as_batches(source, model)
+    batches = _as_batches(source, model, spec.batch_size)
     if batches is not None:
         kept, notes = given_batches(batches, model, spec.samples, spec.batch_size)
         return finish(kept, "batches of model inputs", {"source": "given"}, notes, spec, seed, purpose, dtype=None)
@@ -78,7 +78,7 @@ def calibration_batches(
     return request.text(source, "a list of texts")
 
 
-def _as_batches(source: object, model: nn.Module) -> Iterable[Mapping[str, Any]] | None:
+def _as_batches(source: object, model: nn.Module, batch_size: int) -> Iterable[Mapping[str, Any]] | None:
     """The source as an iterable of model inputs when it is one; None for names, texts and data sets of raw rows."""
     if isinstance(source, str | Path):
         return None
@@ -87,7 +87,9 @@ def _as_batches(source: object, model: nn.Module) -> Iterable[Mapping[str, Any]]
     if isinstance(source, datasets.Dataset | datasets.IterableDataset):
         main = getattr(model, "main_input_name", "input_ids")
         # Rows that are already images as tensors; token ids are packed like text instead.
-        return stacked(source, [main], 8) if main != "input_ids" and main in (source.column_names or ()) else None
+        return (
+            stacked(source, [main], batch_size) if main != "input_ids" and main in (source.column_names or ()) else None
+        )
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise CalibrationError(
             f"calibration cannot be a {type(source).__name__}; pass a name, the path of a file, a datasets.Dataset, "
@@ -101,6 +103,6 @@ def _as_batches(source: object, model: nn.Module) -> Iterable[Mapping[str, Any]]
         raise CalibrationError("the calibration data is empty; pass at least one text or one batch of model inputs")
     if not isinstance(first, Mapping):
         raise CalibrationError(
-            f"the elements of the calibration data must all be texts or all dicts of model inputs, not {type(first).__name__}"
+            f"calibration data must be all texts or all dicts of model inputs, but it holds a {type(first).__name__}"
         )
     return chain([first], iterator)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_shrink.calibration.inputs import OWN_BATCHES, MediaProcessor, Medium, ModelInputs, setting
 from hf_shrink.calibration.noise import as_pixels, noise_clip, noise_images, pink_noise
 from hf_shrink.calibration.recipes import Rows
+from hf_shrink.calibration.sampling import Progress, quiet
 from hf_shrink.errors import CalibrationError
 from hf_shrink.registry import did_you_mean
 
@@ -86,6 +87,7 @@ def media_rows(
     inputs: ModelInputs,
     processor: MediaProcessor | None,
     samples: int,
+    progress: Progress = quiet,
 ) -> Tensor:
     """Up to `samples` images or clips of the rows as the model's `inputs.media`, float32, through its processor.
 
@@ -96,7 +98,7 @@ def media_rows(
         raise CalibrationError(
             f"the data holds {inputs.medium} files, which takes {what}; pass it (or the processor) as tokenizer="
         )
-    values = (row[column] for row in islice(rows, samples))
+    values = _counted((row[column] for row in islice(rows, samples)), samples, progress, f"reading {inputs.medium}s")
     if inputs.medium == "image":
         return _processed(
             (image.convert("RGB") if hasattr(image, "convert") else image for image in values), processor, inputs
@@ -114,6 +116,12 @@ def media_column(rows: Rows, medium: Medium, wanted: tuple[str, ...] = ()) -> st
     kind = datasets.Image if medium == "image" else datasets.Audio
     typed = [name for name, feature in (rows.features or {}).items() if isinstance(feature, kind)]
     return next((name for name in (*typed, *_COLUMNS[medium]) if name in names), None)
+
+
+def _counted(values: Iterable[Any], total: int, progress: Progress, what: str) -> Iterator[Any]:
+    for done, value in enumerate(values, start=1):
+        yield value
+        progress(what, done, total)
 
 
 def _processed(raw: Iterable[Any], processor: MediaProcessor, inputs: ModelInputs) -> Tensor:

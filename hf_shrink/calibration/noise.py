@@ -38,7 +38,7 @@ def pink_noise(shape: tuple[int, ...], axes: int, generator: torch.Generator) ->
 
 
 def noise_images(count: int, channels: int, height: int, width: int, generator: torch.Generator) -> Tensor:
-    """(count, channels, height, width) float32 of mean 0 and spread 1, as an image processor's normalisation leaves it."""
+    """(count, channels, height, width) float32 of mean 0 and spread 1, as image processors normalise."""
     grey = pink_noise((count, 1, height, width), 2, generator)
     if channels == 1:
         return grey

@@ -23,14 +23,17 @@ class OverlapFilter:
     """
 
     def __init__(self, texts: Iterable[str]) -> None:
-        hashes = [_shingle_hashes(text) for text in texts]
+        normalised = [_normalise(text) for text in texts]
+        hashes = [_shingle_hashes(text) for text in normalised]
+        self._texts = "\n".join(normalised)
         self._known = np.unique(np.concatenate(hashes)) if hashes else np.empty(0, dtype=np.uint64)
 
     def overlaps(self, text: str) -> bool:
-        """True when `text` and the excluded texts have `SHINGLE` consecutive characters in common."""
-        if self._known.size == 0:
-            return False
-        return bool(np.isin(_shingle_hashes(text), self._known).any())
+        """True when `text` has `SHINGLE` consecutive characters, or all it has if fewer, in common with one of them."""
+        normalised = _normalise(text)
+        if len(normalised) < SHINGLE:
+            return bool(normalised) and normalised in self._texts
+        return bool(np.isin(_shingle_hashes(normalised), self._known).any())
 
 
 def drop_overlapping(texts: Sequence[str], exclude: Iterable[str]) -> tuple[list[str], int]:
@@ -40,8 +43,11 @@ def drop_overlapping(texts: Sequence[str], exclude: Iterable[str]) -> tuple[list
     return kept, len(texts) - len(kept)
 
 
-def _shingle_hashes(text: str) -> NDArray[np.uint64]:
-    normalised = " ".join(text.lower().split())
+def _normalise(text: str) -> str:
+    return " ".join(text.lower().split())
+
+
+def _shingle_hashes(normalised: str) -> NDArray[np.uint64]:
     # UTF-32 has one number per character, so that a shingle is as long in every script.
     codes = np.frombuffer(normalised.encode("utf-32-le", errors="replace"), dtype=np.uint32).astype(np.uint64)
     count = len(codes) - SHINGLE + 1

@@ -56,9 +56,8 @@ class DataRecipe:
 
     def __post_init__(self) -> None:
         if self.kind not in get_args(Kind):
-            raise RecipeError(
-                f"data recipe {self.name}: kind {self.kind!r} is unknown; {did_you_mean(str(self.kind), get_args(Kind))}"
-            )
+            hint = did_you_mean(str(self.kind), get_args(Kind))
+            raise RecipeError(f"data recipe {self.name}: kind {self.kind!r} is unknown; {hint}")
         if self.kind != "self" and not self.dataset:
             raise RecipeError(f"data recipe {self.name} needs `dataset`: a Hub id or the path of a folder")
         if isinstance(self.columns, str) or not all(isinstance(c, str) for c in self.columns):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -28,7 +27,7 @@ from hf_shrink.calibration.inputs import (
 from hf_shrink.calibration.media import media_column, media_noise, media_rows
 from hf_shrink.calibration.overlap import OverlapFilter
 from hf_shrink.calibration.recipes import DataRecipe, Purpose, Rows, in_order, iterate, load_recipe, load_rows
-from hf_shrink.calibration.sampling import Progress
+from hf_shrink.calibration.sampling import Progress, stream_seed
 from hf_shrink.calibration.text import (
     Document,
     Framing,
@@ -114,18 +113,20 @@ class Request:
         return self.rows(in_order(table, self.purpose, self.seed), path.name, ())
 
     def recipe(self, recipe: DataRecipe) -> CalibrationData:
-        rows = load_rows(recipe, self.purpose, self.seed)
-        details = {"dataset": recipe.dataset, "split": str(rows.split) if rows.split else recipe.split}
-        if recipe.kind in ("image", "audio") and self.inputs.medium != recipe.kind:
+        # Before anything is downloaded.
+        if recipe.kind in ("text", "chat"):
+            self._need_text(recipe.name)
+        elif self.inputs.medium != recipe.kind:
             raise CalibrationError(
                 f"data {recipe.name!r} is {recipe.kind}, which {type(self.model).__name__} does not read"
             )
-        if recipe.kind in ("text", "chat") and recipe.join is not None:
-            self._need_text(recipe.name)
-            columns = text_columns(list(rows.column_names or ()), recipe.columns)
-            lines = (row[columns[0]] for row in iterate(rows, recipe))
-            return self.text([recipe.join.join(lines)], recipe.name, details)
-        return self.rows(rows, recipe.name, recipe.columns, details, iterate(rows, recipe))
+        rows = load_rows(recipe, self.purpose, self.seed)
+        details = {"dataset": recipe.dataset, "split": str(rows.split) if rows.split else recipe.split}
+        if recipe.join is None:
+            return self.rows(rows, recipe.name, recipe.columns, details, iterate(rows, recipe))
+        columns = text_columns(list(rows.column_names or ()), recipe.columns)
+        text = recipe.join.join(str(row[columns[0]]) for row in iterate(rows, recipe))
+        return self.text([text], recipe.name, details)
 
     def rows(
         self,
@@ -139,7 +140,7 @@ class Request:
         iterator = rows if iterator is None else iterator
         column = media_column(rows, self.inputs.medium, columns) if self.inputs.media else None
         if column is not None:
-            values = media_rows(iterator, column, self.inputs, self.processor, self.spec.samples)
+            values = media_rows(iterator, column, self.inputs, self.processor, self.spec.samples, self.progress)
             return self._with_media(values, name, dict(details or {}))
         self._need_text(name)
         example: Mapping[str, Any] = {}
@@ -181,8 +182,8 @@ class Request:
         notes = []
         if len(windows.rows) < samples:
             notes.append(
-                f"{name} has {windows.found} tokens, enough for {len(windows.rows)} samples of {self.length} instead of "
-                f"{samples}{dropped}"
+                f"{name} has {windows.found} tokens, enough for {len(windows.rows)} samples of {self.length} "
+                f"instead of {samples}{dropped}"
             )
         known = {"source": name, "dropped_overlap": windows.dropped, **(details or {})}
         return self._with_text(torch.tensor(windows.rows), f"tokens of {name}", known, notes)
@@ -259,7 +260,7 @@ class Request:
             self.inputs,
             self.tokenizer,
             self.framing,
-            seed=_stream(self.seed, self.purpose),
+            seed=stream_seed(self.seed, self.purpose),
             temperature=recipe.temperature,
             chat_share=recipe.chat_share,
             progress=self.progress,
@@ -267,11 +268,14 @@ class Request:
 
     def _noise(self, samples: int | None = None) -> Tensor:
         count = self.spec.samples if samples is None else samples
-        return media_noise(self.model, self.inputs, self.processor, count, _stream(self.seed, self.purpose))
+        return media_noise(self.model, self.inputs, self.processor, count, stream_seed(self.seed, self.purpose))
 
     def _noise_note(self) -> str:
         medium, remedy = self.inputs.medium, "mini-imagenet" if self.inputs.medium == "image" else "librispeech"
-        return f"the {medium} input is noise with a natural spectrum, a stand-in; real data (such as {remedy}) calibrates better"
+        return (
+            f"the {medium} input is noise with a natural spectrum, a stand-in; "
+            f"real data (such as {remedy}) calibrates better"
+        )
 
     def _need_text(self, name: str) -> None:
         if not self.inputs.text:
@@ -292,8 +296,3 @@ class Request:
         details = {**details, "length": self.length if "input_ids" in values else None}
         notes = [*self.notes, *notes]
         return finish(batches, what, details, notes, self.spec, self.seed, self.purpose, dtype=self.model.dtype)
-
-
-def _stream(seed: int, purpose: Purpose) -> int:
-    """A seed of its own for each purpose, so that evaluation never sees what calibration saw."""
-    return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:7], "big")

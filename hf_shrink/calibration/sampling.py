@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -21,6 +22,11 @@ _MOST_ROWS = 64
 
 def quiet(what: str, done: int, total: int) -> None:
     """The progress callback that does nothing."""
+
+
+def stream_seed(seed: int, purpose: str) -> int:
+    """A seed of its own for each purpose, so that evaluation never sees what calibration saw."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:7], "big")
 
 
 def sample_tokens(logits: Tensor, generator: torch.Generator, temperature: float) -> Tensor:
@@ -104,7 +110,8 @@ def continue_tokens(
     Returns:
         (rows, tokens) int64 on the CPU, the prompt (or decoder start) included.
     """
-    config = GenerationConfig(do_sample=False, max_new_tokens=new_tokens, use_cache=True, pad_token_id=pad, **ids)
+    settings = {"do_sample": False, "max_new_tokens": new_tokens, "use_cache": True, "pad_token_id": pad, **ids}
+    config = GenerationConfig(**settings)  # type: ignore[no-untyped-call]
     moved = {name: value.to(model.device) for name, value in inputs.items()}
     with _generating(model, config), torch.no_grad():
         # The general method: some models (Whisper) override `generate` with one that does more than sample.

@@ -49,6 +49,8 @@ class StackWalk:
         self._calls = found.calls
         self._links = found.links
         self._masks = found.masks
+        self._contexts = found.contexts
+        self._given: list[Tensor] = []  # what the current call hands to the block besides the hidden states
         self.hidden = [h.to(compute_dtype) for h in found.hidden]
         self.position = 0
         self.reference: Tensor | None = None
@@ -66,6 +68,7 @@ class StackWalk:
         """Run the current block on one batch; returns its whole output."""
         block = self._blocks[self.position]
         args, kwargs = self._arguments(batch)
+        self._given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         with torch.no_grad():
             return block(self.hidden[batch], *args, **kwargs)
 
@@ -86,7 +89,7 @@ class StackWalk:
         """
         collector = _Collector(matrices)
         for batch in range(len(self.hidden)):
-            with collector.listening(self._masks[batch], self.hidden[batch].shape[:2]), suppress(_LastInputSeen):
+            with collector.listening(self._real_tokens(batch)), suppress(_LastInputSeen):
                 output = first_output(self.call(batch))
                 # Only the first batch gets here: it runs to the end, to learn which matrix comes last.
                 self.reference = output if self.reference is None else self.reference
@@ -118,10 +121,21 @@ class StackWalk:
         if self.position != len(self._blocks):
             raise ValueError("statistics_after comes after the last advance")
         collector = _Collector(matrices)
+        self._given = []
         for batch, inputs in enumerate(self._batches):
-            with collector.listening(self._masks[batch], self.hidden[batch].shape[:2]), suppress(_LastInputSeen):
+            with collector.listening(self._real_tokens(batch)), suppress(_LastInputSeen):
                 run_with_outputs(model, self._blocks, inputs, self.hidden[batch])
         return collector.finish()
+
+    def _real_tokens(self, batch: int) -> Callable[[Tensor], Tensor]:
+        """From a matrix's input to its rows that are not padding, of the encoder where cross attention reads that."""
+
+        def real(x: Tensor) -> Tensor:
+            if self._contexts and any(x is given for given in self._given):
+                return _without_padding(x, self._contexts[batch])
+            return _without_padding(x, self._masks[batch])
+
+        return real
 
     def _arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
         call = self._calls[batch][self.position]
@@ -142,11 +156,11 @@ class StackWalk:
         return value
 
 
-def _real_tokens(x: Tensor, mask: Tensor | None, leading: torch.Size) -> Tensor:
+def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """The rows of a matrix's input that are not padding; some blocks merge batch and sequence before their MLP."""
-    if mask is not None and x.shape[:2] == leading:
+    if mask is not None and x.shape[:2] == mask.shape:
         return x[mask]
-    if mask is not None and x.dim() == 2 and x.shape[0] == leading.numel():
+    if mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
         return x[mask.reshape(-1)]
     return x
 
@@ -161,7 +175,7 @@ class _Collector:
         self._order: list[str] = []
         self._last: str | None = None
 
-    def listening(self, mask: Tensor | None, leading: torch.Size) -> ExitStack:
+    def listening(self, real_tokens: Callable[[Tensor], Tensor]) -> ExitStack:
         seen: list[tuple[Tensor, str]] = []
         stack = ExitStack()
         first = self._last is None
@@ -173,7 +187,7 @@ class _Collector:
                     self._join(path, x, seen)
                 owner = self._shared[path]
                 if owner == path:
-                    self._statistics[path].add(_real_tokens(x, mask, leading))
+                    self._statistics[path].add(real_tokens(x))
                 if path == self._last:
                     raise _LastInputSeen
 

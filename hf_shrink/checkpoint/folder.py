@@ -8,7 +8,8 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from transformers.utils import CHAT_TEMPLATE_FILE, CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
+from transformers.utils.hub import CHAT_TEMPLATE_FILE
 
 from hf_shrink.checkpoint.record import CARD_NAME, RECORD_NAME
 from hf_shrink.checkpoint.source import PROCESSOR_FILES, TOKENIZER_FILES, Source, side_file

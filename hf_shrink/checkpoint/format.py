@@ -19,7 +19,9 @@ from hf_shrink.surgery.sizes import RECORD_FORMAT
 
 PACKED_FORMAT = "pack-quantized"
 PRUNED_METHOD = "hf_shrink"
-NEEDS_HF_SHRINK = "compressed, but only hf_shrink can load it: run `import hf_shrink` before from_pretrained"
+# The status of a block that is not portable. Stock would skip what it does not know with a warning and leave random
+# weights; a status that it does not know it refuses, with this text in the message (which shows 50 characters).
+NEEDS_HF_SHRINK = "run `import hf_shrink` before loading this"
 OWN_KEY = "hf_shrink"  # in the block: it is ours; stock passes over keys that it does not know
 
 

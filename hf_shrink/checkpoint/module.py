@@ -7,17 +7,18 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from safetensors.torch import load_model, save_model
 from torch import nn
 
 from hf_shrink.checkpoint.packed import packed_schemes
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, hf_shrink_version
+from hf_shrink.checkpoint.shards import read_header, read_json
 from hf_shrink.checkpoint.skeleton import empty_compressed
-from hf_shrink.checkpoint.source import read_header, read_json
 from hf_shrink.errors import CheckpointError, ShrinkError
 from hf_shrink.plan import Scheme
+from hf_shrink.runtime import PackedModule
 
 WEIGHTS = "model.safetensors"
 M = TypeVar("M", bound=nn.Module)
@@ -58,7 +59,7 @@ def load_module(module: M | Callable[[], M], path: str | os.PathLike[str]) -> M:
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder} has no {name}; give a folder that save_module wrote")
     read_header(folder / WEIGHTS)
-    loaded = module if isinstance(module, nn.Module) else module()
+    loaded = cast(M, module if isinstance(module, nn.Module) else module())
     for name, scheme in _schemes(folder / RECORD_NAME).items():
         try:
             dense = loaded.get_submodule(name)
@@ -66,7 +67,8 @@ def load_module(module: M | Callable[[], M], path: str | os.PathLike[str]) -> M:
             raise CheckpointError(
                 f"{folder} was saved from another module: this one has no {name}; build it as it was when saved"
             ) from error
-        loaded.set_submodule(name, empty_compressed(dense, scheme))
+        if not (isinstance(dense, PackedModule) and dense.scheme == scheme):
+            loaded.set_submodule(name, empty_compressed(dense, scheme))
     try:
         load_model(loaded, folder / WEIGHTS, strict=True)
     except RuntimeError as error:
@@ -80,4 +82,6 @@ def _schemes(path: Path) -> dict[str, Scheme]:
     try:
         return {name: Scheme(**fields) for name, fields in read_json(path)["schemes"].items()}
     except (KeyError, TypeError, AttributeError, ShrinkError) as error:
-        raise CheckpointError(f"{path} names no valid schemes ({error}); give a folder that save_module wrote") from error
+        raise CheckpointError(
+            f"{path} names no valid schemes ({error}); give a folder that save_module wrote"
+        ) from error

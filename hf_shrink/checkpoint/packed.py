@@ -7,15 +7,12 @@ from torch import nn
 
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Scheme
-from hf_shrink.runtime.embedding import CompressedEmbedding
-from hf_shrink.runtime.linear import CompressedLinear
-
-COMPRESSED = (CompressedLinear, CompressedEmbedding)
+from hf_shrink.runtime import PackedModule
 
 
-def packed_modules(model: nn.Module) -> dict[str, CompressedLinear | CompressedEmbedding]:
+def packed_modules(model: nn.Module) -> dict[str, PackedModule]:
     """The compressed modules of a model by path."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, COMPRESSED)}
+    return {path: module for path, module in model.named_modules() if isinstance(module, PackedModule)}
 
 
 def packed_schemes(model: nn.Module) -> dict[str, Scheme]:

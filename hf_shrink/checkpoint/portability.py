@@ -18,9 +18,9 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from hf_shrink.checkpoint.packed import COMPRESSED
 from hf_shrink.checkpoint.ties import can_untie
 from hf_shrink.plan import Scheme
+from hf_shrink.runtime import PackedModule
 from hf_shrink.surgery import build_skeleton, is_uneven
 
 
@@ -63,7 +63,7 @@ def stock_kinds(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, type]
     """The class that a stock model has at each path; a compressed module is looked up in a skeleton of the model."""
     modules = dict(model.named_modules())
     wanted = list(paths)
-    if any(isinstance(modules[path], COMPRESSED) for path in wanted):
+    if any(isinstance(modules[path], PackedModule) for path in wanted):
         modules = dict(build_skeleton(model).named_modules())
     return {path: type(modules[path]) for path in wanted}
 
@@ -94,7 +94,7 @@ def _forced_ties(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[
 
 
 def _initialised_by_parents(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[str]:
-    """Packed modules whose `weight` the `_init_weights` of a module around them asks for (T5, CLIP).
+    """Packed modules whose `weight` the `_init_weights` of a module around them asks for (T5).
 
     Stock calls it on every module after loading, also where nothing is left to initialise, and fails where the weight
     is packed.
@@ -105,7 +105,7 @@ def _initialised_by_parents(model: PreTrainedModel, schemes: Mapping[str, Scheme
     for path in packed:
         del modules[path].weight
     for tensor in (*skeleton.parameters(), *skeleton.buffers()):
-        tensor._is_hf_initialized = True  # type: ignore[union-attr]
+        vars(tensor)["_is_hf_initialized"] = True  # as from_pretrained marks what it has loaded
     asked = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         for around in dict.fromkeys(parent for path in packed for parent in _parents(path)):
@@ -121,7 +121,7 @@ def _parents(path: str) -> list[str]:
     return [".".join(parts[:end]) for end in range(len(parts))]
 
 
-def _owner(modules: Mapping[str, nn.Module], path: str) -> PreTrainedModel:
+def _owner(modules: Mapping[str, nn.Module], path: str) -> Any:
     """The innermost model around a module, whose `_init_weights` is the one that is called on it."""
     around = [modules[parent] for parent in (*_parents(path), path)]
     return next(module for module in reversed(around) if isinstance(module, PreTrainedModel))

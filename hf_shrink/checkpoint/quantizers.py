@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from transformers import CompressedTensorsConfig, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
-from transformers.utils import cached_file, logging
+from transformers.utils import logging
+from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_shrink.checkpoint.format import NEEDS_HF_SHRINK, OWN_KEY, PRUNED_METHOD
@@ -43,10 +44,10 @@ def register() -> None:
 class HfShrinkConfig(QuantizationConfigMixin):
     """`quantization_config` of a model that was only pruned; its shapes are in `config.hf_shrink`."""
 
-    quant_method: str = field(default=PRUNED_METHOD)
+    quant_method: Any = field(default=PRUNED_METHOD)  # transformers' enum is closed, its registry takes any string
 
 
-class HfShrinkQuantizer(HfQuantizer):  # type: ignore[misc]
+class HfShrinkQuantizer(HfQuantizer):
     """Resizes the skeleton to the pruned shapes; nothing of it stays on the loaded model."""
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
@@ -65,7 +66,7 @@ class HfShrinkQuantizer(HfQuantizer):  # type: ignore[misc]
             (model.config, "quantization_config"),
         ):
             vars(owner).pop(name, None)
-        model.is_quantized = False
+        vars(model)["is_quantized"] = False
         bind(model, _record_beside(model))
 
     def is_serializable(self) -> bool:
@@ -76,7 +77,7 @@ class HfShrinkQuantizer(HfQuantizer):  # type: ignore[misc]
         return True
 
 
-class PackedConfig(CompressedTensorsConfig):  # type: ignore[misc]
+class PackedConfig(CompressedTensorsConfig):
     """Reads our blocks as well as stock ones; both become a stock CompressedTensorsConfig."""
 
     @classmethod
@@ -94,7 +95,7 @@ class PackedConfig(CompressedTensorsConfig):  # type: ignore[misc]
         return found
 
 
-class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
+class PackedQuantizer(CompressedTensorsHfQuantizer):
     """Keeps the weights of our checkpoints packed; the stock class for every other one.
 
     `"dequantize": true` in our files is for stock; weights become dense here only when the caller asks for it, with
@@ -109,7 +110,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self._ours:
-            super()._process_model_before_weight_loading(model, **kwargs)
+            super()._process_model_before_weight_loading(model, **kwargs)  # type: ignore[no-untyped-call]
             return
         self._to_dense, self.quantization_config.dequantize = self.quantization_config.dequantize, False
         resize(model)
@@ -118,7 +119,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self._ours:
-            return super()._process_model_after_weight_loading(model, **kwargs)
+            return cast(PreTrainedModel, super()._process_model_after_weight_loading(model, **kwargs))
         for pair in self._ties:
             tie_buffers(model, pair)
         check_loaded(model)
@@ -127,11 +128,14 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):  # type: ignore[misc]
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         # transformers lets this replace the state dict that it was given, so that it has to be the right one.
-        return (saved_state(model), {}) if self._ours else super().get_state_dict_and_metadata(model)
+        if self._ours:
+            return saved_state(model), {}
+        state, metadata = super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call]
+        return state, metadata
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         if not self._ours:
-            return super()._dequantize(model, dtype=dtype)
+            return cast(PreTrainedModel, super()._dequantize(model, dtype=dtype))  # type: ignore[no-untyped-call]
         unpack(model, dtype or model.dtype)
         return model
 

@@ -59,13 +59,13 @@ def bind(model: PreTrainedModel, record: ShrinkRecord | None = None) -> None:
         record: becomes `model.shrink_record`, and its report `model.shrink_report`.
     """
     if record is not None:
-        model.shrink_record = record
-        model.shrink_report = record.report
+        vars(model).update(shrink_record=record, shrink_report=record.report)
     if getattr(model.config, "hf_shrink", None) is None:
         model.config.hf_shrink = dict(EMPTY_MARKER)
     settle_ties(model)
-    model.save_pretrained = _BoundSave(model)
-    model.push_to_hub = _BoundPush(model)
+    for module in model.modules():  # a part of the model can be saved on its own, with the same needs
+        if isinstance(module, PreTrainedModel):
+            vars(module).update(save_pretrained=_BoundSave(module), push_to_hub=_BoundPush(module))
 
 
 def save_model(
@@ -76,7 +76,7 @@ def save_model(
     push_to_hub: bool = False,
     **kwargs: Any,
 ) -> None:
-    """transformers' `save_pretrained` for a shrunken model; takes the same arguments (`max_shard_size`, `variant`, ...).
+    """transformers' `save_pretrained` for a shrunken model, with its arguments (`max_shard_size`, `variant`, ...).
 
     Writes what it writes, with our block in config.json, and shrink.json and README.md when the model has a
     `shrink_record` (with a card).

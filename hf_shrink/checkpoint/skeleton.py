@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from compressed_tensors.quantization import QuantizationConfig
@@ -17,8 +17,7 @@ from hf_shrink.checkpoint.portability import stock_kinds
 from hf_shrink.checkpoint.ties import packed_buffers, ties_to_weights
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Scheme
-from hf_shrink.runtime.embedding import CompressedEmbedding
-from hf_shrink.runtime.linear import CompressedLinear
+from hf_shrink.runtime import CompressedEmbedding, CompressedLinear, PackedModule
 from hf_shrink.surgery import module_shape, resize_skeleton
 
 
@@ -71,7 +70,7 @@ def pack(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
         model.set_submodule(path, empty_compressed(model.get_submodule(path), scheme))
 
 
-def empty_compressed(module: nn.Module, scheme: Scheme) -> CompressedLinear | CompressedEmbedding:
+def empty_compressed(module: nn.Module, scheme: Scheme) -> PackedModule:
     """A compressed module of another one's shape, dtype, device and bias, without values.
 
     Args:
@@ -130,15 +129,18 @@ def unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
     ties_to_weights(model)
 
 
-def _dense(module: CompressedLinear | CompressedEmbedding, kind: type, dtype: torch.dtype) -> nn.Module:
-    weight = module.weight.detach().to(dtype)
-    dense: nn.Module
-    if isinstance(module, CompressedEmbedding):
-        dense = nn.Embedding(*weight.shape, padding_idx=module.padding_idx, _weight=weight)
-        return dense
+def _dense(module: PackedModule, kind: type, dtype: torch.dtype) -> nn.Module:
+    weight = nn.Parameter(module.weight.detach().to(dtype))
+    rows, columns = weight.shape
+    dense: Any
     with torch.device("meta"):
-        transposed = issubclass(kind, Conv1D)
-        dense = Conv1D(*weight.shape) if transposed else nn.Linear(weight.shape[1], weight.shape[0])
-    dense.weight = nn.Parameter(weight.T.contiguous() if transposed else weight)
-    dense.bias = module.bias
-    return dense
+        if isinstance(module, CompressedEmbedding):
+            dense = nn.Embedding(rows, columns, padding_idx=module.padding_idx)
+        elif issubclass(kind, Conv1D):
+            dense, weight = kind(rows, columns), nn.Parameter(weight.data.T.contiguous())
+        else:
+            dense = nn.Linear(columns, rows, bias=False)
+    dense.weight = weight
+    if isinstance(module, CompressedLinear):
+        dense.bias = module.bias
+    return cast(nn.Module, dense)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -14,16 +13,11 @@ import transformers
 from torch import Tensor
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-from transformers.utils import (
-    CONFIG_NAME,
-    SAFE_WEIGHTS_INDEX_NAME,
-    SAFE_WEIGHTS_NAME,
-    WEIGHTS_INDEX_NAME,
-    WEIGHTS_NAME,
-    cached_file,
-)
+from transformers.utils import CONFIG_NAME
+from transformers.utils.hub import cached_file
 
 from hf_shrink.checkpoint.format import PRUNED_METHOD
+from hf_shrink.checkpoint.shards import find_shards, read_json
 from hf_shrink.errors import CheckpointError
 
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
@@ -36,7 +30,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "vocab.txt",
 )
-_MAX_HEADER = 100_000_000  # bytes; safetensors' own limit
 
 
 @dataclass(frozen=True)
@@ -65,7 +58,8 @@ def open_source(path_or_id: str | os.PathLike[str], *, dense: bool = True) -> So
     """
     name = os.fspath(path_or_id)
     local = Path(name).expanduser()
-    folder = local if local.is_dir() else _snapshot(name, local)
+    is_folder = bool(name) and local.is_dir()
+    folder = local if is_folder else _snapshot(name, local)
     config = read_json(folder / CONFIG_NAME) if (folder / CONFIG_NAME).is_file() else None
     if config is None:
         raise CheckpointError(f"{name} has no {CONFIG_NAME}; give the folder of a model saved with save_pretrained")
@@ -73,7 +67,7 @@ def open_source(path_or_id: str | os.PathLike[str], *, dense: bool = True) -> So
         raise CheckpointError(f"{name}/{CONFIG_NAME} names no model_type; hf_shrink needs a transformers model")
     if dense:
         _check_dense(name, config)
-    return Source(name, folder, config, _shards(name, folder) if local.is_dir() else ())
+    return Source(name, folder, config, find_shards(name, folder) if is_folder else ())
 
 
 def _snapshot(name: str, local: Path) -> Path:
@@ -93,79 +87,13 @@ def _snapshot(name: str, local: Path) -> Path:
     return Path(str(found)).parent
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file. Raises CheckpointError."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download or save the model again") from error
-    if not isinstance(data, dict):
-        raise CheckpointError(f"{path} is not a JSON object; download or save the model again")
-    return data
-
-
 def _check_dense(name: str, config: dict[str, Any]) -> None:
     """Only a model that was pruned unevenly may carry a quantization_config."""
     for part in (config, *(value for value in config.values() if isinstance(value, dict))):
         block = part.get("quantization_config")
         method = block.get("quant_method", "an unnamed method") if isinstance(block, dict) else None
         if method is not None and method != PRUNED_METHOD:
-            raise CheckpointError(
-                f"{name} is quantized already ({method}); give the dense model that it was made from"
-            )
-
-
-def _shards(name: str, folder: Path) -> tuple[Path, ...]:
-    """The safetensors files of a folder, each checked against its own header and the index."""
-    single, index = folder / SAFE_WEIGHTS_NAME, folder / SAFE_WEIGHTS_INDEX_NAME
-    if single.is_file():
-        read_header(single)
-        return (single,)
-    if not index.is_file():
-        if (folder / WEIGHTS_NAME).is_file() or (folder / WEIGHTS_INDEX_NAME).is_file():
-            raise CheckpointError(
-                f"{name} holds pickled weights ({WEIGHTS_NAME}), which can run code when read; save it as safetensors "
-                "first: from_pretrained and save_pretrained of transformers do that"
-            )
-        raise CheckpointError(f"{name} has a config but no weights ({SAFE_WEIGHTS_NAME}); download it again")
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; download the model again")
-    shards = sorted({str(shard) for shard in weight_map.values()})
-    for shard in shards:
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} names {shard!r}, which is outside the folder; download the model again")
-        if not (folder / shard).is_file():
-            raise CheckpointError(f"{name} lacks the shard {shard} that its index names; download it again")
-        absent = {tensor for tensor, where in weight_map.items() if where == shard} - read_header(folder / shard).keys()
-        if absent:
-            raise CheckpointError(f"{folder / shard} lacks {min(absent)}, which the index places there; download again")
-    return tuple(folder / shard for shard in shards)
-
-
-def read_header(path: Path) -> dict[str, dict[str, Any]]:
-    """The entries of a safetensors file by tensor name: dtype, shape, data_offsets.
-
-    Raises:
-        CheckpointError: the file is cut short, too long, or not safetensors.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, _MAX_HEADER):
-            raise CheckpointError(f"{path} is cut short or not a safetensors file ({size} bytes); download it again")
-        text = file.read(length)
-    try:
-        header = json.loads(text)
-        header.pop("__metadata__", None)
-        end = max((int(entry["data_offsets"][1]) for entry in header.values()), default=0)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise CheckpointError(f"{path} has a broken safetensors header ({error}); download it again") from error
-    if 8 + length + end != size:
-        raise CheckpointError(
-            f"{path} should have {8 + length + end} bytes by its header but has {size}; download it again"
-        )
-    return dict(header)
+            raise CheckpointError(f"{name} is quantized already ({method}); give the dense model that it was made from")
 
 
 def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str = "the model") -> None:

@@ -40,7 +40,7 @@ def targets_by_group(groups: Sequence[Sequence[str]], others: Iterable[str], pre
 
 
 def _targets(paths: Sequence[str], everything: Sequence[str], prefix: str, opening: str) -> list[str]:
-    bare = {_bare(path, prefix) for path in paths}
+    bare = [_bare(path, prefix) for path in paths]
     numbers: dict[str, set[tuple[str, ...]]] = defaultdict(set)
     for path in bare:
         numbers[_shape(path)].add(_numbers(path))

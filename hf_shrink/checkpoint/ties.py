@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
-from hf_shrink.checkpoint.packed import COMPRESSED
+from hf_shrink.runtime import PackedModule
 
 BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 Pair = tuple[str, str]  # module paths: target (the head), source (the embedding)
@@ -118,7 +118,7 @@ def _packed_pairs(model: PreTrainedModel) -> list[Pair]:
         for target, source in model.all_tied_weights_keys.items()
         if target.endswith(".weight") and source.endswith(".weight")
     ]
-    return [pair for pair in pairs if any(isinstance(module, COMPRESSED) for module in _modules(model, pair))]
+    return [pair for pair in pairs if any(isinstance(module, PackedModule) for module in _modules(model, pair))]
 
 
 def _modules(model: PreTrainedModel, pair: Pair) -> tuple[nn.Module, nn.Module]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.evaluation.bootstrap import ratio_interval
 from hf_shrink.evaluation.divergence import Totals
@@ -135,6 +136,7 @@ def _mask_of(kind: Kind, model: Any, tokenizer: Any) -> tuple[int | None, frozen
     """The mask token's id, where there is one, and the tokens that are never masked."""
     if kind != "masked":
         return None, frozenset()
+    tokenizer = tokenizer_of(tokenizer)
     known = getattr(model.config if tokenizer is None else tokenizer, "mask_token_id", None)
     if known is None:
         return None, frozenset()
@@ -152,7 +154,7 @@ def _batches(
 ) -> tuple[list[Batch], str]:
     """The batches as dicts of tensors, and what they are in words."""
     if isinstance(data, list | tuple) and all(isinstance(item, Mapping) for item in data):
-        data = CalibrationData(tuple(data), "given batches")
+        data = CalibrationData([dict(batch) for batch in data], "given batches")
     if not isinstance(data, CalibrationData):
         source = None
         if isinstance(data, EvaluationSpec):

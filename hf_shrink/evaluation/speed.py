@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from hf_shrink.errors import ArchitectureError
+from hf_shrink.evaluation.greedy import greedy_config
 
 Inputs = Mapping[str, torch.Tensor]
 
@@ -86,14 +87,10 @@ def _decoding(model: Any, prompt: int, new: int, inputs: Inputs | None) -> tuple
         prompt = min(prompt, limit // 2)
         new = min(new, limit - prompt)
     made = dict(inputs) if inputs is not None else _inputs(model, prompt)
-    end = model.generation_config.eos_token_id
-    pad = model.generation_config.pad_token_id
-    if pad is None:
-        pad = end[0] if isinstance(end, list) else end if end is not None else 0
-    settings = {"max_new_tokens": new, "min_new_tokens": new, "do_sample": False, "num_beams": 1, "pad_token_id": pad}
+    config = greedy_config(model, new, exactly=True)
 
     def run() -> None:
-        model.generate(**made, **settings)
+        model.generate(**made, generation_config=config)
 
     return run, new
 
@@ -113,10 +110,7 @@ def _inputs(model: Any, length: int) -> dict[str, torch.Tensor]:
     name = getattr(model, "main_input_name", "input_ids")
     generator = torch.Generator().manual_seed(0)
     if name == "pixel_values":
-        vision = getattr(config, "vision_config", config)
-        size = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
-        pixels = torch.randn(1, getattr(vision, "num_channels", 3), *size, generator=generator)
-        return {name: pixels.to(device, model.dtype)}
+        return {name: _pixels(config, generator).to(device, model.dtype)}
     if name == "input_features" and hasattr(config, "num_mel_bins"):
         frames = 2 * config.max_source_positions
         features = torch.randn(1, config.num_mel_bins, frames, generator=generator)
@@ -129,7 +123,16 @@ def _inputs(model: Any, length: int) -> dict[str, torch.Tensor]:
     made = {name: ids, "attention_mask": torch.ones_like(ids)}
     if not model.can_generate() and config.is_encoder_decoder:
         made["decoder_input_ids"] = ids
+    if not model.can_generate() and hasattr(config, "vision_config"):  # a model of two towers reads both
+        made["pixel_values"] = _pixels(config, generator).to(device, model.dtype)
     return made
+
+
+def _pixels(config: Any, generator: torch.Generator) -> torch.Tensor:
+    """One image of the configured size, (1, channels, height, width)."""
+    vision = getattr(config, "vision_config", config)
+    size = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
+    return torch.randn(1, getattr(vision, "num_channels", 3), *size, generator=generator)
 
 
 @torch.no_grad()

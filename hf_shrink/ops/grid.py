@@ -63,7 +63,7 @@ def min_max_grid(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Gr
         CalibrationError: the weight holds NaN or Inf.
     """
     scheme = scheme.for_width(weight.shape[1])
-    low, high = _range_of_groups(_as_groups(weight.float(), scheme), scheme)
+    low, high = _range_of_groups(_as_groups(weight.detach().float(), scheme), scheme)
     shape = _grid_shape(weight, scheme)
     lowest, highest = integer_range(scheme.bits)
     if scheme.symmetric:
@@ -77,8 +77,8 @@ def search_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None, scale
     """The grid of least weighted squared rounding error among shrunken min-max ranges.
 
     Minimises sum_c importance_c * (w_c - dequantized_c)^2 for each group (row, tensor) over `RATIO_COUNT` ratios of
-    its range: for symmetric grids with the extra integer on either side of zero; asymmetric grids shrink both ends alike,
-    and with 2 or 3 bits also try the zero points next to the obvious one.
+    its range. Symmetric grids are tried with the extra integer on either side of zero. Asymmetric grids shrink both
+    ends alike, and with 2 or 3 bits also try the zero points next to the obvious one.
 
     Args:
         weight: (out_features, in_features), any float dtype.
@@ -90,7 +90,7 @@ def search_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None, scale
         CalibrationError: the weight or the importance holds NaN or Inf.
     """
     scheme = scheme.for_width(weight.shape[1])
-    groups = _as_groups(weight.float(), scheme)
+    groups = _as_groups(weight.detach().float(), scheme)
     low, high = _range_of_groups(groups, scheme)
     candidates = _candidates(low, high, scheme, scale_dtype)
     roots = _importance_roots(weight, groups, importance)
@@ -116,7 +116,7 @@ def search_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None, scale
 
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
     """The nearest integers: int8 of the weight's shape (out_features, in_features)."""
-    groups = _as_groups(weight.float(), grid.scheme)
+    groups = _as_groups(weight.detach().float(), grid.scheme)
     values = groups / grid.scale.float().view(-1, 1)
     if grid.zero_point is not None:
         values += grid.zero_point.view(-1, 1)
@@ -169,9 +169,7 @@ def _candidates(
     return found
 
 
-def _rounding_errors(
-    groups: Tensor, roots: Tensor, grids: list[tuple[Tensor, Tensor | None]], bits: int
-) -> Tensor:
+def _rounding_errors(groups: Tensor, roots: Tensor, grids: list[tuple[Tensor, Tensor | None]], bits: int) -> Tensor:
     """(candidates, groups): sum over columns of (root * (w - dequantized))^2."""
     lowest, highest = integer_range(bits)
     errors = torch.empty(len(grids), len(groups), device=groups.device)

@@ -84,8 +84,8 @@ def check_finite(moment: Tensor) -> None:
 def least_squares_refit(weight: Tensor, moment: Tensor, kept: Tensor, damping: float) -> Tensor:
     """The weights on the kept channels that best reproduce a Linear's outputs without the others.
 
-    Minimises ||V X_kept - W X||^2 + damping * mean(diagonal) * ||V - W_kept||^2 over V, in closed form: the more damping, the
-    nearer to the weights as they are.
+    Minimises ||V X_kept - W X||^2 + damping * mean(diagonal) * ||V - W_kept||^2 over V, in closed form: the more
+    damping, the nearer to the weights as they are.
 
     Args:
         weight: W, (out_features, in_features) float32.

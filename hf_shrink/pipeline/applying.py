@@ -24,7 +24,7 @@ from hf_shrink.pruning.refit import refit_columns
 from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.progress import ProgressCallback
-from hf_shrink.surgery import check_plan, cut_block, remove_blocks, settle_config
+from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, remove_blocks, settle_config
 
 
 def apply_plan(
@@ -159,7 +159,7 @@ class _Run:
 
     def _cut(self, block: BoundBlock, plan: BlockPlan) -> None:
         refitted: dict[str, Tensor] = {}
-        consumers = dict(_consumers(block, plan))
+        consumers = consumer_cuts(block, plan)
         if self.plan.refit and self.walk is not None and consumers:
             modules = {path: self.model.get_submodule(path) for path in consumers}
             with self.timed("calibrate"):
@@ -193,18 +193,6 @@ class _Run:
         finally:
             seconds = self.report.seconds
             seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
-
-
-def _consumers(block: BoundBlock, plan: BlockPlan) -> Iterator[tuple[str, Tensor]]:
-    """(path, kept input positions) of every matrix that reads the units that `plan` cuts."""
-    for part, role, units in (
-        (block.attention, "output", plan.query_heads),
-        (block.cross_attention, "output", plan.cross_heads),
-        (block.mlp, "down", plan.channels),
-    ):
-        if part is not None and units is not None:
-            path = part.slot(role).path
-            yield path, part.cuts(units)[path, "in"]
 
 
 def _relative_error(before: Tensor, after: Tensor, inputs: Tensor) -> float:

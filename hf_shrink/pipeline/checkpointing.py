@@ -83,9 +83,7 @@ def _held_out(
     """What the result will be measured on, made before the model changes; None when nothing is to be measured."""
     if not spec.metrics:
         return None
-    return calibration_batches(
-        spec, model=model, tokenizer=processing, seed=seed, purpose="evaluation", progress=show
-    )
+    return calibration_batches(spec, model=model, tokenizer=processing, seed=seed, purpose="evaluation", progress=show)
 
 
 def _source_bytes(source: Source, loaded: int) -> int:
@@ -105,9 +103,7 @@ def _measure(
     """Quality and speed beside the dense model, into the record's report."""
     dense = load_source_model(source)
     model.eval()
-    result = evaluate_model(
-        model, held_out, baseline=dense, metrics=spec.metrics, tokenizer=processing, progress=show
-    )
+    result = evaluate_model(model, held_out, baseline=dense, metrics=spec.metrics, tokenizer=processing, progress=show)
     speed = compare_decode_speed(dense, model)
     record.report.evaluation = for_report(result, speed)
     if dense.can_generate() and not dense.config.is_encoder_decoder and callable(getattr(processing, "decode", None)):

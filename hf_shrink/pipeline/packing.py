@@ -86,7 +86,8 @@ def _sharing(model: nn.Module, task: Task) -> list[tuple[str, nn.Module]]:
     return [
         (path, module)
         for path, module in model.named_modules()
-        if getattr(module, "weight", None) is task.module.weight and (is_matrix(module) or isinstance(module, nn.Embedding))
+        if getattr(module, "weight", None) is task.module.weight
+        and (is_matrix(module) or isinstance(module, nn.Embedding))
     ]
 
 

@@ -19,7 +19,7 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
 from hf_shrink.pruning.plan_width import plan_width
 from hf_shrink.recipe import Recipe
-from hf_shrink.surgery import without_blocks
+from hf_shrink.surgery import consumer_cuts, without_blocks
 
 
 @dataclass(frozen=True)
@@ -51,24 +51,33 @@ def plan_recipe(
     depth, width, quantize = recipe.prune("depth"), recipe.prune("width"), recipe.quantize
     if depth or width:
         if binding is None or not isinstance(model, PreTrainedModel):
-            raise ArchitectureError("only transformers models can be pruned; this module can be quantized (method: rtn)")
+            raise ArchitectureError(
+                "only transformers models can be pruned; this module can be quantized (method: rtn)"
+            )
         binding.require_roles()
     if depth:
         assert binding is not None
-        method = depth_method(depth)
-        kept, found, damage = plan_depth(
-            model, binding, depth, method, batches, portable=recipe.portable, seed=seed, progress=progress
+        found = plan_depth(
+            model,
+            binding,
+            depth,
+            depth_method(depth),
+            batches,
+            portable=recipe.portable,
+            seed=seed,
+            progress=progress,
         )
-        notes += found
-        stacks = {name: StackPlan(tuple(blocks)) for name, blocks in kept.items()}
+        notes += found.notes
+        damage = found.damage
+        stacks = {name: StackPlan(blocks) for name, blocks in found.kept.items()}
     if width:
         assert binding is not None
         with _without(model, binding, stacks) as (smaller, sources):
-            blocks, found = plan_width(
+            narrower = plan_width(
                 model, smaller, width, width_method(width), batches, portable=recipe.portable, progress=progress
             )
-        notes += found
-        stacks = _with_width(smaller, sources, stacks, blocks)
+        notes += narrower.notes
+        stacks = _with_width(smaller, sources, stacks, narrower.blocks)
     plan = Plan(
         model_type=binding.model_type if binding is not None else type(model).__name__,
         stacks={name: stack for name, stack in stacks.items() if not _keeps_all(binding, name, stack)},
@@ -77,7 +86,7 @@ def plan_recipe(
     )
     if quantize:
         quantization_method(quantize)
-        resolved = resolve_schemes(model, binding, quantize, recipe.portable)
+        resolved = resolve_schemes(model, binding, quantize, recipe.portable, _narrowed(binding, plan))
         schemes = {p: s for p, s in resolved.schemes.items() if not _removed(p, binding, plan)}
         plan = replace(plan, schemes=schemes, method=quantize.method, options=dict(quantize.options))
         notes += resolved.notes
@@ -129,3 +138,14 @@ def _removed(path: str, binding: Binding | None, plan: Plan) -> bool:
             if path.startswith(block.path + ".") and block.index not in stack.kept:
                 return True
     return False
+
+
+def _narrowed(binding: Binding | None, plan: Plan) -> dict[str, int]:
+    """The new input width of every matrix that reads units which the plan removes, by its path in the source."""
+    widths = {}
+    for name, stack in plan.stacks.items():
+        assert binding is not None
+        for block in binding.stack(name).blocks:
+            cuts = consumer_cuts(block, stack.blocks.get(block.index, BlockPlan()))
+            widths.update({path: kept.numel() for path, kept in cuts.items()})
+    return widths

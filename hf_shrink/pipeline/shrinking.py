@@ -102,7 +102,9 @@ def check_dense(model: nn.Module) -> None:
 
 def count_parameters(model: nn.Module) -> int:
     """Logical parameters: a packed weight counts its unpacked elements, tied weights count once."""
-    packed = {id(m.weight_packed): m.numel for m in model.modules() if isinstance(m, CompressedLinear | CompressedEmbedding)}
+    packed = {
+        id(m.weight_packed): m.numel for m in model.modules() if isinstance(m, CompressedLinear | CompressedEmbedding)
+    }
     return sum(p.numel() for p in model.parameters()) + sum(packed.values())
 
 

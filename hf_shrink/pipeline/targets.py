@@ -41,12 +41,21 @@ def class_of(module: nn.Module) -> str:
     return "Linear" if isinstance(module, Conv1D) else type(module).__name__
 
 
-def resolve_schemes(model: nn.Module, binding: Binding | None, step: QuantizeStep, portable: bool) -> Resolved:
+def resolve_schemes(
+    model: nn.Module,
+    binding: Binding | None,
+    step: QuantizeStep,
+    portable: bool,
+    narrowed: Mapping[str, int] | None = None,
+) -> Resolved:
     """The scheme of every weight that the step quantizes.
 
     Without `targets`: every matrix inside the blocks. Without `ignore`: not the output head, task heads, routers and
     tied weights, unless an override names them. An exact path wins over regexes in their written order, those over
     class names. Tied weights that are both chosen get one scheme.
+
+    Args:
+        narrowed: input widths, by path, of matrices that lose inputs before they are quantized.
 
     Raises:
         RecipeError: nothing is left to quantize, a target or override matches nothing, or `portable` cannot be kept.
@@ -70,9 +79,10 @@ def resolve_schemes(model: nn.Module, binding: Binding | None, step: QuantizeSte
         raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
     notes: list[str] = []
     chosen = _agree_on_ties(model, chosen)
-    schemes = {path: scheme.for_width(_width(candidates[path])) for path, scheme in chosen.items()}
+    widths = {path: _width(candidates[path]) for path in chosen} | dict(narrowed or {})
+    schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
     if portable and isinstance(model, PreTrainedModel):
-        schemes = _one_scheme_where_needed(candidates, schemes, notes)
+        schemes = _one_scheme_where_needed(candidates, schemes, widths, notes)
         _refuse_unportable(candidates, schemes)
     notes[:0] = _group_notes(chosen, schemes)
     return Resolved(schemes, tuple(notes))
@@ -88,7 +98,11 @@ def _check_patterns(model: nn.Module, step: QuantizeStep) -> None:
     """Every target, override and explicit ignore must be a valid regex, and targets and overrides must match something."""
     modules = {p: m for p, m in model.named_modules() if p}
     names = set(modules) | {class_of(m) for m in modules.values()}
-    for where, patterns in (("targets", step.targets or ()), ("overrides", step.overrides), ("ignore", step.ignore or ())):
+    for where, patterns in (
+        ("targets", step.targets or ()),
+        ("overrides", step.overrides),
+        ("ignore", step.ignore or ()),
+    ):
         for pattern in patterns:
             try:
                 found = any(matches(p, m, pattern) for p, m in modules.items())
@@ -132,7 +146,7 @@ def _agree_on_ties(model: nn.Module, chosen: dict[str, Scheme]) -> dict[str, Sch
 
 
 def _one_scheme_where_needed(
-    modules: Mapping[str, nn.Module], schemes: dict[str, Scheme], notes: list[str]
+    modules: Mapping[str, nn.Module], schemes: dict[str, Scheme], widths: Mapping[str, int], notes: list[str]
 ) -> dict[str, Scheme]:
     """Stock reads asymmetric schemes and embeddings only when everything shares one scheme: agree on a group size."""
     special = any(not s.symmetric or isinstance(modules[p], nn.Embedding) for p, s in schemes.items())
@@ -140,7 +154,7 @@ def _one_scheme_where_needed(
     sizes = {s.group_size for s in schemes.values()}
     if not special or len(kinds) > 1 or len(sizes) == 1:
         return schemes
-    common = math.gcd(*(_width(modules[p]) for p in schemes))
+    common = math.gcd(*(widths[p] for p in schemes))
     smallest = min(s for s in sizes if s is not None)
     size = max(d for d in range(1, smallest + 1) if common % d == 0)
     notes.append(f"one group size, {size}, for all weights: stock transformers loads this kind of scheme only so")
@@ -151,7 +165,9 @@ def _refuse_unportable(modules: Mapping[str, nn.Module], schemes: Mapping[str, S
     remedy = "set portable: false (the result then loads after `import hf_shrink`)"
     for path in schemes:
         if isinstance(modules[path], Conv1D):
-            raise RecipeError(f"{path} is a Conv1D, which compressed-tensors cannot express in stock transformers; {remedy}")
+            raise RecipeError(
+                f"{path} is a Conv1D, which compressed-tensors cannot express in stock transformers; {remedy}"
+            )
     if len(set(schemes.values())) > 1:
         for path, scheme in schemes.items():
             kind = "is asymmetric" if not scheme.symmetric and scheme.strategy != "tensor" else None

@@ -79,11 +79,13 @@ def allocate(parts: Sequence[Part], request: Request) -> Allocation:
 def _check_reachable(pools: Iterable[Pool], request: Request) -> None:
     most = sum(pool.most for pool in pools)
     if request.target > most + request.tolerance:
+        remedies = ["lower ratio"]
+        remedies += ["set units: all"] if request.units != "all" else []
+        remedies += ["set portable: false"] if request.portable else []
         raise RecipeError(
             f"ratio {request.ratio:g} of units {request.units!r} would leave nothing of them in some block: at most "
-            f"{_floor_percent(most / request.total)} of the blocks' parameters can be removed"
-            f"{' portably' if request.portable else ''}; lower ratio"
-            f"{', set units: all' if request.units != 'all' else ' or remove whole blocks (what: depth)'}"
+            f"{int(most / request.total * 1000) / 10:g}% of the blocks' parameters can be removed"
+            f"{' portably' if request.portable else ''}; {', '.join(remedies)} or remove whole blocks (what: depth)"
         )
 
 
@@ -165,7 +167,3 @@ def _notes(removed: int, request: Request) -> Iterable[str]:
             f"asked to remove {request.ratio:.1%} of the blocks' parameters, removed {removed / request.total:.1%}: "
             f"the units ({request.units}) are coarser than that"
         )
-
-
-def _floor_percent(fraction: float) -> str:
-    return f"{int(fraction * 1000) / 10:g}%"

@@ -143,7 +143,7 @@ class Pool:
         found = []
         for way in self.ways:
             unit, counts = self.unit(way), self.counts(way)
-            above = bisect.bisect_left(counts, wanted / unit)
+            above = bisect.bisect_left(counts, min(wanted, limit) / unit)
             near = [counts[i] for i in (above - 1, above) if 0 <= i < len(counts) and counts[i] * unit <= limit]
             found.append(self.choice(way, min(near, key=lambda n: abs(n * unit - wanted), default=0)))
         return found

@@ -13,7 +13,6 @@ from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, 
 from hf_shrink.pruning.parts import Kind, Part, attention_ways, channel_ways
 from hf_shrink.pruning.prunable import HeadCounts, Prunable, config_key
 
-
 KINDS: tuple[Kind, ...] = ("attention", "cross_attention", "mlp")
 
 
@@ -41,9 +40,12 @@ def parts_of(binding: Binding, prunable: Prunable, scores: Mapping[tuple[str, in
     parts = []
     for stack in binding.stacks:
         for kind in KINDS:
-            own = {block: shares[key] for block in stack.blocks if (key := (stack.name, block.index, kind)) in shares}
-            mean = _mean(list(own.values()))
-            for block, found in own.items():
+            keys = {block.index: (stack.name, block.index, kind) for block in stack.blocks}
+            mean = _mean([shares[key] for key in keys.values() if key in shares])
+            for block in stack.blocks:
+                found = shares.get(keys[block.index])
+                if found is None:
+                    continue
                 part: BoundAttention | BoundMlp | None = getattr(block, kind)
                 if isinstance(part, BoundMlp):
                     parts.append(_mlp(stack, block, part, found))

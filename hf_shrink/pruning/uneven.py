@@ -15,7 +15,8 @@ def uneven_choices(pools: Sequence[Pool], ways: Sequence[int], target: float) ->
     """How many items of the given way leave each pool, so that about `target` parameters go at the least cost.
 
     An item's rank is its share in its block's score, per parameter. Items go in that order; one that would overshoot
-    by more than half of itself closes its pool, and finer ones of other pools fill up.
+    closes its pool, and finer ones of other pools fill up. At the end the best ranked of these goes too where that
+    comes nearer to the target.
     """
     most = [len(pool.parts[0].ways[way]) - 1 for pool, way in zip(pools, ways, strict=True)]
     gentle = [min(n, int(MOST_OF_A_BLOCK * (n + 1))) for n in most]
@@ -24,17 +25,23 @@ def uneven_choices(pools: Sequence[Pool], ways: Sequence[int], target: float) ->
         most = gentle
     counts = [0] * len(pools)
     open_pools = {index for index, n in enumerate(most) if n}
+    overshooting: list[int] = []
     removed = 0
     for index in _ranking(pools, ways, most):
+        if not open_pools:
+            break
         if index not in open_pools:
             continue
-        if removed + units[index] / 2 > target:
+        if removed + units[index] > target:
             open_pools.discard(index)
-            if not open_pools:
-                break
+            overshooting.append(index)
             continue
         counts[index] += 1
         removed += units[index]
+    for index in overshooting:
+        if target - removed > units[index] / 2:
+            counts[index] += 1
+            break
     return [pool.choice(way, count) for pool, way, count in zip(pools, ways, counts, strict=True)]
 
 

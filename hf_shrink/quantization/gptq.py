@@ -54,22 +54,20 @@ class GPTQ:
         """See `QuantizationMethod.solve`."""
         if statistics is None or statistics.tokens == 0:
             raise CalibrationError("GPTQ has seen no inputs of this Linear; use more calibration data, or method: rtn")
-        hessian = statistics.mean.to(weight.device)
+        weight, hessian = weight.detach(), statistics.mean.to(weight.device)
         diagonal = hessian.diagonal()
         order = diagonal.argsort(descending=True, stable=True)
         if not self.act_order:
             order = order.sort().values
         factor = damped_inverse_factor(hessian[order][:, order], self.damping)
-        upper = factor.upper.float()
+        damped = hessian.clone()
+        damped.diagonal().add_(factor.damping * diagonal.mean() if diagonal.any() else 1.0)
 
-        # An error e in a column costs (e / U_jj)^2 in the end, once the later columns have made up for what they can.
-        importance = torch.empty_like(diagonal)
-        importance[order] = upper.diagonal() ** -2
-        grid = search_grid(weight, scheme, importance, scale_dtype)
-        values = round_columns(weight, grid, order, upper, self.block_size)
-        if self.refinements and diagonal.any():
-            damped = hessian.clone()
-            damped.diagonal().add_(factor.damping * diagonal.mean())
+        # Weighting by U_jj^-2, what an error costs once later columns have made up for it, lowers the layer's error
+        # but raises the model's (SmolLM2-135M, W4 g64: KL divergence 0.126 instead of 0.095).
+        grid = search_grid(weight, scheme, damped.diagonal(), scale_dtype)
+        values = round_columns(weight, grid, order, factor.upper.float(), self.block_size)
+        if self.refinements:
             values, grid = descend(weight, values, grid, damped, self.refinements)
         error = relative_error(weight, dequantize(values, grid), hessian)
         return QuantizedWeight(values, grid, error, self._notes(hessian, factor.damping))
@@ -77,7 +75,9 @@ class GPTQ:
     def _notes(self, hessian: Tensor, damping: float) -> tuple[str, ...]:
         notes = []
         if dead := int(dead_channels(hessian).sum()):
-            notes.append(f"{dead} of {len(hessian)} input channels were always zero; their weights are rounded to nearest")
+            notes.append(
+                f"{dead} of {len(hessian)} input channels were always zero; their weights are rounded to nearest"
+            )
         if damping > self.damping:
             notes.append(f"damping grew from {self.damping:g} to {damping:g} until the Hessian could be factored")
         return tuple(notes)

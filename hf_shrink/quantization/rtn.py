@@ -34,6 +34,7 @@ class RTN:
         self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
     ) -> QuantizedWeight:
         """See `QuantizationMethod.solve`."""
+        weight = weight.detach()
         moment = None if statistics is None or statistics.tokens == 0 else statistics.mean
         if moment is not None:
             check_finite(moment)

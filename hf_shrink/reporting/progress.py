@@ -85,7 +85,7 @@ def silence(enabled: bool = True) -> Iterator[None]:
         warnings.simplefilter("ignore")
         logging.set_verbosity(logging.log_levels["error"])
         datasets.logging.set_verbosity_error()
-        logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+        logging.disable_progress_bar()
         datasets.disable_progress_bars()
         try:
             yield
@@ -93,7 +93,7 @@ def silence(enabled: bool = True) -> Iterator[None]:
             logging.set_verbosity(levels[0])
             datasets.logging.set_verbosity(levels[1])
             if bars[0]:
-                logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+                logging.enable_progress_bar()
             if bars[1]:
                 datasets.enable_progress_bars()
             # transformers switches the Hub's bars along with its own, so these come last.

@@ -63,7 +63,7 @@ class CompressedLinear(PackedModule):
         """As nn.Linear, on (..., in_features), in the dtype of the input. Gradients reach the input and the bias."""
         bias = self.bias if self.bias is None or self.bias.dtype == input.dtype else self.bias.to(input.dtype)
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
-            output: Tensor = _PackedProduct.apply(input, bias, self)
+            output: Tensor = _PackedProduct.apply(input, bias, self)  # type: ignore[no-untyped-call]
             return output
         return F.linear(input, self.weight.to(input.dtype), bias)
 

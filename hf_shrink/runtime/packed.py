@@ -88,7 +88,7 @@ class PackedModule(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         before = self.weight_scale.dtype
-        result = super()._apply(fn, recurse)
+        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != before:
             self.compute_dtype = None
         return result

@@ -19,14 +19,16 @@ CHUNK_VALUES = 1 << 18
 
 def pack(values: Tensor, bits: int) -> Tensor:
     """int8 (rows, columns) as int32 (rows, ceil(columns * bits / 32))."""
-    return pack_to_int32(values, bits)
+    packed: Tensor = pack_to_int32(values, bits)
+    return packed
 
 
 def unpack(packed: Tensor, bits: int, columns: int) -> Tensor:
     """int32 (rows, words) as int8 (rows, columns): the inverse of `pack`."""
     if sys.byteorder == "big":
-        return unpack_from_int32(packed, bits, torch.Size((len(packed), columns)))
-    octets = packed.contiguous().view(torch.uint8)
+        values: Tensor = unpack_from_int32(packed, bits, torch.Size((len(packed), columns)))
+        return values
+    octets = packed.flatten().view(torch.uint8).view(len(packed), -1)
     if bits == 8:
         return octets.view(torch.int8)[:, :columns].bitwise_xor(-128)  # flipping the top bit subtracts 128
     if missing := -octets.shape[1] % bits:
@@ -39,7 +41,8 @@ def pack_zero_point(zero_point: Tensor, scheme: Scheme) -> Tensor:
     """Zero points as they are stored: packed along the rows, except one for the whole tensor: int8 (1,)."""
     if scheme.strategy == "tensor":
         return zero_point.reshape(1)
-    return pack_to_int32(zero_point, scheme.bits, packed_dim=0)
+    packed: Tensor = pack_to_int32(zero_point, scheme.bits, packed_dim=0)
+    return packed
 
 
 def unpack_zero_point(stored: Tensor, scheme: Scheme, rows: int) -> Tensor:

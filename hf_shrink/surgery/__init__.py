@@ -10,12 +10,13 @@ from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.surgery.depth import remove_blocks, without_blocks
 from hf_shrink.surgery.sizes import build_skeleton, is_uneven, module_shape, resize_skeleton, settle_config
-from hf_shrink.surgery.units import check_units, cut_block
+from hf_shrink.surgery.units import check_units, consumer_cuts, cut_block
 
 __all__ = [
     "apply_structure",
     "build_skeleton",
     "check_plan",
+    "consumer_cuts",
     "cut_block",
     "is_uneven",
     "module_shape",

@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from hf_shrink.architectures.bound import BoundStack
+from hf_shrink.architectures.portable import stack_config
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.surgery.units import check_units
 
@@ -89,8 +90,8 @@ class _DepthConfig:
 def stack_configs(model: nn.Module, stack: BoundStack) -> list[PretrainedConfig]:
     """The stack's own config first, then copies of it that modules hold (T5 gives each stack a copy)."""
     config: Any = model.config
-    for part in stack.spec.config.split(".") if stack.spec and stack.spec.config else []:
-        config = getattr(config, part, config)
+    if stack.spec is not None:
+        config = stack_config(config, stack.spec)
     found = [config]
     for name, module in model.named_modules():
         other = getattr(module, "config", None)

@@ -17,7 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
-from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.architectures.binding import Binding, bind, known_families
 from hf_shrink.architectures.bound import BoundMlp
 from hf_shrink.architectures.linears import resize
 from hf_shrink.architectures.portable import part_keys
@@ -30,11 +30,14 @@ RECORD_FORMAT = 1
 
 def settle_config(model: PreTrainedModel) -> None:
     """Write the model's present sizes into its config: stock keys where all blocks agree, `hf_shrink` for the rest."""
+    if model.config.model_type not in known_families():
+        # Such a model is never cut; and once its weights are packed, its blocks can no longer be found by search.
+        model.config.hf_shrink = {"format": RECORD_FORMAT, "shapes": {}, "attributes": {}}
+        return
     binding = bind(model)
-    if binding.family is not None:
-        _settle_stock_keys(model, binding)
-        _settle_cache_depth(model, binding)
-        _share_configs(model, binding)
+    _settle_stock_keys(model, binding)
+    _settle_cache_depth(model, binding)
+    _share_configs(model, binding)
     model.config.hf_shrink = {"format": RECORD_FORMAT, **_uneven(model, binding)}
 
 
@@ -75,11 +78,11 @@ def _settle_cache_depth(model: PreTrainedModel, binding: Binding) -> None:
     `get_text_config(decoder=True)` tells the number. Where a config has `decoder_layers` it takes that, and else the
     encoder's number (T5), which is too few once the encoder is the shorter: then the key is added.
     """
+    config = model.config
     for stack in binding.stacks:
-        config = model.config
-        if stack.spec and stack.spec.cached and config.is_encoder_decoder:
-            if config.get_text_config(decoder=True).num_hidden_layers != len(stack.blocks):
-                config.decoder_layers = len(stack.blocks)
+        cached = stack.spec is not None and stack.spec.cached and config.is_encoder_decoder
+        if cached and config.get_text_config(decoder=True).num_hidden_layers != len(stack.blocks):
+            config.decoder_layers = len(stack.blocks)
 
 
 def _share_configs(model: PreTrainedModel, binding: Binding) -> None:
@@ -103,7 +106,9 @@ def build_skeleton(model: PreTrainedModel) -> PreTrainedModel:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"), no_init_weights():
-        return type(model)(config)
+        skeleton = type(model)(config)
+    skeleton.tie_weights()
+    return skeleton
 
 
 def module_shape(module: nn.Module) -> tuple[int, int] | None:

@@ -48,6 +48,20 @@ def _cut_attention(attention: BoundAttention, heads: Sequence[int]) -> None:
         set_attribute(attention.module, name, attention.quantity(quantity, len(heads), len(groups)))
 
 
+def consumer_cuts(block: BoundBlock, plan: BlockPlan) -> dict[str, Tensor]:
+    """Kept input positions, ascending, of every matrix that reads units which `plan` cuts, by path."""
+    cuts = {}
+    for part, role, units in (
+        (block.attention, "output", plan.query_heads),
+        (block.cross_attention, "output", plan.cross_heads),
+        (block.mlp, "down", plan.channels),
+    ):
+        if part is not None and units is not None:
+            path = part.slot(role).path
+            cuts[path] = part.cuts(units)[path, "in"]
+    return cuts
+
+
 def check_units(kept: Sequence[int], count: int, path: str, what: str) -> None:
     if not kept:
         raise ArchitectureError(f"{path}: nothing would be left of its {what}; keep at least one")

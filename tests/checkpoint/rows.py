@@ -12,6 +12,8 @@ from torch import nn
 from transformers import (
     BertConfig,
     BertForMaskedLM,
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
     GPT2Config,
     GPT2LMHeadModel,
     PreTrainedModel,
@@ -57,7 +59,7 @@ def pack(model: PreTrainedModel, schemes: dict[str, Scheme]) -> PreTrainedModel:
         grid = min_max_grid(weight, scheme, weight.dtype)
         solved = QuantizedWeight(quantize(weight, grid), grid, 0.0)
         if isinstance(module, nn.Embedding):
-            model.set_submodule(path, CompressedEmbedding.from_quantized(solved, module))
+            model.set_submodule(path, CompressedEmbedding.from_quantized(solved, module.padding_idx))
         else:
             bias = getattr(module, "bias", None)
             model.set_submodule(path, CompressedLinear.from_quantized(solved, bias))
@@ -105,7 +107,9 @@ def pruned(channels: dict[int, int], scheme: Scheme | None = None) -> Callable[[
 def gpt2(only: str = "") -> Callable[[], PreTrainedModel]:
     def build() -> PreTrainedModel:
         torch.manual_seed(0)
-        config = GPT2Config(vocab_size=320, n_embd=48, n_layer=2, n_head=3, n_positions=64, bos_token_id=1, eos_token_id=2)
+        config = GPT2Config(
+            vocab_size=320, n_embd=48, n_layer=2, n_head=3, n_positions=64, bos_token_id=1, eos_token_id=2
+        )
         model = GPT2LMHeadModel(config).eval()
         spread(model)
         return pack(model, {path: W8 for path in inner_linears(model) if path.endswith(only)})
@@ -136,6 +140,22 @@ def bert_head() -> PreTrainedModel:
     model = BertForMaskedLM(config).eval()
     spread(model)
     return pack(model, dict.fromkeys(inner_linears(model), W8))
+
+
+def clip_text() -> PreTrainedModel:
+    torch.manual_seed(0)
+    config = CLIPTextConfig(
+        vocab_size=320,
+        hidden_size=48,
+        intermediate_size=80,
+        projection_dim=16,
+        num_hidden_layers=2,
+        num_attention_heads=3,
+        eos_token_id=2,
+    )
+    model = CLIPTextModelWithProjection(config).eval()
+    spread(model)
+    return pack(model, dict.fromkeys(inner_linears(model), W4))
 
 
 def spread(model: nn.Module) -> None:
@@ -192,5 +212,6 @@ ROWS: dict[str, Row] = {
     "t5": Row(t5(head=False), "dequantize"),
     "t5, two schemes": Row(t5(head=False, output=W4), "initialised"),
     "t5, head apart": Row(t5(head=True), "dequantize"),
+    "clip text": Row(clip_text, "yes"),
     "bert, head apart": Row(bert_head, "yes"),
 }

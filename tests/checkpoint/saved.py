@@ -13,6 +13,8 @@ from checkpoint.rows import IDS, ROWS
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_shrink.checkpoint.save import model_portability
+
 
 @dataclass(frozen=True)
 class Saved:
@@ -31,16 +33,16 @@ class Saved:
 
 def logits_of(model: PreTrainedModel) -> Tensor:
     ids = torch.tensor(IDS)
-    extra = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+    extra = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
     with torch.no_grad():
-        return model(ids, **extra).logits
+        return model(ids, **extra)[0]
 
 
-def save_rows(root: Path, reasons_of) -> dict[str, Saved]:
+def save_rows(root: Path) -> dict[str, Saved]:
     saved = {}
     for name, row in ROWS.items():
         model = row.build()
-        logits, reasons = logits_of(model), tuple(reasons_of(model))
+        logits, reasons = logits_of(model), tuple(model_portability(model))
         folder = root / name.replace(" ", "_").replace(",", "")
         model.save_pretrained(folder)
         saved[name] = Saved(folder, type(model).__name__, logits, reasons)

@@ -152,7 +152,9 @@ def _gemma3() -> Gemma3Config:
         "patch_size": 4,
     }
     special = {"image_token_index": 4, "boi_token_index": 3, "eoi_token_index": 3, "mm_tokens_per_image": 4}
-    return Gemma3Config(text_config=Gemma3TextConfig(**GEMMA), vision_config=vision, tie_word_embeddings=False, **special)
+    return Gemma3Config(
+        text_config=Gemma3TextConfig(**GEMMA), vision_config=vision, tie_word_embeddings=False, **special
+    )
 
 
 def _gpt2(**changes: Any) -> GPT2Config:
@@ -197,12 +199,12 @@ CASES: dict[str, Case] = {
         lambda: _build(FalconForCausalLM, _falcon(new_decoder_architecture=True, num_kv_heads=3)), portable_heads=False
     ),
     "falcon_alibi": Case(
-        lambda: _build(FalconForCausalLM, _falcon(alibi=True, multi_query=False)), portable_heads=False, fixed_heads=True
+        lambda: _build(FalconForCausalLM, _falcon(alibi=True, multi_query=False)),
+        portable_heads=False,
+        fixed_heads=True,
     ),
     "bloom": Case(
-        lambda: _build(
-            BloomForCausalLM, BloomConfig(**SPECIAL, hidden_size=48, n_layer=BLOCKS, n_head=6)
-        ),
+        lambda: _build(BloomForCausalLM, BloomConfig(**SPECIAL, hidden_size=48, n_layer=BLOCKS, n_head=6)),
         portable_heads=False,
         portable_channels=False,
         fixed_heads=True,

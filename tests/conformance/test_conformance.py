@@ -21,7 +21,6 @@ from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.surgery import apply_structure, is_uneven, resize_skeleton, without_blocks
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-both_kinds = pytest.mark.parametrize("uneven", [False, True], ids=["uniform", "uneven"])
 GENERATING = {name: case for name, case in CASES.items() if name != "llama_classifier"}
 
 
@@ -101,6 +100,17 @@ def config_of(model: PreTrainedModel) -> dict[str, Any]:
     return {key: value for key, value in model.config.to_dict().items() if key != "hf_shrink"}
 
 
+def same_config(loaded: PreTrainedModel, saved: PreTrainedModel) -> bool:
+    """Equal but for what loading itself notes."""
+
+    def plain(value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        return {k: plain(v) for k, v in value.items() if k not in ("_name_or_path", "dtype", "architectures")}
+
+    return plain(config_of(loaded)) == plain(config_of(saved))
+
+
 @every_case
 def test_a_plan_that_keeps_everything_changes_nothing(case: Case) -> None:
     model = case.build()
@@ -118,11 +128,12 @@ def test_a_plan_that_keeps_everything_changes_nothing(case: Case) -> None:
 
 
 @every_case
-@both_kinds
-@pytest.mark.parametrize("blocks", [(0, 1, 2, 3), (0, 2, 3), (1, 3)], ids=str)
-def test_cut_equals_masked_and_loads_again(
-    case: Case, uneven: bool, blocks: tuple[int, ...], tmp_path: Path
-) -> None:
+@pytest.mark.parametrize(
+    ("uneven", "blocks"),
+    [(False, (0, 1, 2, 3)), (True, (0, 1, 2, 3)), (False, (1, 3)), (True, (0, 2, 3))],
+    ids=["uniform", "uneven", "uniform-depth", "uneven-depth"],
+)
+def test_cut_equals_masked_and_loads_again(case: Case, uneven: bool, blocks: tuple[int, ...], tmp_path: Path) -> None:
     model = case.build()
     dense = copy.deepcopy(model)
     plan = plan_for(model, case, uneven, blocks)
@@ -145,7 +156,7 @@ def test_cut_equals_masked_and_loads_again(
         model.save_pretrained(tmp_path)
         loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-        assert config_of(loaded).items() >= {**config_of(model), "_name_or_path": str(tmp_path)}.items() or True
+        assert same_config(loaded, model)
     assert torch.equal(logits(loaded, case.padded()), logits(model, case.padded()))
 
 
@@ -167,23 +178,23 @@ def predicted_parameters(model: PreTrainedModel, case: Case, plan: Plan) -> int:
 
 
 @pytest.mark.parametrize("case", GENERATING.values(), ids=GENERATING.keys())
-@both_kinds
-@pytest.mark.parametrize("blocks", [(0, 1, 2, 3), (1, 3)], ids=str)
+@pytest.mark.parametrize(("uneven", "blocks"), [(False, (1, 3)), (True, (0, 2, 3))], ids=["uniform", "uneven"])
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_decoding_with_a_cache_equals_the_full_forward(case: Case, uneven: bool, blocks: tuple[int, ...]) -> None:
     model = case.build()
     apply_structure(model, plan_for(model, case, uneven, blocks))
     ids = case.inputs()["input_ids"]
     with torch.no_grad():
         full = model(ids, use_cache=False).logits
-        first = model(ids[:, :6], use_cache=True)
+        first = model(ids[:, :8], use_cache=True)
         parts = [first.logits]
-        for position in range(6, ids.shape[1]):
+        for position in range(8, ids.shape[1]):
             step = model(ids[:, position : position + 1], past_key_values=first.past_key_values, use_cache=True)
             parts.append(step.logits)
         assert len(first.past_key_values.layers) == len(blocks)
         assert_near(torch.cat(parts, dim=1), full)
 
-        settings = {"do_sample": False, "max_new_tokens": 5, "min_new_tokens": 5}
+        settings = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3}
         mask = torch.ones_like(ids)
         cached = model.generate(ids, attention_mask=mask, use_cache=True, **settings)
         assert torch.equal(cached, model.generate(ids, attention_mask=mask, use_cache=False, **settings))
@@ -275,7 +286,9 @@ def test_a_missing_or_wrong_matrix_is_named(case: Case) -> None:
     delattr(block.module.get_submodule(owner), name)
     with pytest.raises(ArchitectureError, match=rf"'output' is missing: .*\.2 has no module '{down}'"):
         bind(model)
-    setattr(block.module.get_submodule(owner), name, nn.Linear(block.attention.heads * block.attention.head_size - 1, 48))
+    setattr(
+        block.module.get_submodule(owner), name, nn.Linear(block.attention.heads * block.attention.head_size - 1, 48)
+    )
     with pytest.raises(ArchitectureError, match=r"\.2"):
         bind(model)
 

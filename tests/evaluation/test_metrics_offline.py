@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.errors import CalibrationError, RecipeError, ShrinkError
 from hf_shrink.evaluation.bootstrap import ratio_interval
 from hf_shrink.evaluation.metrics import NAMES, load_metric
 
@@ -61,6 +61,13 @@ def test_interval_is_repeatable_and_needs_something():
 def test_unknown_metric_names_the_nearest(tmp_path):
     with pytest.raises(RecipeError, match="did you mean 'kl_divergence'"):
         load_metric("kl_divergense", tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr("evaluate.config.HF_MODULES_CACHE", tmp_path / "a_file" / "modules")
+    (tmp_path / "a_file").write_text("in the way")
+    with pytest.raises(ShrinkError, match="HF_MODULES_CACHE"):
+        load_metric("perplexity", tmp_path)
 
 
 SCRIPT = """

@@ -6,7 +6,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny import VOCABULARY, tiny_llama, tiny_tokenizer
-from transformers import BertConfig, BertModel, ViTConfig, ViTForImageClassification
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from hf_shrink.errors import ArchitectureError, CheckpointError
 from hf_shrink.evaluation import (
@@ -57,6 +66,27 @@ def test_comparison_alternates(monkeypatch):
     assert order == ["dense", "small"] * 3
     assert result["unit"] == "tokens/s"
     assert result["speedup"] == pytest.approx(result["compressed"] / result["dense"])
+
+
+def test_the_models_own_sampling_settings_do_not_matter():
+    model, tokenizer = tiny_llama(), tiny_tokenizer()
+    before = greedy_completion(model, tokenizer, "The", new=6)
+    model.generation_config.update(do_sample=True, temperature=5.0, num_beams=3, max_length=4, eos_token_id=[2, 3])
+    assert greedy_completion(model, tokenizer, "The", new=6) == before
+    lengths = counted(model)
+    decode_speed(model, prompt=5, new=6, repeats=1)
+    assert lengths == [5, 1, 1, 1, 1, 1] * 2
+    assert model.generation_config.temperature == 5.0
+
+
+def test_two_towers_read_both():
+    text = CLIPTextConfig(vocab_size=VOCABULARY, **SMALL)
+    vision = CLIPVisionConfig(image_size=16, patch_size=8, **SMALL)
+    model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
+    seen = []
+    model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    assert forward_latency(model, repeats=1) > 0
+    assert seen == [{"input_ids", "attention_mask", "pixel_values"}] * 2
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])

@@ -31,7 +31,14 @@ def _t5_mlp(path: str) -> tuple[Mlp, Mlp]:
 
 T5_SELF = _t5_attention("layer.0.SelfAttention", per_head={"relative_attention_bias.weight": 1})
 T5 = (
-    Stack("encoder", "encoder.block", T5_SELF, _t5_mlp("layer.1.DenseReluDense"), depth="num_layers", first_is_special=True),
+    Stack(
+        "encoder",
+        "encoder.block",
+        T5_SELF,
+        _t5_mlp("layer.1.DenseReluDense"),
+        depth="num_layers",
+        first_is_special=True,
+    ),
     Stack(
         "decoder",
         "decoder.block",

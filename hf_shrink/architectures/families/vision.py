@@ -40,9 +40,7 @@ def _clip(name: str, tower: str = "", config: str = "") -> Stack:
 
 FAMILIES = [
     Family(("vit",), (VIT,)),
-    Family(
-        ("clip",), (_clip("text", "text_model.", "text_config"), _clip("vision", "vision_model.", "vision_config"))
-    ),
+    Family(("clip",), (_clip("text", "text_model.", "text_config"), _clip("vision", "vision_model.", "vision_config"))),
     Family(("clip_text_model",), (_clip("text"),)),
     Family(("clip_vision_model",), (_clip("vision"),)),
 ]

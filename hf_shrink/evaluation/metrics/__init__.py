@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-from hf_shrink.errors import RecipeError
+from hf_shrink.errors import RecipeError, ShrinkError
 from hf_shrink.registry import did_you_mean
 
 NAMES = tuple(sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py")))
@@ -26,10 +26,17 @@ def load_metric(name: str, cache_dir: str | Path) -> Any:
 
     Raises:
         RecipeError: there is no such metric; names the nearest.
+        ShrinkError: the Hugging Face cache cannot be written.
     """
     if name not in NAMES:
         raise RecipeError(f"unknown metric {name!r}; {did_you_mean(name, NAMES)}")
     import evaluate  # takes seconds to import, so not before it is needed
 
     path = Path(__file__).parent / f"{name}.py"
-    return evaluate.load(str(path), keep_in_memory=True, cache_dir=str(cache_dir), experiment_id=uuid4().hex)
+    try:
+        return evaluate.load(str(path), keep_in_memory=True, cache_dir=str(cache_dir), experiment_id=uuid4().hex)
+    except OSError as error:  # evaluate imports a copy that it keeps in the Hugging Face cache
+        raise ShrinkError(
+            f"metric {name!r} cannot be loaded: {error}; point HF_HOME or HF_MODULES_CACHE at a folder that can be "
+            "written"
+        ) from error

@@ -3,153 +3,22 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 
 from hf_shrink.errors import RecipeError
-from hf_shrink.plan import STRATEGIES, Scheme, Strategy
+from hf_shrink.recipe.specs import METRICS, CalibrationSpec, EvaluationSpec
+from hf_shrink.recipe.steps import PRUNE_KINDS, PruneStep, QuantizeStep, Step
 from hf_shrink.registry import did_you_mean
 
-PRUNE_KINDS = ("depth", "width")
-UNITS = ("all", "attention", "mlp")
+__all__ = ["METRICS", "CalibrationSpec", "EvaluationSpec", "PruneStep", "QuantizeStep", "Recipe", "Step"]
+
 DTYPES = ("keep", "float32", "bfloat16", "float16")
-METRICS = ("perplexity", "kl_divergence", "top1_agreement")
-
-
-@dataclass(frozen=True)
-class CalibrationSpec:
-    """Which data the statistics come from.
-
-    Attributes:
-        data: a built-in data recipe's name ("self", "wikitext", ...) or the path of a .txt, .jsonl or .parquet file.
-        samples, length: how many sequences of how many tokens (images, clips: `length` is unused).
-        batch_size: sequences per forward pass; fixed here so that results never depend on memory.
-    """
-
-    data: str = "self"
-    samples: int = 128
-    length: int = 512
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        for name, value in (("samples", self.samples), ("length", self.length), ("batch_size", self.batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise RecipeError(f"calibration.{name} must be a whole number of at least 1, not {value!r}")
-
-
-@dataclass(frozen=True)
-class EvaluationSpec:
-    """What is measured after the run, and on what. `data: self` uses samples and a seed disjoint from calibration."""
-
-    data: str = "self"
-    metrics: tuple[str, ...] = METRICS
-    samples: int = 16
-    length: int = 512
-    batch_size: int = 8
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", tuple(self.metrics))
-        for metric in self.metrics:
-            if metric not in METRICS:
-                raise RecipeError(f"unknown metric {metric!r} in evaluation; {did_you_mean(metric, METRICS)}")
-        for name, value in (("samples", self.samples), ("length", self.length), ("batch_size", self.batch_size)):
-            if not isinstance(value, int) or value < 1:
-                raise RecipeError(f"evaluation.{name} must be a whole number of at least 1, not {value!r}")
-
-
-@dataclass(frozen=True)
-class PruneStep:
-    """Take out whole blocks (`depth`, by `blocks` or `ratio`) or units inside them (`width`, by `ratio`).
-
-    `ratio` is the fraction of all block parameters, as they are when the step starts, that the step removes.
-    `options` are the fields of the method's own dataclass.
-    """
-
-    what: Literal["depth", "width"]
-    method: str
-    ratio: float | None = None
-    blocks: int | None = None
-    units: Literal["all", "attention", "mlp"] = "all"
-    refit: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.what not in PRUNE_KINDS:
-            raise RecipeError(f"prune.what {self.what!r} is unknown; {did_you_mean(str(self.what), PRUNE_KINDS)}")
-        if self.units not in UNITS:
-            raise RecipeError(f"prune.units {self.units!r} is unknown; {did_you_mean(str(self.units), UNITS)}")
-        if (self.ratio is None) == (self.blocks is None):
-            raise RecipeError("prune takes either ratio or blocks")
-        if self.blocks is not None and self.what != "depth":
-            raise RecipeError("prune.blocks goes with what: depth; for width give ratio")
-        if self.blocks is not None and (not isinstance(self.blocks, int) or self.blocks < 0):
-            raise RecipeError(f"prune.blocks must be a whole number of at least 0, not {self.blocks!r}")
-        if self.ratio is not None and not (isinstance(self.ratio, int | float) and 0 <= self.ratio < 1):
-            raise RecipeError(f"prune.ratio must be at least 0 and below 1, not {self.ratio!r}")
-
-
-@dataclass(frozen=True)
-class QuantizeStep:
-    """Store weights in few bits.
-
-    Attributes:
-        targets: class names ("Linear", "Embedding"), exact module paths, or "re:" regexes (matched from the start of
-            the path, as in compressed-tensors). None: every Linear inside the blocks.
-        ignore: the same forms; None: output head, task heads, routers, tied weights. `[]`: nothing is ignored.
-        overrides: by target, any of scheme, symmetric, strategy, group_size. Exact path before regexes in written
-            order before class names.
-        options: the fields of the method's own dataclass.
-    """
-
-    method: str = "gptq"
-    scheme: str = "W4A16"
-    symmetric: bool = True
-    strategy: Strategy = "group"
-    group_size: int | None = 128
-    targets: tuple[str, ...] | None = None
-    ignore: tuple[str, ...] | None = None
-    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        for name in ("targets", "ignore"):
-            value = getattr(self, name)
-            if isinstance(value, str):
-                raise RecipeError(f"quantize.{name} is a list, for example [{value}]")
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
-        if self.strategy not in STRATEGIES:
-            raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(str(self.strategy), STRATEGIES)}")
-        self.base_scheme()
-        for target, override in self.overrides.items():
-            if not isinstance(override, Mapping):
-                raise RecipeError(f"quantize.overrides[{target!r}] must be a mapping such as {{scheme: W8A16}}")
-            self.scheme_with(override)
-
-    def base_scheme(self) -> Scheme:
-        return self.scheme_with({})
-
-    def scheme_with(self, override: Mapping[str, Any]) -> Scheme:
-        """The step's scheme with an override's keys replaced. Raises RecipeError for unknown keys and values."""
-        valid = ("scheme", "symmetric", "strategy", "group_size")
-        for key in override:
-            if key not in valid:
-                raise RecipeError(f"unknown key {key!r} in quantize.overrides; {did_you_mean(key, valid)}")
-        strategy = override.get("strategy", self.strategy)
-        group_size = override.get("group_size", self.group_size) if strategy == "group" else None
-        return Scheme(
-            bits=Scheme.bits_of(str(override.get("scheme", self.scheme))),
-            symmetric=bool(override.get("symmetric", self.symmetric)),
-            strategy=strategy,
-            group_size=group_size,
-        )
-
-
-Step = PruneStep | QuantizeStep
 
 
 @dataclass(frozen=True)
@@ -160,8 +29,8 @@ class Recipe:
     name: str = "custom"
     portable: bool = True
     dtype: str = "keep"
-    calibration: CalibrationSpec = CalibrationSpec()
-    evaluation: EvaluationSpec = EvaluationSpec()
+    calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
 
     def __post_init__(self) -> None:
         if not self.steps:
@@ -170,7 +39,7 @@ class Recipe:
             raise RecipeError(f"unknown dtype {self.dtype!r}; {did_you_mean(str(self.dtype), DTYPES)}")
         kinds = [step.what if isinstance(step, PruneStep) else "quantize" for step in self.steps]
         order = [*PRUNE_KINDS, "quantize"]
-        for before, after in zip(kinds, kinds[1:], strict=False):
+        for before, after in itertools.pairwise(kinds):
             if order.index(before) >= order.index(after):
                 raise RecipeError(
                     f"step {after!r} cannot follow {before!r}: steps run in the order {', '.join(order)}, each at most "
@@ -246,7 +115,7 @@ class Recipe:
         for assignment in assignments:
             key, equals, text = assignment.partition("=")
             section, dot, leaf = key.strip().partition(".")
-            if not equals or not leaf and section not in ("portable", "dtype"):
+            if not equals or (not leaf and section not in ("portable", "dtype")):
                 raise RecipeError(
                     f"--set takes section.key=value, for example quantize.group_size=64, not {assignment!r}"
                 )

@@ -1,0 +1,106 @@
+"""What a model predicts, and how far another's predictions are from that."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from hf_shrink.errors import ArchitectureError, CalibrationError
+
+CHUNK = 2**22  # logits handled at once, in elements
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Rows of one forward pass that count.
+
+    Attributes:
+        values: (rows, classes) logits, or (rows, width) hidden states or embeddings.
+        distribution: whether they are logits.
+    """
+
+    values: Tensor
+    distribution: bool
+
+    def thinned(self, most: int) -> Predictions:
+        """At most `most` rows, evenly spread."""
+        rows = len(self.values)
+        if rows <= most:
+            return self
+        index = torch.linspace(0, rows - 1, most).long().to(self.values.device)
+        return Predictions(self.values[index], self.distribution)
+
+
+def predictions_of(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Predictions:
+    """The predictions of a model's output, without padding.
+
+    Logits of a token, class or span head; else the last hidden states or the embeddings.
+
+    Raises:
+        ArchitectureError: there is nothing of the kind in the output.
+    """
+    logits = outputs.get("logits")
+    if logits is not None and logits.dim() >= 2 and logits.shape[-1] > 1:
+        return Predictions(_real_rows(logits, batch), True)
+    if outputs.get("start_logits") is not None:
+        return Predictions(torch.cat([outputs["start_logits"], outputs["end_logits"]]), True)
+    if logits is not None:  # regression: one number a row, all rows of the batch together are the state
+        return Predictions(logits.reshape(1, -1), False)
+    if outputs.get("last_hidden_state") is not None:
+        return Predictions(_real_rows(outputs["last_hidden_state"], batch), False)
+    embeddings = [outputs[key] for key in ("image_embeds", "text_embeds") if outputs.get(key) is not None]
+    if embeddings:
+        return Predictions(torch.cat(embeddings), False)
+    raise ArchitectureError(
+        f"the model's output ({', '.join(outputs)}) has no logits, hidden states or embeddings to compare; "
+        "use method: block_influence, which compares inside the model"
+    )
+
+
+def token_mask(batch: Mapping[str, Any], leading: torch.Size) -> Tensor | None:
+    """bool (batch, sequence) of the real tokens where the batch says so for this shape; None: all are."""
+    keys = ("decoder_attention_mask",) if "decoder_input_ids" in batch else ("attention_mask",)
+    for key in keys:
+        mask = batch.get(key)
+        if isinstance(mask, Tensor) and mask.shape == leading:
+            return mask.bool()
+    return None
+
+
+def _real_rows(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    mask = token_mask(batch, values.shape[:2]) if values.dim() == 3 else None
+    return values[mask.to(values.device)] if mask is not None else values.flatten(0, -2)
+
+
+def keep(dense: Predictions) -> Predictions:
+    """The dense model's predictions in the form that `divergence` wants: float32, logits as log-probabilities."""
+    values = dense.values.float()
+    return Predictions(values.log_softmax(-1) if dense.distribution else values.clone(), dense.distribution)
+
+
+def divergence(dense: Predictions, pruned: Predictions) -> float:
+    """Sum over rows, in float64, of KL(dense || pruned) in nats, or of 1 - cos.
+
+    Args:
+        dense: from `keep`.
+
+    Raises:
+        CalibrationError: NaN or Inf in either.
+    """
+    total = 0.0
+    step = max(1, CHUNK // dense.values.shape[1])
+    for start in range(0, len(dense.values), step):
+        reference, other = dense.values[start : start + step], pruned.values[start : start + step].float()
+        if dense.distribution:
+            found = F.kl_div(other.log_softmax(-1), reference, reduction="none", log_target=True).sum(-1)
+        else:
+            found = 1 - F.cosine_similarity(other, reference, dim=-1)
+        total += float(found.double().sum())
+    if not total < float("inf"):
+        raise CalibrationError("NaN or Inf in the model's predictions; check the weights and the calibration data")
+    return total

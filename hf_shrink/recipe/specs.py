@@ -1,0 +1,51 @@
+"""Which data a recipe wants, and what it wants measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hf_shrink.errors import RecipeError
+from hf_shrink.registry import did_you_mean
+
+METRICS = ("perplexity", "kl_divergence", "top1_agreement")
+
+
+@dataclass(frozen=True)
+class CalibrationSpec:
+    """Which data the statistics come from.
+
+    Attributes:
+        data: a built-in data recipe's name ("self", "wikitext", ...) or the path of a .txt, .jsonl or .parquet file.
+        samples, length: how many sequences of how many tokens (images, clips: `length` is unused).
+        batch_size: sequences per forward pass; fixed here so that results never depend on memory.
+    """
+
+    data: str = "self"
+    samples: int = 128
+    length: int = 512
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        for name, value in (("samples", self.samples), ("length", self.length), ("batch_size", self.batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise RecipeError(f"calibration.{name} must be a whole number of at least 1, not {value!r}")
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """What is measured after the run, and on what. `data: self` uses samples and a seed disjoint from calibration."""
+
+    data: str = "self"
+    metrics: tuple[str, ...] = METRICS
+    samples: int = 16
+    length: int = 512
+    batch_size: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "metrics", tuple(self.metrics))
+        for metric in self.metrics:
+            if metric not in METRICS:
+                raise RecipeError(f"unknown metric {metric!r} in evaluation; {did_you_mean(metric, METRICS)}")
+        for name, value in (("samples", self.samples), ("length", self.length), ("batch_size", self.batch_size)):
+            if not isinstance(value, int) or value < 1:
+                raise RecipeError(f"evaluation.{name} must be a whole number of at least 1, not {value!r}")

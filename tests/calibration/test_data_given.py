@@ -1,0 +1,94 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from tiny import VOCABULARY, tiny_llama, tiny_tokenizer
+
+from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.errors import CalibrationError
+from hf_shrink.recipe import CalibrationSpec
+
+
+def read(source: object, samples: int = 6, batch_size: int = 2, **options: object) -> CalibrationData:
+    options = {"model": tiny_llama(), **options}
+    return calibration_batches(
+        CalibrationSpec(samples=samples, length=16, batch_size=batch_size), source=source, **options
+    )
+
+
+def ids(rows: int, length: int = 8) -> torch.Tensor:
+    return torch.arange(rows * length).view(rows, length) % VOCABULARY
+
+
+def test_batches_are_kept_in_order_and_cut_to_the_batch_size():
+    data = read([{"input_ids": ids(3), "attention_mask": torch.ones(3, 8)}, {"input_ids": ids(1, 5)}])
+    assert [tuple(b["input_ids"].shape) for b in data.batches] == [(2, 8), (1, 8), (1, 5)]
+    assert torch.equal(torch.cat([b["input_ids"] for b in data.batches[:2]]), ids(3))
+    assert data.tokens == 3 * 8 + 5 and data.notes == ()
+
+
+def test_an_endless_iterable_is_read_only_as_far_as_needed():
+    def endless() -> Iterator[dict[str, torch.Tensor]]:
+        while True:
+            yield {"input_ids": ids(4)}
+
+    data = read(endless())
+    assert [len(b["input_ids"]) for b in data.batches] == [2, 2, 2]
+    assert "only the first 6 rows" in data.notes[0]
+
+
+def test_a_data_loader_and_a_tokenizers_output_work():
+    loader = torch.utils.data.DataLoader([{"input_ids": row} for row in ids(6)], batch_size=3)
+    assert [len(b["input_ids"]) for b in read(loader).batches] == [2, 1, 2, 1]
+    encoded = [tiny_tokenizer()("The tide goes out.") for _ in range(2)]
+    assert [b["input_ids"].shape[0] for b in read(encoded).batches] == [1, 1]
+
+
+def test_arrays_and_lists_become_tensors_and_other_keys_are_named():
+    data = read([{"input_ids": np.arange(8).reshape(2, 4), "names": ["a", "b"], "label_color": [1, 2]}])
+    assert data.batches[0]["input_ids"].dtype == torch.int64 and set(data.batches[0]) == {"input_ids"}
+    assert "left out: label_color, names" in data.notes[0]
+
+
+def test_a_plain_module_gets_what_its_forward_takes():
+    class Plain(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    data = read([{"x": torch.ones(2, 3, dtype=torch.float64), "y": torch.ones(2)}], model=Plain())
+    assert set(data.batches[0]) == {"x"} and data.batches[0]["x"].dtype == torch.float64
+
+
+def test_tensors_that_disagree_on_rows_stay_one_batch():
+    batch = {"input_ids": ids(3), "position_ids": torch.arange(8)[None]}
+    assert len(read([batch]).batches) == 1
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ([], "empty"),
+        (iter(()), "empty"),
+        (3, "cannot be a int"),
+        ({"input_ids": ids(1)}, "cannot be a dict"),
+        ([{"input_ids": ids(1)}, "text"], "element 1 .* is a str"),
+        (["text", {"input_ids": ids(1)}], "all texts or all dicts"),
+        ([torch.ones(2)], "holds a Tensor"),
+        ([{"pixels": ids(1)}], "nothing that LlamaForCausalLM reads: it has pixels"),
+        ([{"input_ids": torch.zeros(0, 4, dtype=torch.long)}], "no rows"),
+        ([{"input_ids": torch.tensor([[VOCABULARY]])}], "another model's tokenizer"),
+        (datasets.DatasetDict(train=datasets.Dataset.from_dict({"text": ["a"]})), r"dataset\['train'\]"),
+    ],
+)
+def test_bad_sources_are_errors(source, message):
+    with pytest.raises(CalibrationError, match=message):
+        read(source)
+
+
+def test_an_empty_data_set_is_an_error():
+    with pytest.raises(CalibrationError):
+        read(datasets.Dataset.from_dict({"text": []}), tokenizer=tiny_tokenizer())

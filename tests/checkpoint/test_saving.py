@@ -1,0 +1,200 @@
+"""What goes along with `save_pretrained`, and copies of a model that save themselves."""
+
+from __future__ import annotations
+
+import copy
+import json
+import pickle
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from checkpoint.rows import ROWS, W4, W8, inner_linears, llama, pack
+from checkpoint.saved import Saved, logits_of
+from huggingface_hub import ModelCard
+from safetensors import safe_open
+from safetensors.torch import load_file
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+import hf_shrink  # noqa: F401  registers the loaders
+from hf_shrink.checkpoint import save
+from hf_shrink.checkpoint.record import ShrinkRecord, read_record
+from hf_shrink.checkpoint.save import bind
+from hf_shrink.errors import CheckpointError
+from hf_shrink.plan import Plan, Scheme
+from hf_shrink.report import ShrinkReport
+
+
+def record(card: str | None = None) -> ShrinkRecord:
+    plan = Plan("llama", schemes={"model.layers.0.mlp.up_proj": Scheme(4)}, method="rtn")
+    report = ShrinkReport(parameters_before=3, bytes_after=2, notes=["a note"], block_errors={"model.layers.0": 0.5})
+    return ShrinkRecord("somewhere/model", {"name": "mine", "steps": []}, plan, report, card=card)
+
+
+def packed_llama() -> PreTrainedModel:
+    return llama({}, W4)()
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_the_files_are_stock_ones(name: str, saved_rows: dict[str, Saved]) -> None:
+    with safe_open(saved_rows[name].folder / "model.safetensors", "pt") as file:
+        assert file.metadata() == {"format": "pt"}
+    config = saved_rows[name].config()
+    assert config["hf_shrink"]["format"] == 1
+    assert config["architectures"] == [saved_rows[name].kind]
+    assert bool(config["hf_shrink"]["shapes"]) == name.startswith("unevenly")
+
+
+def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    model = packed_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.save_pretrained(tmp_path)
+    assert not hasattr(model.config, "quantization_config")
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_tied_pair_is_written_once_also_after_a_move(tmp_path: Path) -> None:
+    model = llama({"model.embed_tokens": W8, "lm_head": W8}, tie_word_embeddings=True)()
+    model._apply(torch.clone)  # as a move to another device does: shared buffers come out as two
+    assert model.lm_head.weight_packed is not model.model.embed_tokens.weight_packed
+    model.save_pretrained(tmp_path)
+    assert not [name for name in load_file(tmp_path / "model.safetensors") if name.startswith("lm_head")]
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+
+
+@pytest.mark.parametrize("name", ["w4 group", "unevenly pruned, w4", "embedding with tied head"])
+def test_shards(name: str, tmp_path: Path) -> None:
+    model = ROWS[name].build()
+    model.save_pretrained(tmp_path, max_shard_size="20KB")
+    index = json.loads((tmp_path / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(model))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+@pytest.mark.parametrize("name", ["w4 group", "unevenly pruned", "embedding with tied head"])
+def test_a_copy_saves_its_own_weights(name: str, duplicate, tmp_path: Path) -> None:
+    model = ROWS[name].build()
+    other = duplicate(model)
+    with torch.no_grad():
+        other.model.norm.weight.mul_(3)
+    other.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again.model.norm.weight, other.model.norm.weight)
+    assert torch.equal(logits_of(again), logits_of(other))
+    assert not torch.equal(logits_of(again), logits_of(model))
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+
+
+def test_a_part_of_the_model_can_be_saved_on_its_own(tmp_path: Path) -> None:
+    model = packed_llama()
+    model.model.save_pretrained(tmp_path)
+    again = type(model.model).from_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7]])
+    assert torch.equal(again(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_record_and_card_go_along_and_come_back(tmp_path: Path) -> None:
+    model = packed_llama()
+    bind(model, record("---\ntags: [x]\n---\nA card.\n"))
+    model.save_pretrained(tmp_path / "first")
+    data = json.loads((tmp_path / "first" / "shrink.json").read_text())
+    assert set(data) == {"hf_shrink_version", "source", "recipe", "plan", "report", "versions"}
+    assert {"hf_shrink", "torch", "transformers", "compressed-tensors", "python"} == set(data["versions"])
+
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    assert again.shrink_record == model.shrink_record
+    assert again.shrink_report.notes == ["a note"]
+    again.save_pretrained(tmp_path / "second")
+    for name in ("shrink.json", "README.md"):
+        assert (tmp_path / "first" / name).read_text() == (tmp_path / "second" / name).read_text()
+
+
+def test_a_record_is_the_same_after_a_round_trip() -> None:
+    assert ShrinkRecord.from_dict(json.loads(json.dumps(record().to_dict()))) == record()
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"source": 1}'])
+def test_a_damaged_record_is_an_error_but_the_model_loads(text: str, tmp_path: Path) -> None:
+    model = packed_llama()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "shrink.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"shrink\.json"):
+        read_record(tmp_path / "shrink.json")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert not hasattr(again, "shrink_record")
+
+
+class Hub:
+    """Stands for the Hub: keeps what is uploaded."""
+
+    def __init__(self, token: object = None) -> None:
+        self.token = token
+
+    def create_repo(self, repo_id: str, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=f"me/{repo_id}")
+
+    def upload_folder(self, *, repo_id: str, folder_path: str, **options: object) -> str:
+        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
+        UPLOADS.append((repo_id, files, options))
+        return "commit"
+
+
+UPLOADS: list = []
+
+
+@pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
+def test_pushing_takes_the_card_and_the_block_along(by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    UPLOADS.clear()
+    monkeypatch.setattr(save, "HfApi", Hub)
+    model = packed_llama()
+    bind(model, record("---\ntags: [x]\n---\nA card.\n"))
+    if by == "push_to_hub":
+        assert model.push_to_hub("small", tags=["y"], commit_message="hello") == "commit"
+    else:
+        model.save_pretrained(tmp_path / "small", push_to_hub=True, commit_message="hello", tags=["y"])
+        assert (tmp_path / "small" / "model.safetensors").is_file()
+    ((repo_id, files, options),) = UPLOADS
+    assert repo_id == "me/small"
+    assert options["commit_message"] == "hello"
+    assert {"config.json", "model.safetensors", "shrink.json", "README.md"} <= set(files)
+    assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "compressed-tensors"
+    card = ModelCard(files["README.md"].decode())
+    assert card.data.tags == ["x", "y"]
+    assert card.text.strip() == "A card."
+
+
+def test_without_a_card_pushing_goes_the_stock_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda model, repo_id, **options: calls.append(repo_id))
+    packed_llama().push_to_hub("me/small")
+    assert calls == ["me/small"]
+
+
+def test_a_difference_that_stock_would_not_notice_is_not_saved(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.config.hf_shrink = {"format": 1, "shapes": {}, "attributes": {"model.layers.1.self_attn": {"scaling": 2}}}
+    bind(model)
+    with pytest.raises(CheckpointError, match="without noticing"):
+        model.save_pretrained(tmp_path)
+
+
+def test_offered_to_another_process_the_state_dict_is_the_one_given(tmp_path: Path) -> None:
+    """Trainer hands over a gathered state dict."""
+    model = packed_llama()
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.norm.weight"] += 1
+    model.save_pretrained(tmp_path, state_dict=state)
+    assert torch.equal(load_file(tmp_path / "model.safetensors")["model.norm.weight"], state["model.norm.weight"])
+
+
+def test_names_of_tensors_are_those_of_the_bare_checkpoint(tmp_path: Path) -> None:
+    config = GPT2Config(vocab_size=320, n_embd=48, n_layer=1, n_head=3, n_positions=64)
+    model = GPT2LMHeadModel(config)
+    pack(model, dict.fromkeys(inner_linears(model), W8)).save_pretrained(tmp_path)
+    names = set(load_file(tmp_path / "model.safetensors"))
+    assert {f"transformer.h.0.mlp.c_fc.weight_{part}" for part in ("packed", "scale", "shape")} <= names
+    assert "lm_head.weight" not in names

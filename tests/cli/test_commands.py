@@ -1,0 +1,120 @@
+"""The commands on a tiny model: what they print and write."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_shrink.cli import main
+
+SMALL = [
+    "--set=calibration.samples=8",
+    "--set=calibration.length=24",
+    "--set=evaluation.samples=4",
+    "--set=evaluation.length=24",
+]
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "source"
+    tiny_llama().save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def output(source: Path) -> Path:
+    out = source.parent / "out"
+    assert main(["run", str(source), "--output", str(out), "--quiet", *SMALL]) == 0
+    return out
+
+
+def test_run_writes_a_whole_folder(output: Path) -> None:
+    names = {path.name for path in output.iterdir()}
+    assert names >= {
+        "model.safetensors",
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "README.md",
+        "shrink.json",
+        "report.html",
+        "plots",
+    }
+    assert list((output / "plots").glob("*.png"))
+    record = json.loads((output / "shrink.json").read_text())
+    assert record.keys() >= {"hf_shrink_version", "source", "recipe", "plan", "report", "versions"}
+    evaluation = record["report"]["evaluation"]
+    assert {"perplexity", "kl_divergence", "top1_agreement"} <= evaluation["compressed"].keys()
+    assert evaluation["speed"]["dense"] > 0
+    assert "license: mit" in (output / "README.md").read_text()
+
+
+def test_run_again_needs_overwrite_and_gives_the_same_weights(source: Path, output: Path) -> None:
+    arguments = ["run", str(source), "--output", str(output), "--quiet", *SMALL]
+    before = (output / "model.safetensors").read_bytes()
+    assert main(arguments) == 2
+    assert main([*arguments, "--overwrite"]) == 0
+    assert (output / "model.safetensors").read_bytes() == before
+    assert sorted(path.name for path in output.parent.iterdir()) == ["out", "source"]
+
+
+def test_stock_transformers_loads_the_result(output: Path) -> None:
+    code = (
+        "import sys, torch; from transformers import AutoModelForCausalLM as A; "
+        f"m = A.from_pretrained({str(output)!r}); torch.set_num_threads(1); "
+        "x = torch.arange(5, 25)[None]; print(float(m(x).logits.float().square().sum())); "
+        "assert 'hf_shrink' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    with torch.no_grad():
+        ours = AutoModelForCausalLM.from_pretrained(output)(torch.arange(5, 25)[None]).logits.float().square().sum()
+    assert float(done.stdout.strip().splitlines()[-1]) == pytest.approx(float(ours), rel=1e-3)
+
+
+def test_plan_prints_and_writes_what_run_takes(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plan.json"
+    assert main(["plan", str(source), "--recipe", "prune20-w4a16", "--json", str(path), "--quiet", *SMALL]) == 0
+    printed = capsys.readouterr().out
+    assert "channels" in printed
+    assert "W4A16" in printed
+    out = tmp_path / "out"
+    assert main(["run", str(source), "--recipe", str(path), "--output", str(out), "--quiet", "--evaluation=none"]) == 0
+    config = json.loads((out / "config.json").read_text())
+    assert config["intermediate_size"] < 80
+
+
+def test_inspect(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["inspect", str(source)]) == 0
+    printed = capsys.readouterr().out
+    for word in ("decoder", "query", "down", "KV groups", "channels"):
+        assert word in printed
+
+
+def test_evaluate(source: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "figures.json"
+    arguments = ["evaluate", str(output), "--baseline", str(source), "--samples=4", "--length=24", "--json", str(path)]
+    assert main([*arguments, "--quiet"]) == 0
+    figures = json.loads(path.read_text())
+    assert 0 < figures["model"]["kl_divergence"]["value"] < 1
+    assert "top1_agreement" in capsys.readouterr().out
+
+
+def test_report_and_recipes(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["report", str(output)]) == 0
+    assert "perplexity" in capsys.readouterr().out.lower()
+    assert main(["recipes"]) == 0
+    printed = capsys.readouterr().out
+    for name in ("w8a16", "w4a16", "w3a16", "w2a16", "w8-full", "prune-depth", "prune-width", "prune20-w4a16"):
+        assert name in printed

@@ -1,0 +1,104 @@
+"""Which weights a quantize step touches: defaults, targets, ignore, overrides, ties, portability."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from tiny import tiny_llama
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_shrink.architectures import bind
+from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.targets import Resolved, resolve_schemes
+from hf_shrink.plan import Scheme
+from hf_shrink.recipe import Recipe
+
+
+def resolve(model: Any, portable: bool = True, **step: Any) -> Resolved:
+    recipe = Recipe.from_dict({"steps": [{"quantize": {"group_size": 16, **step}}]})
+    assert recipe.quantize is not None
+    return resolve_schemes(model, bind(model), recipe.quantize, portable)
+
+
+def test_default_is_every_linear_inside_the_blocks() -> None:
+    schemes = resolve(tiny_llama()).schemes
+    assert len(schemes) == 4 * 7
+    assert all(path.startswith("model.layers.") for path in schemes)
+    assert set(schemes.values()) == {Scheme(4, True, "group", 16)}
+
+
+def test_class_target_still_spares_head_and_ties_unless_ignore_is_empty() -> None:
+    untied, tied = tiny_llama(), tiny_llama(tie_word_embeddings=True)
+    assert "lm_head" not in resolve(untied, targets=["Linear"]).schemes
+    assert "lm_head" in resolve(untied, targets=["Linear"], ignore=[]).schemes
+    assert "model.embed_tokens" not in resolve(tied, targets=["Linear", "Embedding"]).schemes
+    full = resolve(tied, targets=["Linear", "Embedding"], ignore=[]).schemes
+    assert full["lm_head"] == full["model.embed_tokens"]
+
+
+def test_most_specific_override_wins_and_names_its_module() -> None:
+    schemes = resolve(
+        tiny_llama(),
+        overrides={
+            "Linear": {"scheme": "W3A16"},
+            "re:.*down_proj": {"scheme": "W8A16"},
+            "re:.*layers.1.*": {"scheme": "W5A16"},
+            "model.layers.1.mlp.down_proj": {"scheme": "W6A16"},
+            "lm_head": {"scheme": "W8A16", "strategy": "channel"},
+        },
+    ).schemes
+    bits = {path: scheme.bits for path, scheme in schemes.items()}
+    assert bits["model.layers.0.mlp.up_proj"] == 3
+    assert bits["model.layers.0.mlp.down_proj"] == 8
+    assert bits["model.layers.1.mlp.up_proj"] == 5
+    assert bits["model.layers.1.mlp.down_proj"] == 6
+    assert schemes["lm_head"] == Scheme(8, True, "channel", None)
+
+
+def test_explicit_ignore_beats_targets_and_overrides() -> None:
+    schemes = resolve(
+        tiny_llama(), ignore=["re:.*layers.0.*", "lm_head"], overrides={"lm_head": {"scheme": "W8A16"}}
+    ).schemes
+    assert "lm_head" not in schemes
+    assert not any(".0." in path for path in schemes)
+    assert len(schemes) == 3 * 7
+
+
+@pytest.mark.parametrize(
+    ("step", "message"),
+    [
+        ({"targets": ["Linaer"]}, "did you mean 'Linear'"),
+        ({"targets": ["re:("]}, "not a valid regex"),
+        ({"overrides": {"model.layers.9.mlp.up_proj": {}}}, "matches no module"),
+        ({"targets": ["lm_head"]}, "matches no weight"),
+    ],
+)
+def test_what_matches_nothing_is_an_error(step: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        resolve(tiny_llama(), **step)
+
+
+def test_group_sizes_are_resolved_and_said() -> None:
+    resolved = resolve(tiny_llama(), group_size=128)
+    assert resolved.schemes["model.layers.0.mlp.down_proj"].group_size == 80
+    assert any("does not divide" in note and "no fast kernel" in note for note in resolved.notes)
+
+
+def test_portable_asymmetric_agrees_on_one_group_size() -> None:
+    resolved = resolve(tiny_llama(), group_size=128, symmetric=False)
+    assert {s.group_size for s in resolved.schemes.values()} == {16}  # the largest that divides 48, 96 and 80
+    assert any("one group size, 16" in note for note in resolved.notes)
+    free = resolve(tiny_llama(), portable=False, group_size=128, symmetric=False)
+    assert len(set(free.schemes.values())) > 1
+
+
+def test_portable_refuses_what_stock_cannot_load_and_says_how_to_go_on() -> None:
+    mixed = {"symmetric": False, "overrides": {"re:.*down_proj": {"scheme": "W8A16"}}}
+    with pytest.raises(RecipeError, match="portable: false"):
+        resolve(tiny_llama(), **mixed)
+    assert resolve(tiny_llama(), portable=False, **mixed).schemes
+    gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=64))
+    with pytest.raises(RecipeError, match="Conv1D"):
+        resolve(gpt2)
+    assert len(resolve(gpt2, portable=False).schemes) == 2 * 4

@@ -1,0 +1,78 @@
+"""Plans and schemes: JSON round trip, group sizes, stored bytes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from hf_shrink.errors import RecipeError
+from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
+from hf_shrink.quantization.rtn import RTN
+from hf_shrink.runtime.linear import CompressedLinear
+
+PLAN = Plan(
+    model_type="llama",
+    stacks={"decoder": StackPlan((0, 2, 3), {2: BlockPlan((0, 1, 4, 5), (1, 3, 5)), 0: BlockPlan(channels=(7,))})},
+    schemes={"model.layers.2.mlp.up_proj": Scheme(4, True, "group", 32)},
+    method="gptq",
+    options={"damping": 0.05},
+    damage={"decoder.1": 0.25},
+)
+
+
+def test_json_round_trip(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    text = PLAN.to_json(path)
+    assert Plan.from_json(text) == PLAN == Plan.from_json(path) == Plan.from_json(json.loads(text))
+
+
+@pytest.mark.parametrize("bad", ["{", "{}", '{"plan_format": 99}', '{"plan_format": 1, "stacks": 3}'])
+def test_not_a_plan(bad: str) -> None:
+    with pytest.raises(RecipeError, match="not a plan"):
+        Plan.from_json(bad)
+
+
+def test_summary_names_what_is_kept_and_how_it_is_stored() -> None:
+    text = PLAN.summary()
+    assert "3 blocks kept (0, 2-3)" in text
+    assert "query heads 4, channels 3" in text
+    assert "1 weights W4A16 g32 symmetric by gptq" in text
+    assert Plan("llama").summary() == "nothing to do"
+
+
+@pytest.mark.parametrize(
+    ("width", "asked", "got"),
+    [
+        (4096, 128, 128),
+        (576, 128, 64),
+        (96, 128, 32),
+        (80, 128, 80),
+        (80, 64, 40),
+        (50, 32, 25),
+        (7, 128, 7),
+        (97, 64, 1),
+    ],
+)
+def test_group_size_becomes_the_nearest_that_divides(width: int, asked: int, got: int) -> None:
+    resolved = Scheme(4, True, "group", asked).for_width(width).group_size
+    assert resolved == got
+    assert width % got == 0
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("strategy", "group"), [("tensor", None), ("channel", None), ("group", 32)])
+def test_stored_bytes_equal_the_packed_tensors(bits: int, symmetric: bool, strategy: str, group: int | None) -> None:
+    scheme = Scheme(bits, symmetric, strategy, group)  # type: ignore[arg-type]
+    solved = RTN().solve(torch.randn(24, 96), scheme, None, scale_dtype=torch.bfloat16)
+    packed = CompressedLinear.from_quantized(solved, None)
+    assert sum(t.numel() * t.element_size() for t in packed.state_dict().values()) == scheme.stored_bytes(24, 96)
+
+
+@pytest.mark.parametrize("bits", [0, 1, 9])
+def test_impossible_bits(bits: int) -> None:
+    with pytest.raises(RecipeError, match="2 to 8 bits"):
+        Scheme(bits)

@@ -1,0 +1,99 @@
+"""Recipes: what is read, what is refused and which valid name the message offers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_shrink.errors import RecipeError
+from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
+
+FULL = {
+    "portable": False,
+    "calibration": {"data": "wikitext", "samples": 4, "length": 32},
+    "steps": [
+        {"prune": {"what": "depth", "method": "kl_greedy", "blocks": 2}},
+        {"prune": {"what": "width", "method": "wanda", "ratio": 0.2, "units": "mlp", "refit": False}},
+        {"quantize": {"scheme": "W4A16", "ignore": [], "overrides": {"lm_head": {"scheme": "W8A16"}}, "damping": 0.1}},
+    ],
+    "evaluation": {"metrics": ["perplexity"]},
+}
+
+
+def test_round_trip_through_dict_and_yaml(tmp_path: Path) -> None:
+    import yaml
+
+    recipe = Recipe.from_dict(FULL)
+    assert Recipe.from_dict(recipe.to_dict()) == recipe
+    path = tmp_path / "mine.yaml"
+    path.write_text(yaml.safe_dump(FULL))
+    loaded = Recipe.from_yaml(path)
+    assert loaded.name == "mine"
+    assert loaded.steps == recipe.steps
+    assert isinstance(loaded.steps[0], PruneStep)
+    assert isinstance(loaded.steps[2], QuantizeStep)
+    assert loaded.steps[2].options == {"damping": 0.1}
+    assert loaded.steps[2].ignore == ()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"step": []}, "did you mean 'steps'"),
+        ({"calibration": {"sample": 3}}, "did you mean 'samples'"),
+        ({"calibration": {"samples": 0}}, "at least 1"),
+        ({"evaluation": {"metrics": ["perplexty"]}}, "did you mean 'perplexity'"),
+        ({"dtype": "bfloat"}, "did you mean 'bfloat16'"),
+        ({"portable": "yes please"}, "true or false"),
+        ({"steps": []}, "no steps"),
+        ({"steps": "w4a16"}, "must be a list"),
+        ({"steps": [{"quantise": {}}]}, "did you mean 'quantize'"),
+        ({"steps": [{"prune": {"what": "width", "method": "wanda", "ratio": 1.0}}]}, "below 1"),
+        ({"steps": [{"prune": {"what": "width", "method": "wanda", "ratio": -0.1}}]}, "at least 0"),
+        ({"steps": [{"prune": {"what": "width", "method": "wanda", "blocks": 1}}]}, "what: depth"),
+        ({"steps": [{"prune": {"what": "depth", "method": "kl_greedy"}}]}, "ratio or blocks"),
+        ({"steps": [{"prune": {"what": "dept", "method": "kl_greedy", "blocks": 1}}]}, "did you mean 'depth'"),
+        ({"steps": [{"prune": {"method": "wanda", "ratio": 0.1}}]}, "needs 'what'"),
+        ({"steps": [{"quantize": {"scheme": "W9A16"}}]}, "did you mean 'W8A16'"),
+        ({"steps": [{"quantize": {"scheme": "w4a15"}}]}, "did you mean 'W4A16'"),
+        ({"steps": [{"quantize": {"strategy": "grup"}}]}, "did you mean 'group'"),
+        ({"steps": [{"quantize": {"group_size": 0}}]}, "at least 1"),
+        ({"steps": [{"quantize": {"targets": "Linear"}}]}, "is a list"),
+        ({"steps": [{"quantize": {"overrides": {"lm_head": {"bits": 8}}}}]}, "unknown key 'bits'"),
+        ({"steps": [{"quantize": {}}, {"prune": {"what": "depth", "method": "kl_greedy", "blocks": 1}}]}, "order"),
+    ],
+)
+def test_bad_recipes_say_what_is_valid(change: dict[str, object], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict({**FULL, **change})
+
+
+def test_set_changes_every_step_of_the_kind_and_sections() -> None:
+    recipe = Recipe.from_dict(FULL).with_overrides(
+        ["quantize.group_size=64", "calibration.samples=9", "prune.ratio=0.5", "portable=true"]
+    )
+    assert recipe.quantize is not None
+    assert recipe.quantize.group_size == 64
+    assert recipe.calibration.samples == 9
+    assert recipe.portable
+    depth, width = recipe.prune("depth"), recipe.prune("width")
+    assert depth is not None and width is not None
+    assert (depth.ratio, depth.blocks, width.ratio) == (0.5, None, 0.5)
+
+
+@pytest.mark.parametrize(
+    "text", ["quantize", "quantize=3", "quantise.scheme=W4A16", "calibration.samples=[", "nonsense.x=1"]
+)
+def test_bad_set_is_refused(text: str) -> None:
+    with pytest.raises(RecipeError, match="--set"):
+        Recipe.from_dict(FULL).with_overrides([text])
+
+
+def test_unreadable_yaml_is_one_clear_error(tmp_path: Path) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text("steps: [")
+    with pytest.raises(RecipeError, match="not valid YAML"):
+        Recipe.from_yaml(path)
+    with pytest.raises(RecipeError, match="cannot read"):
+        Recipe.from_yaml(tmp_path / "absent.yaml")
