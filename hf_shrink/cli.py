@@ -233,7 +233,8 @@ def _evaluate(options: argparse.Namespace) -> None:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     for side in ("baseline", "model"):
         for metric, value in result.get(side, {}).items():
-            print(f"{side:<9} {metric:<16} {value['value']:.6g}")
+            interval = "" if value["low"] is None else f"  ({value['low']:.6g} to {value['high']:.6g})"
+            print(f"{side:<9} {metric:<16} {value['value']:.6g}{interval}")
     for metric, reason in result["skipped"].items():
         print(f"skipped   {metric:<16} {reason}")
     print(f"on {result['tokens']} tokens of {result['data']}, context {result['context']}")

@@ -37,14 +37,14 @@ def encoder_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _encoder_settings() -> dict[str, int]:
-    return dict(
-        vocab_size=VOCABULARY + 3,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=64,
-    )
+    return {
+        "vocab_size": VOCABULARY + 3,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "max_position_embeddings": 64,
+    }
 
 
 def tiny_bert_mlm() -> BertForMaskedLM:
@@ -85,7 +85,7 @@ def tiny_vit() -> ViTModel:
 
 def tiny_clip() -> CLIPModel:
     torch.manual_seed(0)
-    layers = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
+    layers = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     text = dict(layers, vocab_size=VOCABULARY + 3, max_position_embeddings=20, eos_token_id=SEP, bos_token_id=CLS)
     vision = dict(layers, image_size=32, patch_size=8)
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()

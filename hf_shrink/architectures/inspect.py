@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -102,7 +103,7 @@ class ModelDescription:
     Attributes:
         model_class: name of the class.
         prunable: False for a model type without a role table, which can be quantized only.
-        outside: embeddings and matrices that are not in a block of `stacks`.
+        outside: embeddings and matrices that are not in a block, of `stacks` or of another tower.
         parameters, bytes: of the whole model, tied weights once, buffers not counted.
     """
 
@@ -161,13 +162,12 @@ def describe(model: PreTrainedModel) -> ModelDescription:
         ArchitectureError: the model has no repeated blocks, or does not match the table of its family.
     """
     binding = bind(model)
-    inside = tuple(f"{block.path}." for block in binding.blocks)
     seen: set[int] = set()
     stacks = tuple(_describe_stack(model, stack, seen) for stack in binding.stacks)
     outside = tuple(
         _matrix(module, path, (), seen)
         for path, module in model.named_modules()
-        if (is_matrix(module) or isinstance(module, nn.Embedding)) and not path.startswith(inside)
+        if (is_matrix(module) or isinstance(module, nn.Embedding)) and not re.search(r"\.\d+\.", path)
     )
     parameters = list(model.parameters())
     return ModelDescription(

@@ -92,7 +92,7 @@ def inputs_of(model: nn.Module) -> ModelInputs:
 
 def has_token_head(model: PreTrainedModel) -> bool:
     """Whether the model has a head with one output per token of its vocabulary."""
-    return model.get_output_embeddings() is not None  # type: ignore[no-untyped-call]
+    return model.get_output_embeddings() is not None
 
 
 def settings(config: Any, name: str) -> Iterator[Any]:

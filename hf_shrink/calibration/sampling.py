@@ -111,7 +111,7 @@ def continue_tokens(
         (rows, tokens) int64 on the CPU, the prompt (or decoder start) included.
     """
     settings = {"do_sample": False, "max_new_tokens": new_tokens, "use_cache": True, "pad_token_id": pad, **ids}
-    config = GenerationConfig(**settings)  # type: ignore[no-untyped-call]
+    config = GenerationConfig(**settings)
     moved = {name: value.to(model.device) for name, value in inputs.items()}
     with _generating(model, config), torch.no_grad():
         # The general method: some models (Whisper) override `generate` with one that does more than sample.

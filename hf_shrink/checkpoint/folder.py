@@ -58,7 +58,7 @@ class OutputFolder:
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if not self._overwrite:
-            raise CheckpointError(f"{self.path} is not empty; give another folder, or ask to overwrite it")
+            raise CheckpointError(f"{self.path} is not empty; give another folder, or --overwrite (overwrite=True)")
         if not any((self.path / name).is_file() for name in (CONFIG_NAME, RECORD_NAME)):
             raise CheckpointError(f"{self.path} holds something that is not a model; it is not overwritten: empty it")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,10 +31,10 @@ from hf_shrink.evaluation.targets import (
     model_inputs,
     targets_of,
 )
+from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import METRICS, EvaluationSpec
 from hf_shrink.registry import did_you_mean
 
-Progress = Callable[[str, int, int], None]
 # Logits of one forward pass and model, in elements: sequences go in one by one where a batch would make more.
 LOGITS = {"cpu": 2**25, "accelerator": 2**28}
 TASKS = {"causal": "text-generation", "masked": "fill-mask", "seq2seq": "text2text-generation"}
@@ -50,7 +50,7 @@ def evaluate_model(
     tokenizer: Any = None,
     spec: EvaluationSpec | None = None,
     seed: int = 0,
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
     """Measure a model, and how far it is from its dense `baseline`, on held-out data.
 
@@ -150,7 +150,7 @@ def _batches(
     baseline: Any,
     tokenizer: Any,
     seed: int,
-    progress: Progress | None,
+    progress: ProgressCallback | None,
 ) -> tuple[list[Batch], str]:
     """The batches as dicts of tensors, and what they are in words."""
     if isinstance(data, list | tuple) and all(isinstance(item, Mapping) for item in data):

@@ -20,10 +20,10 @@ from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
+from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
 from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.report import ShrinkReport
-from hf_shrink.progress import ProgressCallback
 from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, remove_blocks, settle_config
 
 

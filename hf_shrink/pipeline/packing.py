@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from hf_shrink.architectures.linears import is_matrix, matrix
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
+from hf_shrink.pipeline.targets import weight_holders
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizationMethod, QuantizedWeight
 from hf_shrink.runtime.embedding import CompressedEmbedding
@@ -83,30 +84,21 @@ def _data_free() -> QuantizationMethod:
 
 def _sharing(model: nn.Module, task: Task) -> list[tuple[str, nn.Module]]:
     """Every module of the model that holds the task's weight (tied ones), with its path."""
-    return [
-        (path, module)
-        for path, module in model.named_modules()
-        if getattr(module, "weight", None) is task.module.weight
-        and (is_matrix(module) or isinstance(module, nn.Embedding))
-    ]
+    return [(path, model.get_submodule(path)) for path in weight_holders(model)[id(task.module.weight)]]
 
 
 def _packed(module: nn.Module, weight: QuantizedWeight) -> nn.Module:
     if isinstance(module, nn.Embedding):
-        return CompressedEmbedding.from_quantized(weight, module)
+        return CompressedEmbedding.from_quantized(weight, module.padding_idx)
     bias = getattr(module, "bias", None)
     return CompressedLinear.from_quantized(weight, bias if isinstance(bias, nn.Parameter) else None)
 
 
 def tied_partner_missing(model: nn.Module, schemes: Mapping[str, Scheme]) -> set[str]:
     """Paths in `schemes` whose weight is shared with a module that is not in `schemes`: these are untied first."""
-    holders: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        if is_matrix(module) or isinstance(module, nn.Embedding):
-            holders.setdefault(id(module.weight), []).append(path)
-    return {
-        path for paths in holders.values() if any(p not in schemes for p in paths) for path in paths if path in schemes
-    } - {paths[0] for paths in holders.values() if len(paths) == 1}
+    return {path for paths in weight_holders(model).values() if not schemes.keys() >= set(paths) for path in paths} & (
+        schemes.keys()
+    )
 
 
 def untie(model: nn.Module, paths: set[str]) -> None:

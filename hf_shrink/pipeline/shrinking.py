@@ -17,6 +17,7 @@ from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.save import model_portability
 from hf_shrink.checkpoint.source import check_finite
+from hf_shrink.checkpoint.ties import settle_ties
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
@@ -26,8 +27,7 @@ from hf_shrink.plan import Plan
 from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.progress import Progress, silence
-from hf_shrink.runtime.embedding import CompressedEmbedding
-from hf_shrink.runtime.linear import CompressedLinear
+from hf_shrink.runtime.packed import PackedModule, count_parameters
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_DATA = CalibrationData(batches=[], description="no calibration data")
@@ -90,22 +90,12 @@ def make_plan(
 def check_dense(model: nn.Module) -> None:
     """Raises RecipeError for a model that is quantized already, CheckpointError for weights that are not finite."""
     block = getattr(getattr(model, "config", None), "quantization_config", None)
-    if block is None and any(isinstance(m, CompressedLinear | CompressedEmbedding) for m in model.modules()):
+    if block is None and any(isinstance(m, PackedModule) for m in model.modules()):
         block = {"quant_method": "hf_shrink"}
     if block is not None:
         method = block.get("quant_method") if isinstance(block, dict) else getattr(block, "quant_method", None)
-        raise RecipeError(
-            f"this model is quantized already ({getattr(method, 'value', method)}); load the dense model it was made from"
-        )
+        raise RecipeError(f"this model is quantized already ({getattr(method, 'value', method)}); load the dense model")
     check_finite(model.state_dict().items())
-
-
-def count_parameters(model: nn.Module) -> int:
-    """Logical parameters: a packed weight counts its unpacked elements, tied weights count once."""
-    packed = {
-        id(m.weight_packed): m.numel for m in model.modules() if isinstance(m, CompressedLinear | CompressedEmbedding)
-    }
-    return sum(p.numel() for p in model.parameters()) + sum(packed.values())
 
 
 @contextmanager
@@ -180,6 +170,7 @@ class Job:
             model.to(getattr(torch, self.recipe.dtype))
         apply_plan(model, find_binding(model), planned.plan, plan_method(planned.plan), data.batches, report, self.show)
         if isinstance(model, PreTrainedModel):
+            settle_ties(model)
             report.not_portable_because = model_portability(model)
             report.portable = not report.not_portable_because
         report.parameters_after, report.bytes_after = count_parameters(model), unique_bytes(model)

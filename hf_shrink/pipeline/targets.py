@@ -61,13 +61,15 @@ def resolve_schemes(
         RecipeError: nothing is left to quantize, a target or override matches nothing, or `portable` cannot be kept.
     """
     _check_patterns(model, step)
-    candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or isinstance(m, nn.Embedding))}
+    # Subclasses of Embedding compute something of their own (a scale, positions), which a packed one would lose.
+    candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
     inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
     spared = _spared(model, candidates, inside) if step.ignore is None else set()
     chosen: dict[str, Scheme] = {}
+    by_name: set[str] = set()
     for path, module in candidates.items():
         override = _override(path, module, step.overrides)
-        named = override is not None and override not in (class_of(module),)
+        named = override is not None and override != class_of(module)
         if step.ignore is not None and any(matches(path, module, t) for t in step.ignore):
             continue
         wanted = path in inside if step.targets is None else any(matches(path, module, t) for t in step.targets)
@@ -75,9 +77,11 @@ def resolve_schemes(
             continue
         base = step.base_scheme() if override is None else step.scheme_with(step.overrides[override])
         chosen[path] = base
+        if named or any(t != class_of(module) and matches(path, module, t) for t in step.targets or ()):
+            by_name.add(path)
+    notes = _keep_ties(model, chosen, by_name)
     if not chosen:
         raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
-    notes: list[str] = []
     chosen = _agree_on_ties(model, chosen)
     widths = {path: _width(candidates[path]) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
@@ -95,7 +99,7 @@ def _width(module: nn.Module) -> int:
 
 
 def _check_patterns(model: nn.Module, step: QuantizeStep) -> None:
-    """Every target, override and explicit ignore must be a valid regex, and targets and overrides must match something."""
+    """Every pattern must be a valid regex; targets and overrides must match something."""
     modules = {p: m for p, m in model.named_modules() if p}
     names = set(modules) | {class_of(m) for m in modules.values()}
     for where, patterns in (
@@ -127,16 +131,34 @@ def _spared(model: nn.Module, candidates: Mapping[str, nn.Module], inside: set[s
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     config = getattr(model, "config", None)
     experts = {getattr(config, key, None) for key in _EXPERT_COUNTS} - {None}
-    owners: dict[int, list[str]] = {}
-    for path, module in candidates.items():
-        owners.setdefault(id(module.weight), []).append(path)
-    spared = {path for paths in owners.values() if len(paths) > 1 for path in paths}
+    spared = {path for paths in weight_holders(model).values() if len(paths) > 1 for path in paths}
     for path, module in candidates.items():
         outside = path not in inside and is_matrix(module)
         router = is_matrix(module) and getattr(module, "out_features", None) in experts
         if module is head or router or (outside and isinstance(model, PreTrainedModel)):
             spared.add(path)
     return spared
+
+
+def weight_holders(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of the modules with a matrix or an embedding, by the identity of their weight: several where it is tied."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        if is_matrix(module) or isinstance(module, nn.Embedding):
+            holders.setdefault(id(module.weight), []).append(path)
+    return holders
+
+
+def _keep_ties(model: nn.Module, chosen: dict[str, Scheme], by_name: set[str]) -> list[str]:
+    """Take out weights chosen by class name only whose tied partner stays dense: untied, they would add bytes."""
+    notes = []
+    for paths in weight_holders(model).values():
+        dense = [path for path in paths if path not in chosen]
+        for path in paths:
+            if dense and path in chosen and path not in by_name:
+                del chosen[path]
+                notes.append(f"{path} stays dense: it shares its weight with {dense[0]}, which is not quantized")
+    return notes
 
 
 def _agree_on_ties(model: nn.Module, chosen: dict[str, Scheme]) -> dict[str, Scheme]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 import warnings
@@ -13,11 +12,11 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 # Seconds between two lines of one task where there is no terminal to redraw a bar on.
-LINE_EVERY = 30.0
+LINE_EVERY = 15.0
 
 
 class Progress:
-    """Callable `(what, done, total)`: a bar on a terminal, now and then a line in CI, nothing when quiet or piped.
+    """Callable `(what, done, total)`: a bar on a terminal, now and then a line in a log, nothing when quiet.
 
     A task begins when `what` changes and ends when `done` reaches `total`. Use it as a context manager, or `close()`
     it, so that an interrupted bar leaves the terminal in order.
@@ -26,7 +25,7 @@ class Progress:
     def __init__(self, quiet: bool = False, file: TextIO | None = None) -> None:
         self._file = file if file is not None else sys.stderr
         self._bars = not quiet and self._file.isatty()
-        self._lines = not quiet and not self._bars and os.environ.get("CI", "").lower() not in ("", "0", "false")
+        self._lines = not quiet and not self._bars
         self._bar: Any = None
         self._what: str | None = None
         self._started = self._printed = 0.0

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
-from hf_shrink.quantization.base import QuantizedWeight
 from hf_shrink.runtime.packed import PackedModule
 
 

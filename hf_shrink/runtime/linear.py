@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
-from hf_shrink.quantization.base import QuantizedWeight
 from hf_shrink.runtime.packed import PackedModule
 
 

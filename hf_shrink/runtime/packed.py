@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
-from hf_shrink.quantization.base import QuantizedWeight
 from hf_shrink.runtime.packing import pack, pack_zero_point, unpack_weight, unpack_zero_point
 
 

@@ -141,7 +141,7 @@ def test_documents_of_a_list_keep_their_order_with_end_tokens_between():
         lambda text: {"prompt": text[:10], "completion": text[10:]},
         lambda text: {"messages": [{"role": "user", "content": text}, {"role": "assistant", "content": "Yes."}]},
         lambda text: {"anything": text},
-        lambda text: {"input_ids": plain_ids(text) + [0], "attention_mask": [1] * len(plain_ids(text)) + [0]},
+        lambda text: {"input_ids": [*plain_ids(text), 0], "attention_mask": [1] * len(plain_ids(text)) + [0]},
     ],
 )
 def test_jsonl_parquet_and_data_sets_give_the_same_windows(tmp_path, make_row):

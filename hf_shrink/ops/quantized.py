@@ -1,0 +1,35 @@
+"""A weight on its grid: what quantization methods make and packed modules hold."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_shrink.ops.grid import Grid, dequantize
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """A weight on its grid.
+
+    Attributes:
+        values: int8 (out_features, in_features).
+        grid: the scales and zero points that the values refer to.
+        error: relative squared error of the Linear's outputs, tr(D H D^T) / tr(W H W^T) with D = W - dequantized;
+            without statistics H is the identity. Of the whole weight that was solved, also after `rows`.
+        notes: what the user should know, for example grown damping. The caller adds the module's name.
+    """
+
+    values: Tensor
+    grid: Grid
+    error: float
+    notes: tuple[str, ...] = ()
+
+    def dequantized(self) -> Tensor:
+        """The weights in float32, (out_features, in_features)."""
+        return dequantize(self.values, self.grid)
+
+    def rows(self, start: int, stop: int) -> QuantizedWeight:
+        """Rows `start` to `stop`: one Linear of several that were stacked and solved as one."""
+        return QuantizedWeight(self.values[start:stop], self.grid.rows(start, stop), self.error, self.notes)
