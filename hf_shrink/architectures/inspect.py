@@ -271,7 +271,10 @@ def _removable(stack: Stack) -> list[str]:
     if stack.heads_fixed is not None:
         lines.append(f"no heads can be removed: {stack.heads_fixed}")
     elif stack.blocks[0].heads is not None:
+        groups, each = stack.portable_heads[0]
         fewer = [f"{groups} x {each}" for groups, each in stack.portable_heads[1:]]
+        if len(fewer) == groups * each - 1 > 0:
+            fewer = ["any"]
         tied = "; all blocks must keep the same ones" if stack.heads_tied else ""
         lines.append(f"heads, portable (KV groups x query heads, in all blocks): {', '.join(fewer) or 'none'}{tied}")
     if stack.blocks[0].channels is not None:

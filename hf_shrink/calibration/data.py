@@ -19,8 +19,8 @@ from hf_shrink.calibration.batches import CalibrationData, finish
 from hf_shrink.calibration.given import given_batches, stacked
 from hf_shrink.calibration.recipes import Purpose, in_order, load_recipe
 from hf_shrink.calibration.request import Request
-from hf_shrink.calibration.sampling import Progress, quiet
 from hf_shrink.errors import CalibrationError
+from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.recipe import CalibrationSpec, EvaluationSpec
 
 __all__ = ["CalibrationData", "calibration_batches"]
@@ -37,7 +37,7 @@ def calibration_batches(
     seed: int = 0,
     exclude: Sequence[str] | None = None,
     purpose: Purpose = "calibration",
-    progress: Progress | None = None,
+    progress: ProgressCallback | None = None,
 ) -> CalibrationData:
     """The batches that a spec asks for. The same arguments give the same batches, on the same machine.
 

@@ -19,8 +19,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_shrink.calibration.inputs import ModelInputs, longest_text, special_ids, text_ids, vocabulary_size
 from hf_shrink.calibration.masked import infill, mask_token_of
-from hf_shrink.calibration.sampling import ContinuingSampler, Progress, continue_tokens, quiet, rows_at_once
+from hf_shrink.calibration.sampling import ContinuingSampler, continue_tokens, rows_at_once
 from hf_shrink.calibration.text import Framing
+from hf_shrink.progress import ProgressCallback, quiet
 
 RANDOM_TOKENS = (
     "the model has no language-model head to write text with, so its text is random tokens, which calibrate poorly; "
@@ -63,7 +64,7 @@ class Writer:
     seed: int
     temperature: float = 1.0
     chat_share: float = 0.5
-    progress: Progress = quiet
+    progress: ProgressCallback = quiet
 
     def text(self, samples: int, length: int) -> SelfText:
         """`samples` rows of `length` tokens, special tokens included, for the model's text input.
@@ -212,7 +213,7 @@ def _go_on(chats: list[_Conversation | None], beginning: Callable[[], list[int]]
 class _Count:
     """A running count of tokens over chunks of rows."""
 
-    progress: Progress
+    progress: ProgressCallback
     total: int
     done: int = 0
 

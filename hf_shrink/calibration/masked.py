@@ -7,8 +7,9 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_shrink.calibration.inputs import has_token_head
-from hf_shrink.calibration.sampling import Progress, sample_tokens
+from hf_shrink.calibration.sampling import sample_tokens
 from hf_shrink.calibration.text import Framing
+from hf_shrink.progress import ProgressCallback
 
 # The first sweep fills masks, the second looks at every token again with the others in place.
 _SWEEPS = 2
@@ -34,7 +35,7 @@ def infill(
     choices: Tensor,
     generator: torch.Generator,
     temperature: float,
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> Tensor | None:
     """Replace every token of `start` by one that the model puts there given the others.
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from hf_shrink.calibration.inputs import OWN_BATCHES, MediaProcessor, Medium, ModelInputs, setting
 from hf_shrink.calibration.noise import as_pixels, noise_clip, noise_images, pink_noise
 from hf_shrink.calibration.recipes import Rows
-from hf_shrink.calibration.sampling import Progress, quiet
 from hf_shrink.errors import CalibrationError
+from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.registry import did_you_mean
 
 CLIP_SECONDS = 5
@@ -87,7 +87,7 @@ def media_rows(
     inputs: ModelInputs,
     processor: MediaProcessor | None,
     samples: int,
-    progress: Progress = quiet,
+    progress: ProgressCallback = quiet,
 ) -> Tensor:
     """Up to `samples` images or clips of the rows as the model's `inputs.media`, float32, through its processor.
 
@@ -118,7 +118,7 @@ def media_column(rows: Rows, medium: Medium, wanted: tuple[str, ...] = ()) -> st
     return next((name for name in (*typed, *_COLUMNS[medium]) if name in names), None)
 
 
-def _counted(values: Iterable[Any], total: int, progress: Progress, what: str) -> Iterator[Any]:
+def _counted(values: Iterable[Any], total: int, progress: ProgressCallback, what: str) -> Iterator[Any]:
     for done, value in enumerate(values, start=1):
         yield value
         progress(what, done, total)

@@ -27,7 +27,7 @@ from hf_shrink.calibration.inputs import (
 from hf_shrink.calibration.media import media_column, media_noise, media_rows
 from hf_shrink.calibration.overlap import OverlapFilter
 from hf_shrink.calibration.recipes import DataRecipe, Purpose, Rows, in_order, iterate, load_recipe, load_rows
-from hf_shrink.calibration.sampling import Progress, stream_seed
+from hf_shrink.calibration.sampling import stream_seed
 from hf_shrink.calibration.text import (
     Document,
     Framing,
@@ -39,6 +39,7 @@ from hf_shrink.calibration.text import (
     text_columns,
 )
 from hf_shrink.errors import CalibrationError
+from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import CalibrationSpec, EvaluationSpec
 
 
@@ -56,7 +57,7 @@ class Request:
     seed: int
     overlap: OverlapFilter | None
     purpose: Purpose
-    progress: Progress
+    progress: ProgressCallback
     notes: tuple[str, ...]
 
     @classmethod
@@ -68,7 +69,7 @@ class Request:
         seed: int,
         exclude: Sequence[str] | None,
         purpose: Purpose,
-        progress: Progress,
+        progress: ProgressCallback,
     ) -> Request:
         inputs = inputs_of(model)
         assert isinstance(model, PreTrainedModel)

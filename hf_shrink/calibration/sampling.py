@@ -12,16 +12,9 @@ from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, Log
 
 from hf_shrink.errors import CalibrationError
 
-Progress = Callable[[str, int, int], None]
-"""Called as (what, done, total)."""
-
 # Rows sampled side by side hold one key-value cache between them; this bounds it.
 _CACHE_BYTES = 2 << 30
 _MOST_ROWS = 64
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    """The progress callback that does nothing."""
 
 
 def stream_seed(seed: int, purpose: str) -> int:

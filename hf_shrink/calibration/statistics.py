@@ -44,7 +44,7 @@ class InputStatistics:
         self.tokens += rows.shape[0]
 
     def finish(self, name: str) -> InputStatistics:
-        """Mirror the lower triangle. Raises CalibrationError naming `name` when the inputs were not finite or absent."""
+        """Mirror the lower triangle. Raises CalibrationError naming `name` for absent inputs or ones not finite."""
         if self.tokens == 0:
             raise CalibrationError(f"{name} saw no calibration tokens; give more or other calibration data")
         lower = torch.tril(self.hessian)

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 from transformers import PreTrainedTokenizerBase
 
 from hf_shrink.calibration.overlap import OverlapFilter
-from hf_shrink.calibration.sampling import Progress, quiet
 from hf_shrink.errors import CalibrationError
+from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.registry import did_you_mean
 
 Document: TypeAlias = str | list[int]
@@ -160,7 +160,7 @@ def pack(
     framing: Framing,
     vocabulary: int,
     overlap: OverlapFilter | None = None,
-    progress: Progress = quiet,
+    progress: ProgressCallback = quiet,
 ) -> Windows:
     """The first `samples` consecutive windows of `length` tokens, the framing's special tokens included.
 

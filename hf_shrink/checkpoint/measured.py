@@ -48,4 +48,5 @@ def source_skeleton(source: Source) -> PreTrainedModel:
         else:
             skeleton = cls.from_config(config)
     skeleton.tie_weights()
-    return skeleton.eval()
+    skeleton.eval()
+    return skeleton

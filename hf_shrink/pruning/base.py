@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
 from torch import Tensor
 
 from hf_shrink.registry import Registry
-
-Progress = Callable[[str, int, int], None]
-"""Called as (what, done, total)."""
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    """The progress callback that does nothing."""
 
 
 @dataclass(frozen=True)

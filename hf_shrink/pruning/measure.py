@@ -14,7 +14,7 @@ from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.calibration.capture import first_output, model_inputs, split_hidden
 from hf_shrink.errors import CalibrationError
-from hf_shrink.pruning.base import Progress
+from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.predictions import Predictions, divergence, keep, predictions_of, token_mask
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
@@ -38,7 +38,7 @@ class MeasuredModel:
         binding: Binding,
         batches: Sequence[Mapping[str, Any]],
         seed: int,
-        progress: Progress,
+        progress: ProgressCallback,
     ) -> None:
         self._model = model
         self._batches = batches

@@ -9,7 +9,8 @@ from torch import nn
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.errors import RecipeError
-from hf_shrink.pruning.base import DepthMethod, DepthProblem, Progress, quiet
+from hf_shrink.progress import ProgressCallback, quiet
+from hf_shrink.pruning.base import DepthMethod, DepthProblem
 from hf_shrink.pruning.measure import MeasuredModel
 from hf_shrink.recipe import PruneStep
 
@@ -31,7 +32,7 @@ def plan_depth(
     *,
     portable: bool = True,
     seed: int = 0,
-    progress: Progress = quiet,
+    progress: ProgressCallback = quiet,
 ) -> DepthPlan:
     """Decide which blocks go: `step.blocks` of them, or the number whose parameters come nearest to `step.ratio`.
 

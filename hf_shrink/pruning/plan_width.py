@@ -15,8 +15,9 @@ from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, 
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.plan import BlockPlan
+from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.allocate import Request, allocate
-from hf_shrink.pruning.base import Progress, WidthMethod, quiet
+from hf_shrink.pruning.base import WidthMethod
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.prunable import Prunable, find_prunable
 from hf_shrink.pruning.shares import Scores, parts_of
@@ -41,7 +42,7 @@ def plan_width(
     batches: Sequence[Mapping[str, Any]],
     *,
     portable: bool = True,
-    progress: Progress = quiet,
+    progress: ProgressCallback = quiet,
 ) -> WidthPlan:
     """Decide which query heads and channels a step keeps. The model is left as it was.
 
@@ -78,7 +79,7 @@ def _score(
     prunable: Prunable,
     method: WidthMethod,
     batches: Sequence[Mapping[str, Any]],
-    progress: Progress,
+    progress: ProgressCallback,
 ) -> dict[tuple[str, int, Kind], Scores]:
     """Scores of all units that may go, by stack, block and kind."""
     scores: dict[tuple[str, int, Kind], Scores] = {}

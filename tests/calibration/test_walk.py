@@ -188,10 +188,6 @@ def test_a_replaced_forward_is_put_back() -> None:
 
 
 def test_hidden_states_changed_between_blocks_are_noticed() -> None:
-    model = tiny_llama()
-    model.model.layers[1].register_forward_pre_hook(lambda _, args: (args[0] * 2, *args[1:]))
-    blocks = list(model.model.layers)
-
     class Scaling(nn.Module):
         """A model that does something of its own between two blocks."""
 
@@ -205,7 +201,7 @@ def test_hidden_states_changed_between_blocks_are_noticed() -> None:
     scaling = Scaling()
     with pytest.raises(ArchitectureError, match="between block 0 and block 1"):
         capture(scaling, list(scaling.blocks), [{"x": torch.randn(1, 3, 8)}])
-    assert untouched(scaling) and len(blocks) == 4
+    assert untouched(scaling)
 
 
 def test_blocks_that_are_never_reached_are_an_error() -> None:

@@ -16,9 +16,11 @@ from hf_shrink.architectures import bind
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.architectures.linears import is_matrix, matrix
 from hf_shrink.calibration.walk import StackWalk
+from hf_shrink.checkpoint.quantizers import register
+from hf_shrink.checkpoint.save import save_model
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
-from hf_shrink.surgery import apply_structure, is_uneven, resize_skeleton, without_blocks
+from hf_shrink.surgery import apply_structure, is_uneven, without_blocks
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 GENERATING = {name: case for name, case in CASES.items() if name != "llama_classifier"}
@@ -149,14 +151,13 @@ def test_cut_equals_masked_and_loads_again(case: Case, uneven: bool, blocks: tup
     assert is_uneven(model) == (uneven or not case.portable_channels)
 
     if is_uneven(model):
-        loaded = type(model)(copy.deepcopy(model.config)).eval()
-        resize_skeleton(loaded, model.config.hf_shrink)
-        loaded.load_state_dict(model.state_dict())
-    else:
+        register()
+        save_model(model, tmp_path)
+    else:  # stock's own, which knows nothing of us
         model.save_pretrained(tmp_path)
-        loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
-        assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
-        assert same_config(loaded, model)
+    loaded, info = type(model).from_pretrained(tmp_path, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    assert same_config(loaded, model) and loaded.config.hf_shrink == model.config.hf_shrink
     assert torch.equal(logits(loaded, case.padded()), logits(model, case.padded()))
 
 
