@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import Any
+from contextlib import ExitStack, closing, suppress
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.capture import Call, capture, first_output, run_with_outputs
+from hf_shrink.calibration.stages import find_stages, run_in_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
 
 
 class _LastInputSeen(Exception):
     """The last matrix of the block has its input; the rest of the block's forward is not needed."""
+
+
+class Passed(NamedTuple):
+    """A block's output for the first batch, before and after it was compressed."""
+
+    before: Tensor
+    after: Tensor
 
 
 class StackWalk:
@@ -50,7 +58,8 @@ class StackWalk:
         self._links = found.links
         self._masks = found.masks
         self._contexts = found.contexts
-        self._given: list[Tensor] = []  # what the current call hands to the block besides the hidden states
+        # What each batch's current call hands to the block besides the hidden states.
+        self._given: list[list[Tensor]] = [[] for _ in batches]
         self.hidden = [h.to(compute_dtype) for h in found.hidden]
         self.position = 0
         self.reference: Tensor | None = None
@@ -68,7 +77,7 @@ class StackWalk:
         """Run the current block on one batch; returns its whole output."""
         block = self._blocks[self.position]
         args, kwargs = self._arguments(batch)
-        self._given = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         with torch.no_grad():
             return block(self.hidden[batch], *args, **kwargs)
 
@@ -99,20 +108,78 @@ class StackWalk:
 
     def advance(self, on_batch: Callable[[int], None] | None = None) -> None:
         """Send all batches through the current block, as it is now, and step to the next."""
-        needed = {link for links in self._links for link in links.values() if link[0] == self.position}
         for batch in range(len(self.hidden)):
-            output = self.call(batch)
-            hidden = first_output(output)
-            if not torch.isfinite(hidden).all():
-                raise CalibrationError(
-                    f"NaN or Inf in the output of block {self.position}; check the weights and the calibration data"
-                )
-            self.hidden[batch] = hidden
-            for link in needed:
-                self._handed[batch][link] = output[link[1]]
-            self._calls[batch][self.position] = Call((), {})
+            self._take(batch, self.call(batch))
             if on_batch is not None:
                 on_batch(batch)
+        self._step()
+
+    def advance_in_stages(
+        self,
+        matrices: Mapping[str, nn.Module],
+        solve: Callable[[dict[str, InputStatistics]], None],
+        current: Callable[[str], nn.Module],
+        *,
+        further: bool = True,
+    ) -> Passed | None:
+        """Statistics, replacement and advance in one pass: see `stages.py`.
+
+        Args:
+            matrices: of the current block, by path.
+            solve: called for each stage with its matrices' statistics, by path; may replace them in the model.
+            current: the module that is at a path now.
+            further: False when nothing comes after this block, so that its outputs are not needed; the walk then stays.
+
+        Returns:
+            The block's outputs for the first batch. None, with nothing done, when the block cannot be stopped
+            in between: a matrix runs twice or not at all.
+
+        Raises:
+            CalibrationError: a matrix saw no tokens, or numbers are not finite.
+        """
+        found = find_stages(matrices, self.call)
+        if found is None:
+            return None
+        stages, output = found
+        before = first_output(output) if self.reference is None else self.reference
+        collected: dict[int, InputStatistics] = {}
+
+        def seen(stage: int, batch: int, x: Tensor) -> None:
+            if stage not in collected:
+                collected[stage] = InputStatistics.empty(x.shape[-1], x.device)
+            collected[stage].add(self._real_tokens(batch)(x))
+
+        def settle(stage: int) -> None:
+            paths = stages[stage]
+            statistics = collected.pop(stage, None) or InputStatistics.empty(1)
+            statistics.finish(paths[0])
+            solve(dict.fromkeys(paths, statistics))
+
+        outputs = run_in_stages(matrices, stages, len(self.hidden), self.call, seen, settle, current)
+        with closing(outputs):
+            first = first_output(next(outputs) if not further else self._take(0, next(outputs)))
+            if further:
+                for batch, output in enumerate(outputs, 1):
+                    self._take(batch, output)
+                self._step()
+        return Passed(before, first)
+
+    def _take(self, batch: int, output: Any) -> Any:
+        """Make a block's output the batch's hidden states; returns it."""
+        hidden = first_output(output)
+        if not torch.isfinite(hidden).all():
+            raise CalibrationError(
+                f"NaN or Inf in the output of block {self.position}; check the weights and the calibration data"
+            )
+        self.hidden[batch] = hidden
+        for links in self._links:
+            for block, place in links.values():
+                if block == self.position:
+                    self._handed[batch][block, place] = output[place]
+        self._calls[batch][self.position] = Call((), {})
+        return output
+
+    def _step(self) -> None:
         self.position += 1
         self.reference = None
 
@@ -121,7 +188,7 @@ class StackWalk:
         if self.position != len(self._blocks):
             raise ValueError("statistics_after comes after the last advance")
         collector = _Collector(matrices)
-        self._given = []
+        self._given = [[] for _ in self._batches]
         for batch, inputs in enumerate(self._batches):
             with collector.listening(self._real_tokens(batch)), suppress(_LastInputSeen):
                 run_with_outputs(model, self._blocks, inputs, self.hidden[batch])
@@ -131,7 +198,7 @@ class StackWalk:
         """From a matrix's input to its rows that are not padding, of the encoder where cross attention reads that."""
 
         def real(x: Tensor) -> Tensor:
-            if self._contexts and any(x is given for given in self._given):
+            if self._contexts and any(x is given for given in self._given[batch]):
                 return _without_padding(x, self._contexts[batch])
             return _without_padding(x, self._masks[batch])
 

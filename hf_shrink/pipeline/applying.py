@@ -17,7 +17,7 @@ from hf_shrink.architectures.bound import BoundBlock, BoundStack
 from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.calibration.walk import StackWalk
+from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
@@ -113,7 +113,10 @@ class _Run:
     progress: ProgressCallback
     total: int
     done: int = 0
-    walk: StackWalk | None = field(default=None, init=False)
+    walk: StackWalk | None = None
+    moved: float | None = None  # relative error of the last block's output
+    phases: list[str] = field(default_factory=list)
+    since: float = 0.0
 
     def stack(self, stack: _Stack, heads: Sequence[str]) -> dict[str, InputStatistics]:
         """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it."""
@@ -126,11 +129,11 @@ class _Run:
                 self.walk = StackWalk(self.model, [b.module for b in blocks], self.batches)
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
+            further = block.index + 1 < len(blocks) or bool(heads and solves)
             with in_float32(block.module, enabled=self.walk is not None):
-                self._block(block, stack.plan.blocks.get(source, BlockPlan()), stored)
-                if self.walk is not None:
-                    further = block.index + 1 < len(blocks) or bool(heads and solves)
-                    self._step(self.walk, f"{stack.stack.path}.{source}", further)
+                self._block(block, stack.plan.blocks.get(source, BlockPlan()), stored, further)
+            if self.moved is not None:
+                self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
             self.done += 1
             self.progress("compressing blocks", self.done, self.total)
         if not (heads and solves and self.walk is not None):
@@ -138,24 +141,39 @@ class _Run:
         with self.timed("calibrate"):
             return self.walk.statistics_after(self.model, {p: self.model.get_submodule(p) for p in heads})
 
-    def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype) -> None:
+    def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
+        """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
         if not plan.keeps_all:
             self._cut(block, plan)
         paths = [path for path in self.schemes if path.startswith(block.path + ".")]
-        if paths:
-            self._pack(paths, stored)
-
-    def _step(self, walk: StackWalk, label: str, further: bool) -> None:
-        """Go on to the next block (`further`), and note how far this one's output moved on the first batch."""
-        inputs, before = walk.hidden[0], walk.reference
+        if self.walk is None:
+            self._pack(dict.fromkeys(paths), stored)
+            return
+        inputs = self.walk.hidden[0]
         with self.timed("calibrate"):
-            if further:
-                walk.advance()
-                after = walk.hidden[0]
-            else:
-                after = walk.outputs(1)[0]
-        if before is not None:
-            self.report.block_errors[label] = _relative_error(before, after, inputs)
+            passed = self._pack_on_the_way(self.walk, paths, stored, further)
+        self.moved = None if passed is None else _relative_error(passed, inputs)
+
+    def _pack_on_the_way(
+        self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool
+    ) -> Passed | None:
+        """Pack a block's matrices and go on to the next block; None when nobody looked at the block's output before."""
+        modules = {path: self.model.get_submodule(path) for path in paths}
+        if paths and self.method is not None and self.method.needs_statistics:
+            passed = walk.advance_in_stages(
+                modules, lambda found: self._pack(found, stored), self.model.get_submodule, further=further
+            )
+            if passed is not None:
+                return passed
+            self._pack(walk.statistics(modules), stored)
+        else:
+            self._pack(dict.fromkeys(paths), stored)
+        before = walk.reference
+        if further:
+            walk.advance()
+        if before is None:
+            return None
+        return Passed(before, walk.hidden[0] if further else walk.outputs(1)[0])
 
     def _cut(self, block: BoundBlock, plan: BlockPlan) -> None:
         refitted: dict[str, Tensor] = {}
@@ -172,14 +190,12 @@ class _Run:
             module = self.model.get_submodule(path)
             set_matrix(module, weight, module.bias.data if isinstance(module.bias, nn.Parameter) else None)
 
-    def _pack(self, paths: Sequence[str], stored: torch.dtype) -> None:
-        assert self.method is not None
-        statistics: dict[str, InputStatistics] = {}
-        if self.walk is not None and self.method.needs_statistics:
-            with self.timed("calibrate"):
-                statistics = self.walk.statistics({path: self.model.get_submodule(path) for path in paths})
+    def _pack(self, statistics: Mapping[str, InputStatistics | None], stored: torch.dtype) -> None:
+        """Pack the matrices at the paths of `statistics`."""
+        if not statistics or self.method is None:
+            return
         with self.timed("solve"):
-            tasks = [self.task(path, statistics.get(path), stored) for path in paths]
+            tasks = [self.task(path, found, stored) for path, found in statistics.items()]
             self.report.notes += solve_and_pack(self.model, tasks, self.method)
 
     def task(self, path: str, statistics: InputStatistics | None, stored: torch.dtype) -> Task:
@@ -187,15 +203,25 @@ class _Run:
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
+        """Count the time inside for `phase`; a phase inside another one stops the other's clock."""
+        self._switch(phase)
         try:
             yield
         finally:
-            seconds = self.report.seconds
-            seconds[phase] = seconds.get(phase, 0.0) + time.perf_counter() - start
+            self._switch(None)
+
+    def _switch(self, phase: str | None) -> None:
+        now, seconds = time.perf_counter(), self.report.seconds
+        if self.phases:
+            seconds[self.phases[-1]] = seconds.get(self.phases[-1], 0.0) + now - self.since
+        if phase is None:
+            self.phases.pop()
+        else:
+            self.phases.append(phase)
+        self.since = now
 
 
-def _relative_error(before: Tensor, after: Tensor, inputs: Tensor) -> float:
+def _relative_error(passed: Passed, inputs: Tensor) -> float:
     """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
-    size = (before - inputs).float().square().sum()
-    return float((after - before).float().square().sum() / size.clamp_min(1e-30))
+    size = (passed.before - inputs).float().square().sum()
+    return float((passed.after - passed.before).float().square().sum() / size.clamp_min(1e-30))
