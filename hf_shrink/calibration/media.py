@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor
@@ -113,6 +112,8 @@ def media_column(rows: Rows, medium: Medium, wanted: tuple[str, ...] = ()) -> st
         if names and name not in names:
             raise CalibrationError(f"the data has no column {name!r}; {did_you_mean(name, names)}")
         return name
+    import datasets
+
     kind = datasets.Image if medium == "image" else datasets.Audio
     typed = [name for name, feature in (rows.features or {}).items() if isinstance(feature, kind)]
     return next((name for name in (*typed, *_COLUMNS[medium]) if name in names), None)

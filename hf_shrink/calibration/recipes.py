@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
-import datasets
 import yaml
 
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.registry import did_you_mean
+from hf_shrink.reporting.progress import silence_datasets
 from hf_shrink.resources import recipes_folder
+
+if TYPE_CHECKING:
+    import datasets
 
 Kind = Literal["self", "text", "chat", "image", "audio"]
 Purpose = Literal["calibration", "evaluation"]
@@ -21,7 +24,7 @@ Purpose = Literal["calibration", "evaluation"]
 _STREAM_SHARE = 5000
 _SHUFFLE_BUFFER = 1000
 
-Rows: TypeAlias = datasets.Dataset | datasets.IterableDataset
+Rows: TypeAlias = "datasets.Dataset | datasets.IterableDataset"
 
 
 @dataclass(frozen=True)
@@ -109,10 +112,13 @@ def load_rows(recipe: DataRecipe, purpose: Purpose, seed: int) -> Rows:
     Calibration and evaluation never get the same rows, as long as there are enough for both.
     Raises CalibrationError when the data set cannot be reached or lacks the split.
     """
+    import datasets
+
     split = recipe.evaluation_split if purpose == "evaluation" and recipe.evaluation_split else recipe.split
     try:
-        rows = datasets.load_dataset(recipe.dataset, recipe.config, split=split, streaming=recipe.streaming)
-    except _LOADING_ERRORS as error:
+        with silence_datasets():
+            rows = datasets.load_dataset(recipe.dataset, recipe.config, split=split, streaming=recipe.streaming)
+    except _loading_errors() as error:
         raise _unreachable(recipe, error) from error
     own_split = recipe.evaluation_split is not None
     if isinstance(rows, datasets.Dataset):
@@ -120,6 +126,19 @@ def load_rows(recipe: DataRecipe, purpose: Purpose, seed: int) -> Rows:
     if not own_split:
         rows = rows.take(_STREAM_SHARE) if purpose == "calibration" else rows.skip(_STREAM_SHARE)
     return rows if recipe.join is not None else rows.shuffle(seed=seed, buffer_size=_SHUFFLE_BUFFER)
+
+
+def from_parquet(path: Path) -> datasets.Dataset:
+    """The rows of a .parquet file. Raises CalibrationError when it cannot be read."""
+    import datasets
+
+    try:
+        with silence_datasets():
+            table = datasets.Dataset.from_parquet(str(path))
+    except _loading_errors() as error:
+        raise CalibrationError(f"cannot read {path}: {' '.join(str(error).split())}") from error
+    assert isinstance(table, datasets.Dataset)
+    return table
 
 
 def in_order(rows: datasets.Dataset, purpose: Purpose, seed: int, *, own_split: bool = False) -> datasets.Dataset:
@@ -138,13 +157,16 @@ def iterate(rows: Rows, recipe: DataRecipe) -> Iterator[Mapping[str, Any]]:
             row = next(iterator)
         except StopIteration:
             return
-        except _LOADING_ERRORS as error:
+        except _loading_errors() as error:
             raise _unreachable(recipe, error) from error
         yield row
 
 
-# What load_dataset raises when offline, gated, misspelt, without the split, or made of a script.
-_LOADING_ERRORS = (OSError, ValueError, RuntimeError, ImportError, datasets.exceptions.DatasetsError)
+def _loading_errors() -> tuple[type[Exception], ...]:
+    """What load_dataset raises when offline, gated, misspelt, without the split, or made of a script."""
+    from datasets.exceptions import DatasetsError
+
+    return (OSError, ValueError, RuntimeError, ImportError, DatasetsError)
 
 
 def _unreachable(recipe: DataRecipe, error: Exception) -> CalibrationError:

@@ -8,7 +8,6 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import datasets
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -26,7 +25,16 @@ from hf_shrink.calibration.inputs import (
 )
 from hf_shrink.calibration.media import media_column, media_noise, media_rows
 from hf_shrink.calibration.overlap import OverlapFilter
-from hf_shrink.calibration.recipes import DataRecipe, Purpose, Rows, in_order, iterate, load_recipe, load_rows
+from hf_shrink.calibration.recipes import (
+    DataRecipe,
+    Purpose,
+    Rows,
+    from_parquet,
+    in_order,
+    iterate,
+    load_recipe,
+    load_rows,
+)
 from hf_shrink.calibration.sampling import stream_seed
 from hf_shrink.calibration.text import (
     Document,
@@ -99,6 +107,8 @@ class Request:
             raise CalibrationError(f"there is no file {path}")
         if path.suffix == ".txt":
             return self.text([read_text(path)], path.name)
+        import datasets
+
         if path.suffix == ".jsonl":
             lines = read_lines(path)
             # Shuffled by position, because the rows of a .jsonl file need not fit one table.
@@ -106,12 +116,7 @@ class Request:
             names = list(dict.fromkeys(name for line in lines for name in line))
             columns = text_columns(names, example=lines[0])
             return self._documents((lines[row["line"]] for row in order), columns, path.name)
-        try:
-            table = datasets.Dataset.from_parquet(str(path))
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-            raise CalibrationError(f"cannot read {path}: {' '.join(str(error).split())}") from error
-        assert isinstance(table, datasets.Dataset)
-        return self.rows(in_order(table, self.purpose, self.seed), path.name, ())
+        return self.rows(in_order(from_parquet(path), self.purpose, self.seed), path.name, ())
 
     def recipe(self, recipe: DataRecipe) -> CalibrationData:
         # Before anything is downloaded.

@@ -1,83 +1,54 @@
 """One pass of a block over all batches that stops wherever matrices get a new input, so that they can be replaced.
 
-The block's own forward runs once for every batch, each in a thread of its own; only one thread runs at a time. Before
-the first matrix of a stage (the matrices that get the same tensor) a thread waits until all batches have come that
-far. Then the stage is dealt with, and the batches go on through the new matrices: later stages see what the compressed
-earlier ones give (true-sequential), and nothing is computed twice.
+The block's own forward runs once for every batch, each in a greenlet of its own (a function that can be left in the
+middle and gone on with). Before the first matrix of a stage (the matrices that get the same tensor) a batch waits until
+all have come that far. Then the stage is dealt with, and the batches go on through the new matrices: later stages see
+what the compressed earlier ones give (true-sequential), and nothing is computed twice.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
+
+from hf_shrink.calibration.shelf import Shelf
 
 Run = Callable[[int], Any]  # the block's forward on one batch
 
 
-class _Abandoned(BaseException):
-    """Another batch failed; this one need not go on."""
-
-
-class _Worker:
+class _Passage(greenlet):
     """One batch on its way through the block."""
 
     def __init__(self, batch: int, run: Run) -> None:
+        super().__init__(run)
         self.batch = batch
         self.stage = -1  # the stage in front of which it waits; -1 before the first
         self.input: Tensor | None = None
         self.output: Any = None
-        self.error: BaseException | None = None
-        self.finished = False
-        self.abandoned = False
-        self._run = run
-        self._turn, self._back = threading.Semaphore(0), threading.Semaphore(0)
-        self._thread = threading.Thread(target=self._main, daemon=True)
+        self.seen: dict[int, weakref.ref[Tensor]] = {}
+
+    def held(self) -> list[Tensor]:
+        """The inputs that modules got on the way and that still exist."""
+        alive = [tensor for reference in self.seen.values() if (tensor := reference()) is not None]
+        self.seen = {id(tensor): weakref.ref(tensor) for tensor in alive}
+        return alive
 
     def go(self) -> None:
-        """Let it run until it waits in front of the next stage, or ends. Raises what it raised."""
-        if self._thread.ident is None:
-            self._thread.start()
+        """Let it run until it waits in front of the next stage, or ends. Raises what it raises."""
         self.input = None
-        self._turn.release()
-        self._back.acquire()
-        if self.finished:
-            self._thread.join()
-        if self.error is not None and not isinstance(self.error, _Abandoned):
-            raise self.error
-
-    def abandon(self) -> None:
-        """End it where it stands."""
-        if self._thread.ident is not None and not self.finished:
-            self.abandoned = True
-            self.go()
+        self.output = self.switch() if self.stage >= 0 else self.switch(self.batch)
 
     def wait(self, stage: int, x: Tensor) -> None:
-        """Called in the worker's thread: hand the turn back until the stage has been dealt with."""
+        """Called on the way: leave until the stage has been dealt with."""
         self.stage, self.input = stage, x
-        self._back.release()
-        self._turn.acquire()
-        if self.abandoned:
-            raise _Abandoned
-
-    def _main(self) -> None:
-        self._turn.acquire()
-        _CURRENT.worker = self
-        try:
-            with torch.no_grad():
-                self.output = self._run(self.batch)
-        except BaseException as error:
-            self.error = error
-        finally:
-            self.finished = True
-            self._back.release()
-
-
-_CURRENT = threading.local()
+        assert self.parent is not None
+        self.parent.switch()
 
 
 def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> tuple[list[list[str]], Any] | None:
@@ -118,7 +89,8 @@ def run_in_stages(
     seen: Callable[[int, int, Tensor], None],
     settle: Callable[[int], None],
     current: Callable[[str], nn.Module],
-) -> Iterator[Any]:
+    block: nn.Module | None = None,
+) -> Generator[Any]:
     """Take all batches through the block, stage by stage; yields its output for each batch.
 
     Args:
@@ -128,28 +100,60 @@ def run_in_stages(
         seen: called with (stage, batch, input) when a batch comes to a stage.
         settle: called with a stage once all batches have come to it; may replace its matrices in the model.
         current: the module that is at a path now.
+        block: whose forward `run` runs. What its modules were given on the way, and is still held somewhere on the
+            way, is put on a shelf while the batch waits, since nobody reads it then.
 
     Raises:
         What the forward, `seen` or `settle` raise; no batch is left waiting then.
     """
-    workers = [_Worker(batch, run) for batch in range(batches)]
-    with _waiting(matrices, stages, current):
+    passages = [_Passage(batch, run) for batch in range(batches)]
+    # No forward may set the grad mode on its way in and another restore it on its way out: off for all, all the time.
+    with torch.no_grad(), _waiting(matrices, stages, current), _noting_inputs(block), Shelf() as shelf:
+
+        def go(passage: _Passage) -> None:
+            shelf.give_back(passage.batch)
+            passage.go()
+
         try:
             for stage in range(len(stages)):
-                for worker in workers:
-                    while not worker.finished and worker.stage < stage:
-                        worker.go()
-                    if not worker.finished and worker.stage == stage and worker.input is not None:
-                        seen(stage, worker.batch, worker.input)
+                for passage in passages:
+                    while not passage.dead and passage.stage < stage:
+                        go(passage)
+                    if passage.input is None:
+                        continue
+                    if passage.stage == stage:
+                        shelf.give_back(passage.batch)  # it may have come here while an earlier stage was due
+                        seen(stage, passage.batch, passage.input)
+                    shelf.take(passage.batch, passage.held())
                 settle(stage)
-            for worker in workers:
-                while not worker.finished:
-                    worker.go()
-                yield worker.output
-                worker.output = None
+            for passage in passages:
+                while not passage.dead:
+                    go(passage)
+                yield passage.output
+                passage.output = None
         finally:
-            for worker in workers:
-                worker.abandon()
+            for passage in passages:
+                shelf.give_back(passage.batch)
+                if passage:  # started and not ended
+                    passage.throw()
+
+
+@contextmanager
+def _noting_inputs(block: nn.Module | None) -> Iterator[None]:
+    """Let every passage note what the block's modules are called with (the first argument, where it is a tensor)."""
+
+    def note(module: nn.Module, args: tuple[Any, ...]) -> None:
+        passage = getcurrent()
+        given = args[0] if args else None
+        if isinstance(passage, _Passage) and isinstance(given, Tensor) and not isinstance(given, nn.Parameter):
+            passage.seen[id(given)] = weakref.ref(given)
+
+    handles = [m.register_forward_pre_hook(note) for m in block.modules()] if block is not None else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 @contextmanager
@@ -161,12 +165,13 @@ def _waiting(
     before = {path: module.__dict__.get("forward") for path, module in matrices.items()}
 
     def waiting_forward(path: str, module: nn.Module) -> Callable[..., Any]:
-        real, stage = module.forward, stage_of[path]
+        real: Callable[..., Any] = module.forward
+        stage = stage_of[path]
 
         def forward(x: Tensor, *args: Any, **kwargs: Any) -> Any:
-            worker: _Worker | None = getattr(_CURRENT, "worker", None)
-            if worker is not None and worker.stage < stage:
-                worker.wait(stage, x)
+            passage = getcurrent()
+            if isinstance(passage, _Passage) and passage.stage < stage:
+                passage.wait(stage, x)
             now = current(path)
             return real(x, *args, **kwargs) if now is module else now(x, *args, **kwargs)
 
@@ -178,7 +183,8 @@ def _waiting(
         yield
     finally:
         for path, module in matrices.items():
-            if before[path] is None:
+            old = before[path]
+            if old is None:
                 del module.forward
             else:
-                module.forward = before[path]
+                module.forward = old

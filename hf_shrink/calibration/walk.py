@@ -155,7 +155,8 @@ class StackWalk:
             statistics.finish(paths[0])
             solve(dict.fromkeys(paths, statistics))
 
-        outputs = run_in_stages(matrices, stages, len(self.hidden), self.call, seen, settle, current)
+        block = self._blocks[self.position]
+        outputs = run_in_stages(matrices, stages, len(self.hidden), self.call, seen, settle, current, block)
         with closing(outputs):
             first = first_output(next(outputs) if not further else self._take(0, next(outputs)))
             if further:

@@ -6,7 +6,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -73,27 +73,35 @@ def silence(enabled: bool = True) -> Iterator[None]:
     if not enabled:
         yield
         return
-    import datasets
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
     from transformers.utils import logging
 
-    levels = logging.get_verbosity(), datasets.logging.get_verbosity()
-    bars = logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
-    hub_bars = not are_progress_bars_disabled()
-    with warnings.catch_warnings():
+    level, bars, hub_bars = logging.get_verbosity(), logging.is_progress_bar_enabled(), not are_progress_bars_disabled()
+    with warnings.catch_warnings(), silence_datasets() if "datasets" in sys.modules else nullcontext():
         warnings.simplefilter("ignore")
         logging.set_verbosity(logging.log_levels["error"])
-        datasets.logging.set_verbosity_error()
         logging.disable_progress_bar()
-        datasets.disable_progress_bars()
         try:
             yield
         finally:
-            logging.set_verbosity(levels[0])
-            datasets.logging.set_verbosity(levels[1])
-            if bars[0]:
+            logging.set_verbosity(level)
+            if bars:
                 logging.enable_progress_bar()
-            if bars[1]:
-                datasets.enable_progress_bars()
             # transformers switches the Hub's bars along with its own, so these come last.
             (enable_progress_bars if hub_bars else disable_progress_bars)()
+
+
+@contextmanager
+def silence_datasets() -> Iterator[None]:
+    """The same for datasets alone. It takes a second and 90 MB to import, so only what uses it anyway calls this."""
+    import datasets
+
+    level, bars = datasets.logging.get_verbosity(), not datasets.are_progress_bars_disabled()
+    datasets.logging.set_verbosity_error()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        datasets.logging.set_verbosity(level)
+        if bars:
+            datasets.enable_progress_bars()
