@@ -149,6 +149,14 @@ def in_order(rows: datasets.Dataset, purpose: Purpose, seed: int, *, own_split: 
     return shuffled
 
 
+def positions(count: int, purpose: Purpose, seed: int) -> list[int]:
+    """The order of `in_order` for rows that need not fit one table, such as those of a .jsonl file."""
+    import datasets
+
+    rows = in_order(datasets.Dataset.from_dict({"row": list(range(count))}), purpose, seed)
+    return [int(row) for row in rows["row"]]
+
+
 def iterate(rows: Rows, recipe: DataRecipe) -> Iterator[Mapping[str, Any]]:
     """The rows one by one; a stream that breaks off raises CalibrationError."""
     iterator = iter(rows)

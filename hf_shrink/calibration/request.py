@@ -34,6 +34,7 @@ from hf_shrink.calibration.recipes import (
     iterate,
     load_recipe,
     load_rows,
+    positions,
 )
 from hf_shrink.calibration.sampling import stream_seed
 from hf_shrink.calibration.text import (
@@ -107,15 +108,13 @@ class Request:
             raise CalibrationError(f"there is no file {path}")
         if path.suffix == ".txt":
             return self.text([read_text(path)], path.name)
-        import datasets
-
         if path.suffix == ".jsonl":
             lines = read_lines(path)
-            # Shuffled by position, because the rows of a .jsonl file need not fit one table.
-            order = in_order(datasets.Dataset.from_dict({"line": list(range(len(lines)))}), self.purpose, self.seed)
             names = list(dict.fromkeys(name for line in lines for name in line))
             columns = text_columns(names, example=lines[0])
-            return self._documents((lines[row["line"]] for row in order), columns, path.name)
+            return self._documents(
+                (lines[i] for i in positions(len(lines), self.purpose, self.seed)), columns, path.name
+            )
         return self.rows(in_order(from_parquet(path), self.purpose, self.seed), path.name, ())
 
     def recipe(self, recipe: DataRecipe) -> CalibrationData:
