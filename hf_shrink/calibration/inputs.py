@@ -168,3 +168,13 @@ def text_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None) 
     if not ids:
         raise CalibrationError("the tokenizer has no token that stands for text, so no text can be sampled")
     return torch.tensor(ids)
+
+
+def need_text(inputs: ModelInputs, model: nn.Module, name: str) -> None:
+    """Raises CalibrationError when the data `name` is text and the model reads none."""
+    if not inputs.text:
+        own = "mini-imagenet" if inputs.medium == "image" else "librispeech"
+        raise CalibrationError(
+            f"{name} is text, but {type(model).__name__} reads {inputs.medium} ({inputs.main}); "
+            f"use --calibration self, {own}, or a data set with {inputs.medium}s"
+        )

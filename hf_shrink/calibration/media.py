@@ -28,6 +28,13 @@ _COLUMNS: dict[Medium, tuple[str, ...]] = {
 _PROCESSED_AT_ONCE = 16
 
 
+def noise_note(medium: Medium) -> str:
+    """What the user should know about noise in place of data."""
+    remedy = "mini-imagenet" if medium == "image" else "librispeech"
+    what = f"the {medium} input is noise with a natural spectrum, a stand-in"
+    return f"{what}; real data (such as {remedy}) calibrates better"
+
+
 def media_noise(
     model: PreTrainedModel, inputs: ModelInputs, processor: MediaProcessor | None, samples: int, seed: int
 ) -> Tensor:

@@ -20,10 +20,11 @@ from hf_shrink.calibration.inputs import (
     inputs_of,
     longest_text,
     media_processor_of,
+    need_text,
     tokenizer_of,
     vocabulary_size,
 )
-from hf_shrink.calibration.media import media_column, media_noise, media_rows
+from hf_shrink.calibration.media import media_column, media_noise, media_rows, noise_note
 from hf_shrink.calibration.overlap import OverlapFilter
 from hf_shrink.calibration.recipes import (
     DataRecipe,
@@ -120,7 +121,7 @@ class Request:
     def recipe(self, recipe: DataRecipe) -> CalibrationData:
         # Before anything is downloaded.
         if recipe.kind in ("text", "chat"):
-            self._need_text(recipe.name)
+            need_text(self.inputs, self.model, recipe.name)
         elif self.inputs.medium != recipe.kind:
             raise CalibrationError(
                 f"data {recipe.name!r} is {recipe.kind}, which {type(self.model).__name__} does not read"
@@ -147,7 +148,7 @@ class Request:
         if column is not None:
             values = media_rows(iterator, column, self.inputs, self.processor, self.spec.samples, self.progress)
             return self._with_media(values, name, dict(details or {}))
-        self._need_text(name)
+        need_text(self.inputs, self.model, name)
         example: Mapping[str, Any] = {}
         if not columns:
             iterator = iter(iterator)
@@ -160,7 +161,7 @@ class Request:
         self, documents: Iterable[Document], name: str, details: Mapping[str, Any] | None = None
     ) -> CalibrationData:
         """Consecutive windows of the documents, in the order given."""
-        self._need_text(name)
+        need_text(self.inputs, self.model, name)
         if self.tokenizer is None:
             raise CalibrationError(f"text ({name}) needs a tokenizer; pass tokenizer=, or use --calibration self")
         samples = self.spec.samples
@@ -226,14 +227,14 @@ class Request:
             values |= self._decoder({"input_ids": rows})
         if self.inputs.media:
             values[self.inputs.media] = self._noise(len(rows))
-            notes.append(self._noise_note())
+            notes.append(noise_note(self.inputs.medium))
         return self._batches(values, f"{len(rows)} x {rows.shape[1]} {what}", details, notes)
 
     def _with_media(self, values: Tensor, name: str | None, details: dict[str, Any]) -> CalibrationData:
         """Images or sounds (`name` None: noise), with the text that the model reads besides."""
         media, medium = self.inputs.media, "images" if self.inputs.medium == "image" else "clips of sound"
         assert media is not None
-        notes = [] if name is not None else [self._noise_note()]
+        notes = [] if name is not None else [noise_note(self.inputs.medium)]
         if len(values) < self.spec.samples:
             notes.append(f"{name} has {len(values)} {medium} instead of {self.spec.samples}")
         inputs = {media: values}
@@ -274,21 +275,6 @@ class Request:
     def _noise(self, samples: int | None = None) -> Tensor:
         count = self.spec.samples if samples is None else samples
         return media_noise(self.model, self.inputs, self.processor, count, stream_seed(self.seed, self.purpose))
-
-    def _noise_note(self) -> str:
-        medium, remedy = self.inputs.medium, "mini-imagenet" if self.inputs.medium == "image" else "librispeech"
-        return (
-            f"the {medium} input is noise with a natural spectrum, a stand-in; "
-            f"real data (such as {remedy}) calibrates better"
-        )
-
-    def _need_text(self, name: str) -> None:
-        if not self.inputs.text:
-            own = "mini-imagenet" if self.inputs.medium == "image" else "librispeech"
-            raise CalibrationError(
-                f"{name} is text, but {type(self.model).__name__} reads {self.inputs.medium} ({self.inputs.main}); "
-                f"use --calibration self, {own}, or a data set with {self.inputs.medium}s"
-            )
 
     def _batches(
         self, values: dict[str, Tensor], what: str, details: Mapping[str, Any], notes: Sequence[str]

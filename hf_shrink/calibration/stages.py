@@ -11,12 +11,13 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
+from hf_shrink.calibration.memory import release_free_memory
 from hf_shrink.calibration.shelf import Shelf
 
 Run = Callable[[int], Any]  # the block's forward on one batch
@@ -51,11 +52,22 @@ class _Passage(greenlet):
         self.parent.switch()
 
 
-def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> tuple[list[list[str]], Any] | None:
-    """The stages of a block, in the order they run on the first batch, and the block's output for it.
+class Found(NamedTuple):
+    """How a block runs on the first batch.
 
-    None when a matrix runs twice or not at all: such a block cannot be stopped in between.
+    Attributes:
+        stages: the paths of the matrices that get the same tensor, in the order they run.
+        output: the block's.
+        largest: bytes of the largest input of a matrix.
     """
+
+    stages: list[list[str]]
+    output: Any
+    largest: int
+
+
+def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> Found | None:
+    """The stages of a block; None when a matrix runs twice or not at all: it cannot be stopped in between then."""
     inputs: list[Tensor] = []
     stages: list[list[str]] = []
     seen: list[str] = []
@@ -78,7 +90,9 @@ def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> tuple[list[list[
     finally:
         for handle in handles:
             handle.remove()
-    return (stages, output) if sorted(seen) == sorted(matrices) else None
+    if sorted(seen) != sorted(matrices):
+        return None
+    return Found(stages, output, max(x.nbytes for x in inputs))
 
 
 def run_in_stages(
@@ -125,6 +139,7 @@ def run_in_stages(
                         shelf.give_back(passage.batch)  # it may have come here while an earlier stage was due
                         seen(stage, passage.batch, passage.input)
                     shelf.take(passage.batch, passage.held())
+                release_free_memory()
                 settle(stage)
             for passage in passages:
                 while not passage.dead:

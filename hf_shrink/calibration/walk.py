@@ -19,6 +19,9 @@ class _LastInputSeen(Exception):
     """The last matrix of the block has its input; the rest of the block's forward is not needed."""
 
 
+MOST_WAITING = 16 << 30  # bytes of batches that wait inside a block, most of them in a file
+
+
 class Passed(NamedTuple):
     """A block's output for the first batch, before and after it was compressed."""
 
@@ -132,16 +135,18 @@ class StackWalk:
 
         Returns:
             The block's outputs for the first batch. None, with nothing done, when the block cannot be stopped
-            in between: a matrix runs twice or not at all.
+            in between (a matrix runs twice or not at all) or its waiting batches would be larger than MOST_WAITING.
 
         Raises:
             CalibrationError: a matrix saw no tokens, or numbers are not finite.
         """
         found = find_stages(matrices, self.call)
-        if found is None:
+        # A waiting batch holds about three more tensors like its hidden states. Decided by sizes alone, never by what
+        # memory there is, since the two ways to walk do not give the same bytes.
+        if found is None or len(self.hidden) * (found.largest + 3 * self.hidden[0].nbytes) > MOST_WAITING:
             return None
-        stages, output = found
-        before = first_output(output) if self.reference is None else self.reference
+        stages = found.stages
+        before = first_output(found.output) if self.reference is None else self.reference
         collected: dict[int, InputStatistics] = {}
 
         def seen(stage: int, batch: int, x: Tensor) -> None:

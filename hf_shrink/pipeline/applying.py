@@ -123,6 +123,7 @@ class _Run:
         solves = bool(self.schemes) and self.method is not None and self.method.needs_statistics
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
         self.walk = None
+        stack = self._cut_tied_heads(stack)
         blocks = stack.stack.blocks
         if solves or refits:
             with self.timed("calibrate"):
@@ -140,6 +141,26 @@ class _Run:
             return {}
         with self.timed("calibrate"):
             return self.walk.statistics_after(self.model, {p: self.model.get_submodule(p) for p in heads})
+
+    def _cut_tied_heads(self, stack: _Stack) -> _Stack:
+        """Cut heads that all blocks must have alike (they share a position bias) before any block runs."""
+        bound = stack.stack
+        if bound.spec is None or not any(
+            part is not None and part.spec.tied for b in bound.blocks for part in (b.attention, b.cross_attention)
+        ):
+            return stack
+        plans = dict(stack.plan.blocks)
+        for block, source in zip(bound.blocks, stack.kept, strict=True):
+            plan = plans.get(source, BlockPlan())
+            if plan.query_heads is None and plan.cross_heads is None:
+                continue
+            cut_block(block, BlockPlan(query_heads=plan.query_heads, cross_heads=plan.cross_heads))
+            plans[source] = BlockPlan(channels=plan.channels)
+        if plans != stack.plan.blocks:
+            self.report.notes.append(
+                f"heads of the {bound.name} were cut without refit: its blocks share a position bias and lose them at once"
+            )
+        return _Stack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
 
     def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""

@@ -23,6 +23,7 @@ from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting import write_report
 from hf_shrink.reporting.progress import Progress, silence
 
+SPEED_TOKENS = 16  # of the prompt and decoded, a run: enough for a figure, not for a wait
 PROMPT = "The most important thing to know about the sea is"
 
 
@@ -104,7 +105,9 @@ def _measure(
     dense = load_source_model(source)
     model.eval()
     result = evaluate_model(model, held_out, baseline=dense, metrics=spec.metrics, tokenizer=processing, progress=show)
-    speed = compare_decode_speed(dense, model)
+    show("comparing speed", 0, 1)
+    speed = compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS)
+    show("comparing speed", 1, 1)
     record.report.evaluation = for_report(result, speed)
     if dense.can_generate() and not dense.config.is_encoder_decoder and callable(getattr(processing, "decode", None)):
         show("comparing completions", 0, 2)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.linears import is_matrix
+from hf_shrink.checkpoint.portability import needs_dequantize, portability
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Scheme
 from hf_shrink.recipe import QuantizeStep
@@ -86,8 +87,12 @@ def resolve_schemes(
     widths = {path: _width(candidates[path]) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
     if portable and isinstance(model, PreTrainedModel):
-        schemes = _one_scheme_where_needed(candidates, schemes, widths, notes)
-        _refuse_unportable(candidates, schemes)
+        schemes = _one_scheme_where_needed(model, schemes, widths, notes)
+        if reasons := portability(model, schemes, {}):
+            raise RecipeError(
+                f"not portable: {'; '.join(reasons)}. Use one scheme, or set portable: false (--set portable=false): "
+                "the result then loads after `import hf_shrink`"
+            )
     notes[:0] = _group_notes(chosen, schemes)
     return Resolved(schemes, tuple(notes))
 
@@ -168,37 +173,18 @@ def _agree_on_ties(model: nn.Module, chosen: dict[str, Scheme]) -> dict[str, Sch
 
 
 def _one_scheme_where_needed(
-    modules: Mapping[str, nn.Module], schemes: dict[str, Scheme], widths: Mapping[str, int], notes: list[str]
+    model: PreTrainedModel, schemes: dict[str, Scheme], widths: Mapping[str, int], notes: list[str]
 ) -> dict[str, Scheme]:
-    """Stock reads asymmetric schemes and embeddings only when everything shares one scheme: agree on a group size."""
-    special = any(not s.symmetric or isinstance(modules[p], nn.Embedding) for p, s in schemes.items())
+    """Where stock reads these weights only when everything shares one scheme, agree on a group size."""
     kinds = {replace(s, group_size=None if s.group_size is None else 1) for s in schemes.values()}
     sizes = {s.group_size for s in schemes.values()}
-    if not special or len(kinds) > 1 or len(sizes) == 1:
+    if len(kinds) > 1 or len(sizes) == 1 or not needs_dequantize(model, schemes):
         return schemes
     common = math.gcd(*(widths[p] for p in schemes))
     smallest = min(s for s in sizes if s is not None)
     size = max(d for d in range(1, smallest + 1) if common % d == 0)
     notes.append(f"one group size, {size}, for all weights: stock transformers loads this kind of scheme only so")
     return {path: replace(scheme, group_size=size) for path, scheme in schemes.items()}
-
-
-def _refuse_unportable(modules: Mapping[str, nn.Module], schemes: Mapping[str, Scheme]) -> None:
-    remedy = "set portable: false (the result then loads after `import hf_shrink`)"
-    for path in schemes:
-        if isinstance(modules[path], Conv1D):
-            raise RecipeError(
-                f"{path} is a Conv1D, which compressed-tensors cannot express in stock transformers; {remedy}"
-            )
-    if len(set(schemes.values())) > 1:
-        for path, scheme in schemes.items():
-            kind = "is asymmetric" if not scheme.symmetric and scheme.strategy != "tensor" else None
-            kind = "is an embedding" if isinstance(modules[path], nn.Embedding) else kind
-            if kind:
-                raise RecipeError(
-                    f"{path} {kind}, which stock transformers loads only when every weight has the same scheme; "
-                    f"use one scheme, or {remedy}"
-                )
 
 
 def _group_notes(asked: Mapping[str, Scheme], got: Mapping[str, Scheme]) -> Iterable[str]:

@@ -48,7 +48,7 @@ def test_stages_are_the_matrices_that_share_an_input_in_the_order_they_run() -> 
     walk, matrices = walk_of(tiny_llama(), batches())
     found = find_stages(matrices, walk.call)
     assert found is not None
-    assert [[path.removeprefix(BLOCK) for path in stage] for stage in found[0]] == STAGES
+    assert [[path.removeprefix(BLOCK) for path in stage] for stage in found.stages] == STAGES
 
 
 def test_one_pass_equals_solving_stage_by_stage_from_the_start() -> None:
@@ -142,6 +142,14 @@ def test_a_failing_forward_is_raised_here() -> None:
 
     with pytest.raises(RuntimeError, match="shape"):
         walk.advance_in_stages(matrices, solve, model.get_submodule)
+
+
+def test_too_much_to_hold_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_llama()
+    walk, matrices = walk_of(model, batches())
+    monkeypatch.setattr("hf_shrink.calibration.walk.MOST_WAITING", 1000)
+    assert walk.advance_in_stages(matrices, lambda found: None, model.get_submodule) is None
+    assert walk.position == 0
 
 
 class Twice(nn.Module):
