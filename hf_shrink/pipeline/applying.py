@@ -158,7 +158,7 @@ class _Run:
             plans[source] = BlockPlan(channels=plan.channels)
         if plans != stack.plan.blocks:
             self.report.notes.append(
-                f"heads of the {bound.name} were cut without refit: its blocks share a position bias and lose them at once"
+                f"heads of the {bound.name} were cut without refit: blocks share a position bias and lose them at once"
             )
         return _Stack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
 
