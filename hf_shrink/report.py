@@ -11,6 +11,8 @@ class ShrinkReport:
     """Result of `shrink` or `shrink_checkpoint`.
 
     Attributes:
+        seed: of everything random in the run.
+        calibration: which data the statistics came from: "description" and what else is known of it.
         parameters_before, parameters_after: logical parameters (a packed weight counts its unpacked elements).
         bytes_before, bytes_after: of all weights as stored, tied ones once.
         seconds: wall time by phase ("plan", "calibrate", "solve", ...), and "total".
@@ -21,6 +23,8 @@ class ShrinkReport:
         completions: {"prompt", "dense", "compressed"} when made.
     """
 
+    seed: int = 0
+    calibration: dict[str, Any] = field(default_factory=dict)
     parameters_before: int = 0
     parameters_after: int = 0
     bytes_before: int = 0

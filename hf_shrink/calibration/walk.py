@@ -88,9 +88,7 @@ class StackWalk:
         """The current block's hidden states for the first `batches` batches (all by default), not kept."""
         return [first_output(self.call(b)) for b in range(len(self.hidden) if batches is None else batches)]
 
-    def statistics(
-        self, matrices: Mapping[str, nn.Module], on_batch: Callable[[int], None] | None = None
-    ) -> dict[str, InputStatistics]:
+    def statistics(self, matrices: Mapping[str, nn.Module]) -> dict[str, InputStatistics]:
         """Second moments of the inputs of the current block's matrices, by path.
 
         Matrices that get the very same tensor (query, key and value; gate and up) share one object. Once the order of
@@ -105,16 +103,12 @@ class StackWalk:
                 output = first_output(self.call(batch))
                 # Only the first batch gets here: it runs to the end, to learn which matrix comes last.
                 self.reference = output if self.reference is None else self.reference
-            if on_batch is not None:
-                on_batch(batch)
         return collector.finish()
 
-    def advance(self, on_batch: Callable[[int], None] | None = None) -> None:
+    def advance(self) -> None:
         """Send all batches through the current block, as it is now, and step to the next."""
         for batch in range(len(self.hidden)):
             self._take(batch, self.call(batch))
-            if on_batch is not None:
-                on_batch(batch)
         self._step()
 
     def advance_in_stages(

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
-from hf_shrink.pipeline.recipes import depth_method, quantization_method, width_method
+from hf_shrink.pipeline.recipes import depth_method, width_method
 from hf_shrink.pipeline.targets import resolve_schemes
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
@@ -85,7 +85,6 @@ def plan_recipe(
         damage=damage,
     )
     if quantize:
-        quantization_method(quantize)
         resolved = resolve_schemes(model, binding, quantize, recipe.portable, _narrowed(binding, plan))
         schemes = {p: s for p, s in resolved.schemes.items() if not _removed(p, binding, plan)}
         plan = replace(plan, schemes=schemes, method=quantize.method, options=dict(quantize.options))

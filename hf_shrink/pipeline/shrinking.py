@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -124,6 +125,9 @@ class Job:
 
     def __post_init__(self) -> None:
         self.recipe: Recipe | None = None if isinstance(self.asked, Plan) else load_recipe(self.asked)
+        if self.recipe is not None and isinstance(self.calibration, str | os.PathLike):
+            spec = replace(self.recipe.calibration, data=os.fspath(self.calibration))
+            self.recipe, self.calibration = replace(self.recipe, calibration=spec), None
         if isinstance(self.asked, Plan):
             plan_method(self.asked)
         check_dense(self.model)
@@ -163,6 +167,9 @@ class Job:
         model = self.model
         report = ShrinkReport(parameters_before=count_parameters(model), bytes_before=unique_bytes(model))
         report.notes += data.notes
+        report.seed = self.seed
+        if data.batches:
+            report.calibration = {"description": data.description, **data.details}
         planned = self.plan(data)
         report.seconds["plan"] = time.perf_counter() - started
         report.notes += planned.notes
@@ -176,6 +183,8 @@ class Job:
         report.parameters_after, report.bytes_after = count_parameters(model), unique_bytes(model)
         report.seconds["total"] = time.perf_counter() - started
         self.show.close()
-        recipe = self.recipe.to_dict() if self.recipe is not None else {"plan": True}
+        recipe = self.recipe.to_dict() if self.recipe is not None else {}
+        if recipe and self.calibration is not None:  # an object: the recipe can only say what it was
+            recipe["calibration"]["data"] = data.description
         source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-        return ShrinkRecord(source, {**recipe, "seed": self.seed, "data": data.details}, planned.plan, report)
+        return ShrinkRecord(source, recipe, planned.plan, report)

@@ -165,7 +165,9 @@ def _loading(report: ShrinkReport, task: Task, name: str) -> str:
 
 def _done(record: Record) -> str:
     recipe = yaml.safe_dump(dict(record.recipe), sort_keys=False, default_flow_style=None).rstrip()
-    lines = ["## What was done", "", "The recipe:", "", _fenced(recipe, "yaml"), ""]
+    lines = ["## What was done", ""]
+    if record.recipe:
+        lines += [f"The recipe (seed {record.report.seed}):", "", _fenced(recipe, "yaml"), ""]
     lines += ["What it came to:", "", _fenced(record.plan.summary(), "text")]
     if record.report.notes:
         lines += ["", "Notes of the run:", "", *(f"- {_one_line(note)}" for note in record.report.notes)]
@@ -194,9 +196,9 @@ def _limits(record: Record, inherited: Mapping[str, Any]) -> str:
         lines.append(f"- The figures hold for {data}; other languages, tasks and lengths were not measured.")
     else:
         lines.append("- No figure of quality exists for this model; measure it with `hf-shrink evaluate` before use.")
-    calibration = record.recipe.get("calibration")
-    if isinstance(calibration, Mapping) and calibration.get("data"):
-        lines.append(f"- Calibration data: `{calibration['data']}`. What it does not cover may have lost more.")
+    calibration = record.report.calibration.get("description")
+    if calibration:
+        lines.append(f"- Calibrated on {calibration}. What that does not cover may have lost more.")
     if "speed" not in evaluation:
         lines.append("- Speed was not measured.")
     lines.append("- Whatever the dense model's own card warns of holds for this one too.")

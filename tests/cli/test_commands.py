@@ -13,6 +13,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_shrink.cli import main
+from hf_shrink.recipe import Recipe
 
 SMALL = [
     "--set=calibration.samples=8",
@@ -56,7 +57,10 @@ def test_run_writes_a_whole_folder(output: Path) -> None:
     evaluation = record["report"]["evaluation"]
     assert {"perplexity", "kl_divergence", "top1_agreement"} <= evaluation["compressed"].keys()
     assert evaluation["speed"]["dense"] > 0
-    assert "license: mit" in (output / "README.md").read_text()
+    card = (output / "README.md").read_text()
+    assert "license: mit" in card
+    assert f"Calibrated on {record['report']['calibration']['description']}" in card
+    assert Recipe.from_dict(record["recipe"]).calibration.samples == 8  # what is printed can be run again
 
 
 def test_run_again_needs_overwrite_and_gives_the_same_weights(source: Path, output: Path) -> None:

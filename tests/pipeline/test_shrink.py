@@ -15,6 +15,7 @@ import hf_shrink
 from hf_shrink import Plan, make_plan, shrink
 from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError
 from hf_shrink.pipeline.recipes import built_in_recipes, load_recipe
+from hf_shrink.recipe import Recipe
 from hf_shrink.runtime.embedding import CompressedEmbedding
 from hf_shrink.runtime.linear import CompressedLinear
 
@@ -74,6 +75,19 @@ def test_same_seed_same_bytes_and_the_model_stays_usable() -> None:
         states.append(model.state_dict())
     assert states[0].keys() == states[1].keys()
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_the_record_says_which_data_it_was(tmp_path: Path) -> None:
+    from tiny import TEXT
+
+    path = tmp_path / "mine.txt"
+    path.write_text(TEXT)
+    for recipe, calibration, said in (({**GPTQ, "calibration": SMALL}, str(path), "mine.txt"), ("w8-full", None, None)):
+        model = shrink(tiny_llama(), recipe, tokenizer=tiny_tokenizer(), calibration=calibration, progress=False)
+        description = model.shrink_report.calibration.get("description")
+        assert description is None if said is None else said in description
+        if said is not None:
+            assert Recipe.from_dict(model.shrink_record.recipe).calibration.data == str(path)
 
 
 def test_training_mode_and_returned_object() -> None:
