@@ -127,6 +127,8 @@ class Plan:
         schemes: by module path **in the source model**, for every weight that is quantized.
         method: name of the quantization method, and its options, by step order of `schemes`' users.
         options: the method's options.
+        transforms: names of transforms folded into the weights before they are rounded, in their order.
+        tune: options of the tuning after rounding; empty: none.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
     """
@@ -136,6 +138,8 @@ class Plan:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    transforms: tuple[str, ...] = ()
+    tune: Mapping[str, Any] = field(default_factory=dict)
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
 
@@ -175,7 +179,8 @@ class Plan:
                 for name, stack in data.pop("stacks").items()
             }
             schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
-            return cls(stacks=stacks, schemes=schemes, **data)
+            transforms = tuple(data.pop("transforms", ()))
+            return cls(stacks=stacks, schemes=schemes, transforms=transforms, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error
 

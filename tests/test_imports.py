@@ -22,7 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("runtime", "reporting"),
     ("surgery",),
     ("calibration", "checkpoint"),
-    ("quantization", "pruning", "evaluation"),
+    ("quantization", "transforms", "tuning", "pruning", "evaluation"),
     ("search",),
     ("pipeline",),
     ("training", "hub"),

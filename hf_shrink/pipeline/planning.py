@@ -87,7 +87,14 @@ def plan_recipe(
     if quantize:
         resolved = resolve_schemes(model, binding, quantize, recipe.portable, _narrowed(binding, plan))
         schemes = {p: s for p, s in resolved.schemes.items() if not _removed(p, binding, plan)}
-        plan = replace(plan, schemes=schemes, method=quantize.method, options=dict(quantize.options))
+        plan = replace(
+            plan,
+            schemes=schemes,
+            method=quantize.method,
+            options=dict(quantize.options),
+            transforms=quantize.transforms,
+            tune=dict(quantize.tune),
+        )
         notes += resolved.notes
     if not plan.stacks and not plan.schemes:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")

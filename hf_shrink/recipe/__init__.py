@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.recipe.effort import expand
 from hf_shrink.recipe.specs import METRICS, CalibrationSpec, EvaluationSpec
 from hf_shrink.recipe.steps import PRUNE_KINDS, PruneStep, QuantizeStep, Step
 from hf_shrink.registry import did_you_mean
@@ -89,9 +90,9 @@ class Recipe:
         """The form that `from_dict` reads."""
         steps: list[dict[str, Any]] = []
         for step in self.steps:
-            body = {k: v for k, v in asdict(step).items() if k != "options" and v not in (None, {})}
+            body = {k: v for k, v in asdict(step).items() if k != "options" and v not in (None, {}, ())}
             body.update(step.options)
-            for key in ("targets", "ignore"):
+            for key in ("targets", "ignore", "transforms"):
                 if key in body:
                     body[key] = list(body[key])
             steps.append({"prune" if isinstance(step, PruneStep) else "quantize": body})
@@ -132,6 +133,8 @@ class Recipe:
                 if not bodies:
                     raise RecipeError(f"--set {assignment!r}: the recipe has no {section} step")
                 for body in bodies:
+                    if section == "quantize" and leaf == "effort":
+                        _forget_expansion(body)
                     body[leaf] = value
                     if section == "prune" and leaf in ("ratio", "blocks"):
                         body.pop("blocks" if leaf == "ratio" else "ratio", None)
@@ -154,6 +157,13 @@ def _check_keys(data: Mapping[str, Any], valid: Iterable[str], where: str) -> No
             raise RecipeError(f"unknown key {key!r} in {where}; {did_you_mean(key, valid)}")
 
 
+def _forget_expansion(body: dict[str, Any]) -> None:
+    """Take out of a quantize step what an effort level chooses: the method with its options, transforms, tuning."""
+    own = {f.name for f in fields(QuantizeStep)}
+    for key in [k for k in body if k in ("method", "transforms", "tune") or k not in own]:
+        del body[key]
+
+
 def _section(cls: type[Any], data: Any, where: str) -> Any:
     data = _mapping({} if data is None else data, where)
     _check_keys(data, [f.name for f in fields(cls)], where)
@@ -168,6 +178,8 @@ def _step(data: Any) -> Step:
     _check_keys(data, ("prune", "quantize"), "a step")
     cls: type[Any] = PruneStep if kind == "prune" else QuantizeStep
     body = dict(_mapping({} if body is None else body, kind))
+    if kind == "quantize":
+        body = expand(body)
     own = {f.name for f in fields(cls)} - {"options"}
     options = {k: body.pop(k) for k in list(body) if k not in own}
     if kind == "prune":

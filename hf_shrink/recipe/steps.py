@@ -55,6 +55,11 @@ class QuantizeStep:
         ignore: the same forms; None: output head, task heads, routers, tied weights. `[]`: nothing is ignored.
         overrides: by target, any of scheme, symmetric, strategy, group_size. Exact path before regexes in written
             order before class names.
+        effort: in place of method, transforms and tune: "fast", "balanced" or "best"; see `recipe/effort.py`. Already
+            expanded when a step was read from a recipe; kept to be shown.
+        transforms: names of transforms that are folded into the weights before they are rounded, in their order.
+        tune: options of the tuning of scales, zero points and norms after rounding, for example {steps: 100}; empty:
+            no tuning.
         options: the fields of the method's own dataclass.
     """
 
@@ -66,10 +71,15 @@ class QuantizeStep:
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    effort: str | None = None
+    transforms: tuple[str, ...] = ()
+    tune: Mapping[str, Any] = field(default_factory=dict)
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        for name in ("targets", "ignore"):
+        if not isinstance(self.tune, Mapping):
+            raise RecipeError(f"quantize.tune must be a mapping such as {{steps: 100}}, not {self.tune!r}")
+        for name in ("targets", "ignore", "transforms"):
             value = getattr(self, name)
             if isinstance(value, str):
                 raise RecipeError(f"quantize.{name} is a list, for example [{value}]")

@@ -1,0 +1,33 @@
+"""Effort levels: how much work quantization may be, for users who do not know the methods by name."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hf_shrink.errors import RecipeError
+from hf_shrink.registry import did_you_mean
+
+EFFORTS: Mapping[str, Mapping[str, Any]] = {
+    "fast": {"method": "rtn"},  # no data
+    "balanced": {"method": "gptq"},
+    "best": {"method": "gptq", "tune": {"steps": 100}},
+}
+
+
+def expand(step: Mapping[str, Any]) -> dict[str, Any]:
+    """A quantize step with its `effort` written out; as it is where it has none.
+
+    Raises:
+        RecipeError: an unknown effort, or one beside what it stands for.
+    """
+    effort = step.get("effort")
+    if effort is None:
+        return dict(step)
+    if effort not in EFFORTS:
+        raise RecipeError(f"unknown effort {effort!r}; {did_you_mean(str(effort), EFFORTS)}")
+    chosen = EFFORTS[effort]
+    for key in ("method", *chosen):
+        if key in step and step[key] != chosen.get(key):
+            raise RecipeError(f"effort: {effort} chooses {key} ({chosen.get(key)!r}); give either effort or {key}")
+    return {**chosen, **step}
