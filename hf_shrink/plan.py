@@ -129,6 +129,7 @@ class Plan:
         options: the method's options.
         transforms: names of transforms folded into the weights before they are rounded, in their order.
         tune: options of the tuning after rounding; empty: none.
+        starved_experts: what happens to experts that saw too few calibration tokens: an error, or rounding to nearest.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
     """
@@ -140,6 +141,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
+    starved_experts: Literal["error", "rtn"] = "error"
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
 

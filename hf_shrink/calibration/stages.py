@@ -56,7 +56,7 @@ class Found(NamedTuple):
     """How a block runs on the first batch.
 
     Attributes:
-        stages: the paths of the matrices that get the same tensor, in the order they run.
+        stages: the paths of the matrices that get the same tensor, or are of one phase, in the order they run.
         output: the block's.
         largest: bytes of the largest input of a matrix.
     """
@@ -66,8 +66,13 @@ class Found(NamedTuple):
     largest: int
 
 
-def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> Found | None:
-    """The stages of a block; None when a matrix runs twice or not at all: it cannot be stopped in between then."""
+def find_stages(
+    matrices: Mapping[str, nn.Module], run: Run, phase: Callable[[str], object | None] = lambda path: None
+) -> Found | None:
+    """The stages of a block; None when a matrix runs twice or not at all: it cannot be stopped in between then.
+
+    `phase`: equal, and not None, for matrices that get different tensors but are to be one stage (of all experts).
+    """
     inputs: list[Tensor] = []
     stages: list[list[str]] = []
     seen: list[str] = []
@@ -76,7 +81,7 @@ def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> Found | None:
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append(path)
             for known, stage in zip(inputs, stages, strict=True):
-                if known is args[0]:
+                if known is args[0] or (phase(path) is not None and phase(path) == phase(stage[0])):
                     stage.append(path)
                     return
             inputs.append(args[0])
@@ -92,7 +97,7 @@ def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> Found | None:
             handle.remove()
     if sorted(seen) != sorted(matrices):
         return None
-    return Found(stages, output, max(x.nbytes for x in inputs))
+    return Found(stages, output, max(x.untyped_storage().nbytes() for x in inputs))
 
 
 def run_in_stages(

@@ -23,9 +23,10 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from hf_shrink.checkpoint.format import NEEDS_HF_SHRINK, OWN_KEY, PRUNED_METHOD
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.save import bind
-from hf_shrink.checkpoint.skeleton import check_loaded, marker, pack, resize, targeted, unpack
+from hf_shrink.checkpoint.skeleton import check_loaded, marker, pack, resize, take_experts_apart, targeted, unpack, without_merging
 from hf_shrink.checkpoint.ties import Pair, hold_ties, saved_state, tie_buffers
 from hf_shrink.errors import CheckpointError
+from hf_shrink.runtime.experts import separate_modules
 from hf_shrink.surgery.sizes import RECORD_FORMAT
 
 logger = logging.get_logger(__name__)
@@ -114,6 +115,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             return
         self._to_dense, self.quantization_config.dequantize = self.quantization_config.dequantize, False
         resize(model)
+        take_experts_apart(model, self.quantization_config.quantization_config)
         pack(model, targeted(model, self.quantization_config.quantization_config))
         self._ties = hold_ties(model)
 
@@ -125,6 +127,13 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         check_loaded(model)
         bind(model, _record_beside(model))
         return model.dequantize() if self._to_dense else model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        # Stock unpacks experts while it merges them into 3D parameters; experts that are apart are stored as they are.
+        if self._ours and separate_modules(model):
+            return without_merging(weight_conversions, model)
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        return updated
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         # transformers lets this replace the state dict that it was given, so that it has to be the right one.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -10,14 +10,17 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import is_match
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
+from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.architectures import bind
 from hf_shrink.checkpoint.packed import packed_modules, scheme_of
 from hf_shrink.checkpoint.portability import stock_kinds
 from hf_shrink.checkpoint.ties import packed_buffers, ties_to_weights
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import CompressedEmbedding, CompressedLinear, PackedModule
+from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
 from hf_shrink.surgery import module_shape, resize_skeleton
 
 
@@ -62,6 +65,20 @@ def targeted(model: nn.Module, config: QuantizationConfig) -> dict[str, Scheme]:
             if module_shape(module) is not None and is_match(path, module, group.targets, config.ignore or ()):
                 found[path] = scheme_of(group.weights)
     return found
+
+
+def take_experts_apart(model: PreTrainedModel, config: QuantizationConfig) -> None:
+    """Give experts one Linear a matrix where the block targets any of these, in place."""
+    undo = separate_experts(model)
+    if separate_modules(model) and not packs_experts(bind(model), targeted(model, config)):
+        undo()
+
+
+def without_merging(conversions: Sequence[WeightTransform], model: PreTrainedModel) -> list[WeightTransform]:
+    """transformers' conversions of names without those that merge experts into 3D parameters."""
+    specs = [block.experts.spec for block in bind(model).blocks if block.experts is not None]
+    merged = {f"{spec.module.rpartition('.')[2]}.{name}" for spec in specs for name in (spec.fused, spec.down_fused)}
+    return [c for c in conversions if not (isinstance(c, WeightConverter) and c.target_patterns[0].endswith((*merged,)))]
 
 
 def pack(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.architectures.bound import BoundBlock, BoundStack
 from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
+from hf_shrink.calibration.experts import starved_note
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
@@ -24,6 +25,7 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
 from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.report import ShrinkReport
+from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
 from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, remove_blocks, settle_config
 
 
@@ -44,6 +46,8 @@ def apply_plan(
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
     stacks = _remove_blocks(model, binding, plan) if binding is not None else []
+    if binding is not None and packs_experts(binding, plan.schemes):
+        separate_experts(model)
     schemes = _present_schemes(plan, stacks)
     untie(model, tied_partner_missing(model, schemes))
     inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
@@ -57,6 +61,8 @@ def apply_plan(
         with run.timed("solve"):
             tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
             report.notes += solve_and_pack(model, tasks, method)
+    for experts in separate_modules(model).values():
+        experts.own_weights()
     if isinstance(model, PreTrainedModel) and binding is not None:
         settle_config(model)
 
@@ -127,7 +133,9 @@ class _Run:
         blocks = stack.stack.blocks
         if solves or refits:
             with self.timed("calibrate"):
-                self.walk = StackWalk(self.model, [b.module for b in blocks], self.batches)
+                self.walk = StackWalk(
+                    self.model, [b.module for b in blocks], self.batches, starved_experts=self.plan.starved_experts
+                )
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -137,6 +145,8 @@ class _Run:
                 self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
             self.done += 1
             self.progress("compressing blocks", self.done, self.total)
+        if self.walk is not None and self.walk.starved:
+            self.report.notes.append(starved_note(self.walk.starved))
         if not (heads and solves and self.walk is not None):
             return {}
         with self.timed("calibrate"):
@@ -186,7 +196,8 @@ class _Run:
             )
             if passed is not None:
                 return passed
-            self._pack(walk.statistics(modules), stored)
+            statistics = walk.statistics(modules)
+            self._pack({path: statistics.get(path) for path in modules}, stored)
         else:
             self._pack(dict.fromkeys(paths), stored)
         before = walk.reference

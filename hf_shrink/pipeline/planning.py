@@ -19,6 +19,7 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
 from hf_shrink.pruning.plan_width import plan_width
 from hf_shrink.recipe import Recipe
+from hf_shrink.runtime.experts import separate_experts
 from hf_shrink.surgery import consumer_cuts, without_blocks
 
 
@@ -55,6 +56,11 @@ def plan_recipe(
                 "only transformers models can be pruned; this module can be quantized (method: rtn)"
             )
         binding.require_roles()
+    if width and binding is not None and (sparse := [b.path for b in binding.blocks if b.experts is not None]):
+        raise ArchitectureError(
+            f"{sparse[0]} is a mixture of experts, whose heads, channels and experts cannot be pruned yet; "
+            "use prune: {what: depth}, a quantize step, or both"
+        )
     if depth:
         assert binding is not None
         found = plan_depth(
@@ -85,7 +91,8 @@ def plan_recipe(
         damage=damage,
     )
     if quantize:
-        resolved = resolve_schemes(model, binding, quantize, recipe.portable, _narrowed(binding, plan))
+        with _experts_apart(model) as apart:
+            resolved = resolve_schemes(model, apart, quantize, recipe.portable, _narrowed(binding, plan))
         schemes = {p: s for p, s in resolved.schemes.items() if not _removed(p, binding, plan)}
         plan = replace(
             plan,
@@ -94,11 +101,22 @@ def plan_recipe(
             options=dict(quantize.options),
             transforms=quantize.transforms,
             tune=dict(quantize.tune),
+            starved_experts=quantize.starved_experts,
         )
         notes += resolved.notes
     if not plan.stacks and not plan.schemes:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))
+
+
+@contextmanager
+def _experts_apart(model: nn.Module) -> Iterator[Binding | None]:
+    """The model with its experts as Linears that look into the 3D parameters: its binding. As it was afterwards."""
+    undo = separate_experts(model)
+    try:
+        yield find_binding(model)
+    finally:
+        undo()
 
 
 @contextmanager

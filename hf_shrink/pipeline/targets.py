@@ -65,7 +65,7 @@ def resolve_schemes(
     # Subclasses of Embedding compute something of their own (a scale, positions), which a packed one would lose.
     candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
     inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
-    spared = _spared(model, candidates, inside) if step.ignore is None else set()
+    spared = _spared(model, binding, candidates, inside) if step.ignore is None else set()
     chosen: dict[str, Scheme] = {}
     by_name: set[str] = set()
     for path, module in candidates.items():
@@ -80,7 +80,7 @@ def resolve_schemes(
         chosen[path] = base
         if named or any(t != class_of(module) and matches(path, module, t) for t in step.targets or ()):
             by_name.add(path)
-    notes = _keep_ties(model, chosen, by_name)
+    notes = _keep_ties(model, chosen, by_name) + _unknown_experts(binding, step)
     if not chosen:
         raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
     chosen = _agree_on_ties(model, chosen)
@@ -131,18 +131,39 @@ def _override(path: str, module: nn.Module, overrides: Mapping[str, object]) -> 
     return class_of(module) if class_of(module) in overrides else None
 
 
-def _spared(model: nn.Module, candidates: Mapping[str, nn.Module], inside: set[str]) -> set[str]:
+def _spared(
+    model: nn.Module, binding: Binding | None, candidates: Mapping[str, nn.Module], inside: set[str]
+) -> set[str]:
     """The default `ignore`: output head, task heads (any matrix outside the blocks), routers, tied weights."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     config = getattr(model, "config", None)
-    experts = {getattr(config, key, None) for key in _EXPERT_COUNTS} - {None}
+    routers = {path for block in binding.blocks for path in block.routers} if binding is not None else set()
+    # Without a table of roles: what has as many outputs as there are experts.
+    known = binding is not None and binding.family is not None
+    experts = set() if known else {getattr(config, key, None) for key in _EXPERT_COUNTS} - {None}
     spared = {path for paths in weight_holders(model).values() if len(paths) > 1 for path in paths}
     for path, module in candidates.items():
         outside = path not in inside and is_matrix(module)
-        router = is_matrix(module) and getattr(module, "out_features", None) in experts
+        router = path in routers or (is_matrix(module) and getattr(module, "out_features", None) in experts)
         if module is head or router or (outside and isinstance(model, PreTrainedModel)):
             spared.add(path)
     return spared
+
+
+def _unknown_experts(binding: Binding | None, step: QuantizeStep) -> list[str]:
+    """Matrices in 3D parameters that no table says how to take apart stay as they are: say so."""
+    if binding is None or step.targets is not None:
+        return []
+    stacked = [
+        f"{block.path}.{path}.{name}"
+        for block in binding.blocks
+        for path, module in block.module.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not type(module).__module__.startswith("torch.")  # a convolution's
+    ]
+    if not stacked:
+        return []
+    return [f"{stacked[0]} and its like stay dense: this model's table of roles does not say how to take them apart"]
 
 
 def weight_holders(model: nn.Module) -> dict[int, list[str]]:
