@@ -134,7 +134,9 @@ def _bind_block(spec: Stack, path: str, index: int, block: nn.Module) -> BoundBl
             if name not in spec.ignored:
                 raise ArchitectureError(f"{full} has no role in the table of {spec.name} blocks and is not ignored")
             roles[full] = []
-    return BoundBlock(path, index, block, attention, cross, mlp, {k: tuple(v) for k, v in roles.items()}, experts, routers)
+    return BoundBlock(
+        path, index, block, attention, cross, mlp, {k: tuple(v) for k, v in roles.items()}, experts, routers
+    )
 
 
 def _submodule(block: nn.Module, path: str, relative: str, role: str) -> nn.Module:
@@ -212,7 +214,7 @@ def _has(block: nn.Module, relative: str) -> bool:
 
 
 def _mlp_form(forms: Mlp | tuple[Mlp, ...], block: nn.Module, *, needed: bool) -> Mlp | None:
-    """The first form whose paths the block has; else the last if one is `needed`: binding then names what is missing."""
+    """The first form whose paths the block has; else the last if `needed`, so that binding names what is missing."""
     alternatives = forms if isinstance(forms, tuple) else (forms,)
     for form in alternatives:
         if all(_has(block, path) for path in (form.up, form.down, form.gate) if path is not None):

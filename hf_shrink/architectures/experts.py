@@ -24,7 +24,7 @@ def bind_experts(spec: Experts, path: str, block: nn.Module) -> BoundExperts | N
     if hasattr(module, spec.fused):
         count, shapes = _fused_shapes(spec, full, module)
         return BoundExperts(spec, full, module, False, count, shapes)
-    count = sum(1 for _ in module.children() if hasattr(_, spec.down))
+    count = sum(hasattr(child, spec.down) for child in module.children())
     if count == 0:
         raise ArchitectureError(
             f"{full} has neither the parameter {spec.fused!r} nor experts with {spec.down!r}; this model does not "
@@ -48,7 +48,18 @@ def _fused_shapes(spec: Experts, path: str, module: nn.Module) -> tuple[int, dic
     return count, {"gate": (channels, width), "up": (channels, width), "down": (width, channels)}
 
 
+def expert_rows(experts: BoundExperts, block: str) -> list[tuple[str, tuple[str, ...], tuple[int, int], int, int]]:
+    """(path relative to the block, roles, shape of one, parameters, bytes) of all experts' gates, ups and downs."""
+    element = max((p.element_size() for p in experts.module.parameters()), default=0)
+    rows: list[tuple[str, tuple[str, ...], tuple[int, int], int, int]] = []
+    for role, size in experts.shapes.items():
+        path = f"{experts.path.removeprefix(f'{block}.')}.*.{experts.names[role]}"
+        count = experts.count * size[0] * size[1]
+        rows.append((path, (role, f"{experts.count} experts"), size, count, count * element))
+    return rows
+
+
 def routers_of(spec: Experts, path: str, block: nn.Module) -> tuple[str, ...]:
-    """Full paths of the routers that this block has. A dense MLP's `gate_proj` is none: it has other paths."""
+    """Full paths of the routers that this block has, Linears or modules of their own."""
     present = {name for name, _ in block.named_modules()}
     return tuple(f"{path}.{router}" for router in spec.routers if router in present)

@@ -10,13 +10,15 @@ from torch import Tensor, nn
 from hf_shrink.errors import CalibrationError
 from hf_shrink.runtime.experts import Watch, separate_modules
 
-# An expert needs one token for so many inputs of its widest matrix. See `least_tokens`.
+# An expert needs one token for so many inputs of its widest matrix. Error of GPTQ on fresh tokens against RTN's, random
+# matrices of 96 and 256 inputs with a decaying spectrum: 0.87 and 0.80 with a token for 8 inputs, 0.75 and 0.71 for 4,
+# 0.47 for 2, 0.25 for 1, 0.15 for 1/8. Fewer tokens than this give little that rounding to nearest does not.
 INPUTS_PER_TOKEN = 4
 SHOWN = 8  # experts named in a message
 
 
 def least_tokens(width: int) -> int:
-    """Tokens below which second moments of `width` inputs say too little about an expert."""
+    """Tokens that an expert must have seen for second moments of `width` inputs to be used."""
     return math.ceil(width / INPUTS_PER_TOKEN)
 
 
@@ -35,7 +37,7 @@ class ExpertTokens:
         self.watches: dict[int, Watch] = {}
 
     def phase(self, path: str) -> tuple[str, str] | None:
-        """Equal for matrices of several experts that a block runs one after the other, none needing another's output."""
+        """Equal for the matrices of all experts that run one after the other, none needing another's output."""
         found = self._place(path)
         if found is None:
             return None

@@ -17,7 +17,6 @@ from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
 from hf_shrink.runtime.experts import watching
 
-
 MOST_WAITING = 16 << 30  # bytes of batches that wait inside a block, most of them in a file
 
 

@@ -5,6 +5,7 @@ Every row has a test in a process without hf_shrink (tests/checkpoint/test_stock
 - symmetric schemes, mixed or not, and asymmetric ones with one scale per tensor, on Linears: loaded packed;
 - one scheme for everything, of any kind and on embeddings too: loaded when the block carries `"dequantize": true`,
   which turns the weights dense;
+- experts of a mixture: all of them packed by one symmetric scheme (see checkpoint/experts.py);
 - everything else is not portable.
 """
 
@@ -18,6 +19,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.checkpoint.experts import expert_reasons
 from hf_shrink.checkpoint.ties import can_untie
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import PackedModule
@@ -48,6 +50,7 @@ def portability(
     other = [path for path, kind in kinds.items() if not issubclass(kind, nn.Linear | nn.Embedding | Conv1D)]
     if other:
         reasons.append(f"{_few(other)}: neither Linear nor Embedding, which is all that compressed-tensors knows")
+    reasons += expert_reasons(model, schemes)
     if len(set(schemes.values())) > 1:
         for what, paths in _dense_in_stock(model, schemes, kinds).items():
             reasons.append(f"{_few(paths)}: {what}, which stock loads only when all weights share one scheme")

@@ -20,10 +20,11 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_shrink.checkpoint.experts import without_merging
 from hf_shrink.checkpoint.format import NEEDS_HF_SHRINK, OWN_KEY, PRUNED_METHOD
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.save import bind
-from hf_shrink.checkpoint.skeleton import check_loaded, marker, pack, resize, take_experts_apart, targeted, unpack, without_merging
+from hf_shrink.checkpoint.skeleton import check_loaded, marker, pack, resize, take_experts_apart, targeted, unpack
 from hf_shrink.checkpoint.ties import Pair, hold_ties, saved_state, tie_buffers
 from hf_shrink.errors import CheckpointError
 from hf_shrink.runtime.experts import separate_modules

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -10,7 +10,6 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import is_match
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
-from transformers.core_model_loading import WeightConverter, WeightTransform
 from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures import bind
@@ -72,13 +71,6 @@ def take_experts_apart(model: PreTrainedModel, config: QuantizationConfig) -> No
     undo = separate_experts(model)
     if separate_modules(model) and not packs_experts(bind(model), targeted(model, config)):
         undo()
-
-
-def without_merging(conversions: Sequence[WeightTransform], model: PreTrainedModel) -> list[WeightTransform]:
-    """transformers' conversions of names without those that merge experts into 3D parameters."""
-    specs = [block.experts.spec for block in bind(model).blocks if block.experts is not None]
-    merged = {f"{spec.module.rpartition('.')[2]}.{name}" for spec in specs for name in (spec.fused, spec.down_fused)}
-    return [c for c in conversions if not (isinstance(c, WeightConverter) and c.target_patterns[0].endswith((*merged,)))]
 
 
 def pack(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.linears import is_matrix
+from hf_shrink.checkpoint.experts import expert_matrices
 from hf_shrink.checkpoint.portability import needs_dequantize, portability
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Scheme
@@ -87,7 +88,10 @@ def resolve_schemes(
     widths = {path: _width(candidates[path]) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
     if portable and isinstance(model, PreTrainedModel):
-        schemes = _one_scheme_where_needed(model, schemes, widths, notes)
+        experts = [path for path in expert_matrices(model) if path in schemes]
+        schemes |= _one_group_size({path: schemes[path] for path in experts}, widths, "experts", notes)
+        if needs_dequantize(model, schemes):
+            schemes = _one_group_size(schemes, widths, "weights of this kind", notes)
         if reasons := portability(model, schemes, {}):
             raise RecipeError(
                 f"not portable: {'; '.join(reasons)}. Use one scheme, or set portable: false (--set portable=false): "
@@ -193,18 +197,18 @@ def _agree_on_ties(model: nn.Module, chosen: dict[str, Scheme]) -> dict[str, Sch
     return {path: first.setdefault(id(model.get_submodule(path).weight), scheme) for path, scheme in chosen.items()}
 
 
-def _one_scheme_where_needed(
-    model: PreTrainedModel, schemes: dict[str, Scheme], widths: Mapping[str, int], notes: list[str]
+def _one_group_size(
+    schemes: dict[str, Scheme], widths: Mapping[str, int], what: str, notes: list[str]
 ) -> dict[str, Scheme]:
-    """Where stock reads these weights only when everything shares one scheme, agree on a group size."""
+    """Agree on a group size where that is all in which the schemes differ: stock reads these weights only so."""
     kinds = {replace(s, group_size=None if s.group_size is None else 1) for s in schemes.values()}
     sizes = {s.group_size for s in schemes.values()}
-    if len(kinds) > 1 or len(sizes) == 1 or not needs_dequantize(model, schemes):
+    if len(kinds) != 1 or len(sizes) == 1:
         return schemes
     common = math.gcd(*(widths[p] for p in schemes))
     smallest = min(s for s in sizes if s is not None)
     size = max(d for d in range(1, smallest + 1) if common % d == 0)
-    notes.append(f"one group size, {size}, for all weights: stock transformers loads this kind of scheme only so")
+    notes.append(f"one group size, {size}, for all {what}: stock transformers loads them only so")
     return {path: replace(scheme, group_size=size) for path, scheme in schemes.items()}
 
 

@@ -102,7 +102,7 @@ def _without_record(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def build_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """What stock transformers builds from the model's config, on the meta device; experts apart where the model's are."""
+    """What stock transformers builds from the model's config, on the meta device; experts apart as in the model."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
