@@ -130,9 +130,10 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         return model.dequantize() if self._to_dense else model
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
-        # Stock unpacks experts while it merges them into 3D parameters; experts that are apart are stored as they are.
-        if self._ours and separate_modules(model):
-            return without_merging(weight_conversions, model)
+        # Stock unpacks experts while it merges them into 3D parameters, and takes all of them for packed. Here they are
+        # apart and stored as they are, or dense.
+        if self._ours:
+            return without_merging(weight_conversions, model) if separate_modules(model) else weight_conversions
         updated: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
         return updated
 

@@ -24,7 +24,7 @@ from transformers import (
 SIZES: dict[str, Any] = {
     **SPECIAL,
     "hidden_size": 48,
-    "num_hidden_layers": 3,
+    "num_hidden_layers": 2,
     "num_attention_heads": 6,
     "num_key_value_heads": 3,
     "max_position_embeddings": 64,
@@ -84,7 +84,7 @@ def count_of(name: str) -> int:
     return COUNTS.get(name, 5)
 
 
-def data(batches: int = 6, length: int = 24) -> list[dict[str, Tensor]]:
+def data(batches: int = 4, length: int = 24) -> list[dict[str, Tensor]]:
     """Batches of eight sequences; every other one has some padding on the left."""
     found = []
     for seed in range(batches):
