@@ -27,6 +27,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("hf_shrink", "torch", "transformers", "compressed-tensors", "datasets", "accelerate", "numpy")
 
 
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
+
+
+def about() -> dict[str, Any]:
+    """Date, commit, versions and hardware of what is measured in this environment."""
+    return {"date": today(), "commit": git_commit(), "versions": versions(), "hardware": hardware()}
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what decides a result, and of Python."""
     found = {"python": platform.python_version()}
@@ -84,8 +93,8 @@ def peak_memory_mb() -> float:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the weights in a checkpoint folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Bytes of the weights in a checkpoint folder and below it."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def windows(tokenizer: Any, path: Path, count: int, length: int) -> torch.Tensor:
@@ -123,6 +132,7 @@ def run_fresh(command: Sequence[str], threads: int) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
+        "PYTHONUTF8": "1",  # texts are read without naming an encoding
         "TOKENIZERS_PARALLELISM": "false",
     }
     done = subprocess.run(list(command), env=environment, stdout=subprocess.PIPE, text=True)
@@ -137,11 +147,5 @@ def write_results(name: str, content: dict[str, Any], output: Path | None = None
     """Write `content` with date, commit, versions and hardware to results/NAME.json or `output`; returns the path."""
     path = output or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": git_commit(),
-        "versions": versions(),
-        "hardware": hardware(),
-    }
-    path.write_text(json.dumps({**about, **content}, indent=1) + "\n")
+    path.write_text(json.dumps({**about(), **content}, indent=1) + "\n")
     return path
