@@ -57,7 +57,7 @@ def spoken_lines(plays: list[str]) -> list[str]:
     lines: dict[str, None] = {}
     for play in plays:
         for line in play.splitlines():
-            if not line.startswith(("#", "**", "_")) and len(line.strip()) >= SHORTEST_LINE:
+            if not line.startswith(("#", "*", "_", "[")) and len(line.strip()) >= SHORTEST_LINE:
                 lines[plain(line).strip()] = None
     return list(lines)
 
