@@ -61,11 +61,12 @@ def hardware() -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """The commit that was measured, with "+" when the working tree differs from it."""
+    """The commit that was measured, with "+" when the working tree differs from it outside the results folder."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode:
         return "unknown"
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    status = ["git", "status", "--porcelain", "--", ".", ":!scripts/bench/results"]
+    dirty = subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout
     return head.stdout.strip() + ("+" if dirty.strip() else "")
 
 

@@ -104,6 +104,7 @@ class Runner:
     def run(self, variant: Variant) -> dict[str, Any]:
         """Measure. Raises RuntimeError where the peer fails or measured something else than was asked."""
         peer = PEERS[variant.name]
+        described = {**about(), "versions": installed_versions(self.python(peer), peer.packages)}
         with tempfile.TemporaryDirectory() as folder:
             printed = run_fresh(self.command(variant, Path(folder)), self.threads)
             size = folder_bytes(Path(folder)) if peer.saves else None
@@ -111,7 +112,7 @@ class Runner:
             **variant.to_dict(),
             **read(printed, variant, [path.stem for path in self.held_out], self.threads),
             "weight_bytes": size,
-            "about": {**about(), "versions": installed_versions(self.python(peer), peer.packages)},
+            "about": described,
         }
 
 

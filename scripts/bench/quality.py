@@ -67,6 +67,8 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--dry-run", action="store_true", help="say what would run, and run nothing")
     add("--output", type=Path, default=RESULTS / "quality.json", help="results file, taken up where it is there")
     a = parser.parse_args(words)
+    if a.only == [NONE]:
+        a.only = []
     if a.efforts is None:
         a.efforts = [] if a.methods else list(EFFORTS)
     if a.compare and a.peers_dir is None:
@@ -106,8 +108,9 @@ def run_ours(a: argparse.Namespace, held_out: Sequence[Path], variant: Variant) 
         "seed": a.seed,
     }
     script = Path(__file__).resolve().parent / "ours.py"
+    described = about()  # of what starts now, whatever is committed while it runs
     measured = run_fresh([sys.executable, str(script), json.dumps(job)], a.threads)
-    return {**variant.to_dict(), "recipe": job["recipe"], **measured, "about": about()}
+    return {**variant.to_dict(), "recipe": job["recipe"], **measured, "about": described}
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -128,7 +131,7 @@ def main(words: Sequence[str] | None = None) -> int:
         variants += beside
     try:
         store = Store(a.output, protocol_of(a, held_out))
-        waiting = [] if a.only == [NONE] else to_run(variants, store.results, a.only, a.rerun)
+        waiting = to_run(variants, store.results, a.only, a.rerun) if a.only != [] or a.rerun else []
     except (OtherProtocol, ValueError) as error:
         print(f"quality.py: {error}", file=sys.stderr)
         return 2

@@ -111,6 +111,7 @@ def judge(
     if target.measure == "seconds":
         return [_judge_seconds(target, result, rivals)]
     verdicts = []
+    perplexities = {r["variant"]: r["perplexity"] for r in (dense, *rivals)}
     for text in result["perplexity"]:
         if target.against == "dense":
             rival: str | None = DENSE.id
@@ -123,12 +124,11 @@ def judge(
             continue
         if target.measure == "excess_loss":
             ours, theirs = losses[result["variant"]][text], losses[rival][text]
-            if theirs <= 0:
-                verdicts.append(_unknown(target, f"{rival} lost nothing", text))
-                continue
         else:
-            ours = result["perplexity"][text]
-            theirs = dense["perplexity"][text] * math.exp(losses.get(rival, {}).get(text, 0.0))
+            ours, theirs = result["perplexity"][text], perplexities[rival][text]
+        if theirs <= 0:
+            verdicts.append(_unknown(target, f"{rival} lost nothing", text))
+            continue
         verdicts.append(_verdict(target, ours, theirs, rival, text))
     return verdicts
 
