@@ -187,7 +187,8 @@ class Job:
             model.to(getattr(torch, self.recipe.dtype))
         tuning = Tuning.from_options(planned.plan.tune)
         teacher = self._teacher(tuning, data)
-        apply_plan(model, find_binding(model), planned.plan, plan_method(planned.plan), data.batches, report, self.show)
+        method = plan_method(planned.plan)
+        apply_plan(model, find_binding(model), planned.plan, method, data.batches, report, self.show, self.seed)
         if tuning is not None and teacher is not None:
             assert isinstance(model, PreTrainedModel)
             since = time.perf_counter()

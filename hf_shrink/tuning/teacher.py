@@ -14,9 +14,9 @@ from hf_shrink.calibration.capture import model_inputs
 from hf_shrink.calibration.predictions import predictions_of, token_mask
 from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.errors import CalibrationError
+from hf_shrink.ops.precision import fast_precision
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.tuning.divergence import head_divergence, logit_divergence, state_error
-from hf_shrink.tuning.precision import fast_precision
 
 
 class Teacher:
