@@ -53,7 +53,7 @@ def apply_plan(
     total = sum(len(s.kept) for s in stacks)
     run = _Run(model, plan, schemes, method, batches, report, progress, total)
     if isinstance(method, LearningMethod):
-        run.learning = Learning(model, method, total, seed)
+        run.learning = Learning(model, method, seed)
     statistics: dict[str, InputStatistics] = {}
     for position, stack in enumerate(stacks):
         heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
@@ -147,12 +147,7 @@ class _Run:
             if self.moved is not None:
                 self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
             self.done += 1
-            doing = (
-                self.learning.estimate()
-                if self.learning is not None and self.learning.seconds
-                else "compressing blocks"
-            )
-            self.progress(doing, self.done, self.total)
+            self.progress("compressing blocks", self.done, self.total)
         if not (heads and solves and self.walk is not None):
             return {}
         with self.timed("calibrate"):

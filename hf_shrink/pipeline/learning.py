@@ -70,15 +70,10 @@ class _Problem:
 
 @dataclass
 class Learning:
-    """Learned rounding over a whole model, and how long it takes.
-
-    Args:
-        blocks: how many there are in all, for the estimate.
-    """
+    """Learned rounding over a whole model, and what came of it."""
 
     model: nn.Module
     method: LearningMethod
-    blocks: int
     seed: int
     seconds: list[float] = field(default_factory=list)
     gains: list[Learnt] = field(default_factory=list)
@@ -102,13 +97,6 @@ class Learning:
             for path, (linear, _) in opened.items():
                 self.model.set_submodule(path, linear.packed())
         self.seconds.append(time.perf_counter() - since)
-
-    @property
-    def doing(self) -> str:
-        """What is going on, and for how much longer judging by the blocks so far."""
-        mean = sum(self.seconds) / max(len(self.seconds), 1)
-        left = mean * (self.blocks - len(self.seconds))
-        return f"learning rounding, about {left / 60:.0f} min left" if left >= 60 else "learning rounding"
 
     def note(self) -> str:
         """One line for the report."""

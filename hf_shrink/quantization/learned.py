@@ -19,7 +19,6 @@ from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, BlockProblem, Learnt, QuantizedWeight
-from hf_shrink.quantization.gptq import GPTQ
 
 CHECKS = 8  # looks at the held-out batches during a block
 PATIENCE = 3  # looks without a gain after which a block is done
@@ -28,22 +27,21 @@ PATIENCE = 3  # looks without a gain after which a block is done
 @METHODS.register("learned")
 @dataclass(frozen=True)
 class Learned:
-    """GPTQ, then gradient descent on rounding and scales against the dense block's output.
+    """Another method's result, then gradient descent on rounding and scales against the dense block's output.
 
     Attributes:
         steps: optimizer steps a block, each on one calibration batch.
         rounding_rate: Adam's learning rate of roundings and zero points, in steps of the grid.
         scale_rate: of the logarithms of the scales.
         held_out: fraction of the batches, at least one, that decides which state is kept.
-        damping, refinements: of the GPTQ that it starts from.
+        start: the method that it starts from, with its defaults; plain rounding where that has the lower error.
     """
 
     steps: int = 50
     rounding_rate: float = 0.005
     scale_rate: float = 0.001
     held_out: float = 0.125
-    damping: float = 0.01
-    refinements: int = 1
+    start: str = "gptq"
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -52,16 +50,18 @@ class Learned:
         for name in ("rounding_rate", "scale_rate", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be above 0 and below 1, not {getattr(self, name)!r}")
-        self._start()
-
-    def _start(self) -> GPTQ:
-        return GPTQ(damping=self.damping, refinements=self.refinements)
+        if self.start == "learned":
+            raise ValueError("start must be a method that solves single weights, such as gptq or rtn")
 
     def solve(
         self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
     ) -> QuantizedWeight:
         """Where learning starts: see `QuantizationMethod.solve`."""
-        return self._start().solve(weight, scheme, statistics, scale_dtype=scale_dtype)
+        candidates = [
+            METHODS.build(name, {}).solve(weight, scheme, statistics, scale_dtype=scale_dtype)
+            for name in (self.start, "rtn")
+        ]
+        return min(candidates, key=lambda found: found.error)
 
     def learn(self, block: BlockProblem, seed: int) -> Learnt:
         """Make the block's trainable weights better, in place; they end at the best state seen on held-out batches.
