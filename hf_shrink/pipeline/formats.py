@@ -45,7 +45,10 @@ def resolve_formats(
             raise RecipeError(f"{path} cannot be stored as {step.format}: {reason}; take it out of quantize.targets")
     formats = {path: step.format for path in chosen.paths if path not in reasons}
     if not formats:
-        raise RecipeError(f"no weight of this model can be stored as {step.format}: {next(iter(reasons.values()))}")
+        reason = next(iter(reasons.values()))
+        raise RecipeError(
+            f"no weight of this model can be stored as {step.format}: {reason}; quantize with gptq or rtn"
+        )
     by_reason: dict[str, list[str]] = {}
     for path, reason in reasons.items():
         by_reason.setdefault(reason, []).append(path)
