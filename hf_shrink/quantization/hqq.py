@@ -30,7 +30,8 @@ CHUNK_ELEMENTS = 1 << 18
 class HQQ:
     """Grids of least sum of |rounding error|^norm, found from the min-max grid and from the one of least squares.
 
-    On SmolLM2 the model is worse than with `rtn` (see `RTN`): what p < 1 gives away are the large weights.
+    On SmolLM2-135M (g64) the model is worse than with `rtn`: excess loss 0.33 at W4 where `rtn` has 0.21. What p < 1
+    gives away are the large weights, and those are what the model needs.
 
     Attributes:
         norm: p of the lp norm, above 0 and at most 1.
