@@ -16,6 +16,8 @@ Strategy = Literal["tensor", "channel", "group"]
 STRATEGIES = ("tensor", "channel", "group")
 BITS = tuple(range(2, 9))
 PLAN_FORMAT = 1
+# Formats of other libraries, and the bits that they take for a weight.
+FORMATS: Mapping[str, int] = {"NF4": 4, "FP4": 4, "LLM.int8": 8}
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,8 @@ class Plan:
         model_type: the source's `config.model_type`, checked before the plan is applied.
         stacks: by stack name; a stack without an entry keeps everything.
         schemes: by module path **in the source model**, for every weight that is quantized.
+        formats: by module path in the source model, the format (a name in `FORMATS`) of every weight that another
+            library stores, through transformers' integration; beside it there are no schemes.
         method: name of the quantization method, and its options, by step order of `schemes`' users.
         options: the method's options.
         transforms: names of transforms folded into the weights before they are rounded, in their order.
@@ -137,6 +141,7 @@ class Plan:
     model_type: str
     stacks: Mapping[str, StackPlan] = field(default_factory=dict)
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    formats: Mapping[str, str] = field(default_factory=dict)
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
@@ -148,6 +153,11 @@ class Plan:
     @property
     def prunes(self) -> bool:
         return bool(self.stacks)
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits of every weight that is quantized, by module path in the source model."""
+        return {path: s.bits for path, s in self.schemes.items()} | {p: FORMATS[f] for p, f in self.formats.items()}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text, also written to `path` when given."""
@@ -182,6 +192,8 @@ class Plan:
             }
             schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
             transforms = tuple(data.pop("transforms", ()))
+            for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
+                raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
             return cls(stacks=stacks, schemes=schemes, transforms=transforms, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error
@@ -205,7 +217,10 @@ class Plan:
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
             lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}")
-        if self.schemes:
+        for kind in dict.fromkeys(self.formats.values()):
+            count = sum(found == kind for found in self.formats.values())
+            lines.append(f"{count} weights {kind} by {self.method}")
+        if self.schemes or self.formats:
             lines += self._work()
         return "\n".join(lines) or "nothing to do"
 

@@ -33,7 +33,9 @@ def test_it_begins_as_the_packed_module_and_packs_to_the_same_bytes(
     linear, weight = packed(scheme, dtype)
     for dense in (None, weight):
         trainable = TrainableLinear(linear, rounding=rounding, dense=dense)
-        torch.testing.assert_close(trainable.weight, linear.weight.float(), rtol=2e-2 if dtype != torch.float32 else 0, atol=0)
+        torch.testing.assert_close(
+            trainable.weight, linear.weight.float(), rtol=2e-2 if dtype != torch.float32 else 0, atol=0
+        )
         again = trainable.packed()
         for name, buffer in linear.state_dict().items():
             assert torch.equal(buffer, again.state_dict()[name]), name
@@ -54,7 +56,9 @@ def test_gradients_are_those_of_the_product_with_rounding_taken_as_the_identity(
     torch.testing.assert_close(trainable.steps.grad.double(), outer * scale)
     by_scale = outer * (trainable.steps.double() - zero) * scale  # d/da of s exp(a) (q - z)
     whole = (0, 1, 2) if scheme.strategy == "tensor" else (2,)
-    torch.testing.assert_close(trainable.log_scale.grad.double(), by_scale.sum(whole, keepdim=True), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        trainable.log_scale.grad.double(), by_scale.sum(whole, keepdim=True), rtol=1e-5, atol=1e-6
+    )
     if trainable.zero is not None:
         torch.testing.assert_close(
             trainable.zero.grad.double(), -expected.sum(whole, keepdim=True), rtol=1e-5, atol=1e-6
@@ -68,7 +72,9 @@ def test_what_was_trained_is_what_is_packed() -> None:
         for parameter in (trainable.log_scale, trainable.zero, trainable.steps):
             parameter += 0.7 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
     after = trainable.packed()
-    torch.testing.assert_close(after.weight.float(), trainable.weight.detach(), rtol=1e-2, atol=0)  # one rounding to bf16
+    torch.testing.assert_close(
+        after.weight.float(), trainable.weight.detach(), rtol=1e-2, atol=0
+    )  # one rounding to bf16
     assert not torch.equal(after.weight_packed, linear.weight_packed)
     assert torch.equal(after.unpacked()[0], trainable.quantized().values)
 
