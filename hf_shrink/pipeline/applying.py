@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,40 +19,50 @@ from hf_shrink.calibration.experts import starved_note
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.learning import DenseStream, Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
-from hf_shrink.quantization.base import QuantizationMethod
+from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, remove_blocks, settle_config
+from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, is_uneven, remove_blocks, settle_config
+
+T = TypeVar("T")
 
 
 def apply_plan(
     model: nn.Module,
     binding: Binding | None,
     plan: Plan,
-    method: QuantizationMethod | None,
+    method: Method | None,
     batches: Sequence[Mapping[str, Any]],
     report: ShrinkReport,
     progress: ProgressCallback,
+    seed: int = 0,
 ) -> None:
     """Carry out `plan` on `model` in place, and fill `report`.
 
     Args:
         binding: the model's, before anything is changed; None for a plain module, whose weights are only packed.
-        method: solves the plan's schemes; None when it has none.
+        method: stores the plan's weights; None when it has none.
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
     stacks = _remove_blocks(model, binding, plan) if binding is not None else []
     if binding is not None and packs_experts(binding, plan.schemes):
         separate_experts(model)
-    schemes = _present_schemes(plan, stacks)
+    schemes, formats = _present(plan.schemes, stacks), _present(plan.formats, stacks)
+    whole = method if isinstance(method, ModelMethod) else None
+    method = None if isinstance(method, ModelMethod) else method
     untie(model, tied_partner_missing(model, schemes))
     inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
     outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
-    run = _Run(model, plan, schemes, method, batches, report, progress, total=sum(len(s.kept) for s in stacks))
+    total = sum(len(s.kept) for s in stacks)
+    run = _Run(model, plan, schemes, method, batches, report, progress, total)
+    if isinstance(method, LearningMethod):
+        run.learning = Learning(model, method, seed)
     statistics: dict[str, InputStatistics] = {}
     for position, stack in enumerate(stacks):
         heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
@@ -63,8 +73,18 @@ def apply_plan(
             report.notes += solve_and_pack(model, tasks, method)
     for experts in separate_modules(model).values():
         experts.own_weights()
+    if run.learning is not None:
+        report.notes.append(run.learning.note())
     if isinstance(model, PreTrainedModel) and binding is not None:
         settle_config(model)
+    if formats and whole is not None:
+        if is_uneven(model):
+            raise RecipeError(
+                f"the plan leaves blocks of different shapes, which stock transformers cannot load with {plan.method}; "
+                "plan with portable: true, or quantize with gptq"
+            )
+        with run.timed("solve"):
+            whole.convert(model, formats)
 
 
 @dataclass(frozen=True)
@@ -85,10 +105,10 @@ def _remove_blocks(model: nn.Module, binding: Binding, plan: Plan) -> list[_Stac
     return [_Stack(stack, plans[stack.name].kept, plans[stack.name]) for stack in bind(model).stacks]
 
 
-def _present_schemes(plan: Plan, stacks: Sequence[_Stack]) -> dict[str, Scheme]:
-    """The plan's schemes by present path: plans name modules as in the source, where blocks had other numbers."""
+def _present(by_path: Mapping[str, T], stacks: Sequence[_Stack]) -> dict[str, T]:
+    """What a plan says of modules, by present path: it names them as in the source, where blocks had other numbers."""
     renamed = {}
-    for path, scheme in plan.schemes.items():
+    for path, value in by_path.items():
         for s in stacks:
             for block, source in zip(s.stack.blocks, s.kept, strict=True):
                 old = f"{s.stack.path}.{source}."
@@ -98,7 +118,7 @@ def _present_schemes(plan: Plan, stacks: Sequence[_Stack]) -> dict[str, Scheme]:
             else:
                 continue
             break
-        renamed[path] = scheme
+        renamed[path] = value
     return renamed
 
 
@@ -120,6 +140,8 @@ class _Run:
     total: int
     done: int = 0
     walk: StackWalk | None = None
+    learning: Learning | None = None
+    dense: DenseStream | None = None  # where a method learns
     moved: float | None = None  # relative error of the last block's output
     phases: list[str] = field(default_factory=list)
     since: float = 0.0
@@ -128,7 +150,7 @@ class _Run:
         """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it."""
         solves = bool(self.schemes) and self.method is not None and self.method.needs_statistics
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
-        self.walk = None
+        self.walk = self.dense = None
         stack = self._cut_tied_heads(stack)
         blocks = stack.stack.blocks
         if solves or refits:
@@ -136,6 +158,8 @@ class _Run:
                 self.walk = StackWalk(
                     self.model, [b.module for b in blocks], self.batches, starved_experts=self.plan.starved_experts
                 )
+                if self.learning is not None:
+                    self.dense = DenseStream(StackWalk(self.model, [b.module for b in blocks], self.batches))
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -174,6 +198,9 @@ class _Run:
 
     def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
+        if self.dense is not None:
+            with self.timed("calibrate"):
+                self.dense.advance()
         if not plan.keeps_all:
             self._cut(block, plan)
         paths = [path for path in self.schemes if path.startswith(block.path + ".")]
@@ -181,8 +208,20 @@ class _Run:
             self._pack(dict.fromkeys(paths), stored)
             return
         inputs = self.walk.hidden[0]
-        with self.timed("calibrate"):
-            passed = self._pack_on_the_way(self.walk, paths, stored, further)
+        passed: Passed | None
+        if self.learning is not None and self.dense is not None and paths:
+            walk = self.walk
+            passed = self.learning.block(
+                walk,
+                self.dense,
+                paths,
+                lambda: self._pack_on_the_way(walk, paths, stored, further=False),
+                further,
+                self.timed,
+            )
+        else:
+            with self.timed("calibrate"):
+                passed = self._pack_on_the_way(self.walk, paths, stored, further)
         self.moved = None if passed is None else _relative_error(passed, inputs)
 
     def _pack_on_the_way(
