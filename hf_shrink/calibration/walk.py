@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing, suppress
-from typing import Any, Literal, NamedTuple
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +12,14 @@ from torch import Tensor, nn
 from hf_shrink.calibration.capture import Call, capture, first_output, run_with_outputs
 from hf_shrink.calibration.collect import Collector, LastInputSeen
 from hf_shrink.calibration.experts import ExpertTokens, refuse_starved
-from hf_shrink.calibration.stages import find_stages, run_in_stages
+from hf_shrink.calibration.memory import release_free_memory
+from hf_shrink.calibration.stages import StagedRun, find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
 from hf_shrink.runtime.experts import watching
+
+if TYPE_CHECKING:
+    from hf_shrink.calibration.dense_stream import DenseStream, Follower
 
 MOST_WAITING = 16 << 30  # bytes of batches that wait inside a block, most of them in a file
 
@@ -113,7 +117,7 @@ class StackWalk:
         """
         collector = Collector(matrices)
         for batch in range(len(self.hidden)):
-            with collector.listening(self._real_tokens(batch)), suppress(LastInputSeen):
+            with collector.listening(self.real_tokens(batch)), suppress(LastInputSeen):
                 output = first_output(self.call(batch))
                 # Only the first batch gets here: it runs to the end, to learn which matrix comes last.
                 self.reference = output if self.reference is None else self.reference
@@ -131,8 +135,8 @@ class StackWalk:
     def advance(self) -> None:
         """Send all batches through the current block, as it is now, and step to the next."""
         for batch in range(len(self.hidden)):
-            self._take(batch, self.call(batch))
-        self._step()
+            self.take(batch, self.call(batch))
+        self.step()
 
     def advance_in_stages(
         self,
@@ -141,6 +145,7 @@ class StackWalk:
         current: Callable[[str], nn.Module],
         *,
         further: bool = True,
+        dense: DenseStream | None = None,
     ) -> Passed | None:
         """Statistics, replacement and advance in one pass: see `stages.py`.
 
@@ -150,6 +155,7 @@ class StackWalk:
                 stands for experts that saw too few tokens.
             current: the module that is at a path now.
             further: False when nothing comes after this block, so that its outputs are not needed; the walk then stays.
+            dense: in front of this block too: it goes along, so that statistics have a `drift`, and to the next block.
 
         Returns:
             The block's outputs for the first batch. None, with nothing done, when the block cannot be stopped
@@ -168,11 +174,15 @@ class StackWalk:
         before = first_output(found.output) if self.reference is None else self.reference
         collected: dict[str, InputStatistics] = {}
 
-        def seen(stage: int, batch: int, x: Tensor) -> None:
+        def seen(stage: int, batch: int, x: Tensor, follower: Follower | None) -> None:
             for paths, given in self._experts.inputs(batch, stages[stage], x):
                 if paths[0] not in collected:
                     collected.update(dict.fromkeys(paths, InputStatistics.empty(given.shape[-1], given.device)))
-                collected[paths[0]].add(self._real_tokens(batch)(given))
+                real = self.real_tokens(batch)(given)
+                collected[paths[0]].add(real)
+                dense_input = follower.real_input(batch, stage) if follower is not None else None
+                if follower is not None and dense_input is not None:
+                    collected[paths[0]].add_drift(real, dense_input, held_out=follower.is_held_out(batch))
 
         def settle(stage: int) -> None:
             found: dict[str, InputStatistics | None] = {}
@@ -186,16 +196,29 @@ class StackWalk:
             solve(found)
 
         block = self._blocks[self.position]
-        outputs = run_in_stages(matrices, stages, len(self.hidden), self.call, seen, settle, current, block)
-        with closing(outputs):
-            first = first_output(next(outputs) if not further else self._take(0, next(outputs)))
-            if further:
-                for batch, output in enumerate(outputs, 1):
-                    self._take(batch, output)
-                self._step()
+        if dense is not None and any(self._experts.phase(path) for path in matrices):
+            dense.advance()  # tokens of an expert here and there are not the same ones
+            dense = None
+        with ExitStack() as stack:
+            # Before the block's modules are made to wait, which a copy of them must not.
+            follower = None if dense is None else stack.enter_context(dense.following(block, matrices, stages))
+            own = stack.enter_context(StagedRun(matrices, stages, len(self.hidden), self.call, current, block))
+            for stage in range(len(stages)):
+                for batch in range(len(self.hidden)):
+                    x = own.reach(batch, stage)
+                    if x is not None:
+                        seen(stage, batch, x, follower)
+                    own.rest(batch)
+                release_free_memory()
+                settle(stage)
+            first = first_output(own.finish(0) if not further else self.take(0, own.finish(0)))
+            for batch in range(1, len(self.hidden)) if further else ():
+                self.take(batch, own.finish(batch))
+        if further:
+            self.step()
         return Passed(before, first)
 
-    def _take(self, batch: int, output: Any) -> Any:
+    def take(self, batch: int, output: Any) -> Any:
         """Make a block's output the batch's hidden states; returns it."""
         hidden = first_output(output)
         if not torch.isfinite(hidden).all():
@@ -210,7 +233,12 @@ class StackWalk:
         self._calls[batch][self.position] = Call((), {})
         return output
 
-    def _step(self) -> None:
+    def stand_in(self, block: nn.Module) -> None:
+        """Run another module in the place of the current block."""
+        self._blocks[self.position] = block
+
+    def step(self) -> None:
+        """Go on to the next block, once `take` was called for every batch."""
         self.position += 1
         self.reference = None
 
@@ -221,11 +249,11 @@ class StackWalk:
         collector = Collector(matrices)
         self._given = [[] for _ in self._batches]
         for batch, inputs in enumerate(self._batches):
-            with collector.listening(self._real_tokens(batch)), suppress(LastInputSeen):
+            with collector.listening(self.real_tokens(batch)), suppress(LastInputSeen):
                 run_with_outputs(model, self._blocks, inputs, self.hidden[batch])
         return collector.finish()
 
-    def _real_tokens(self, batch: int) -> Callable[[Tensor], Tensor]:
+    def real_tokens(self, batch: int) -> Callable[[Tensor], Tensor]:
         """From a matrix's input to its rows that are not padding, of the encoder where cross attention reads that."""
 
         def real(x: Tensor) -> Tensor:

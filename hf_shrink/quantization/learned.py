@@ -51,8 +51,13 @@ class Learned:
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be above 0 and below 1, not {getattr(self, name)!r}")
         start = METHODS.get(self.start)
-        if start is Learned or issubclass(start, ModelMethod):  # type: ignore[arg-type]
+        if start is Learned or issubclass(start, ModelMethod):
             raise ValueError("start must be a method that solves single weights, such as gptq or rtn")
+
+    @property
+    def follows_dense(self) -> bool:
+        """As of the method that it starts from."""
+        return bool(getattr(METHODS.build(self.start, {}), "follows_dense", False))
 
     def solve(
         self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
