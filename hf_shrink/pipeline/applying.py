@@ -21,9 +21,9 @@ from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.kept import KeptStack, present, remove_planned
 from hf_shrink.pipeline.learning import Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
-from hf_shrink.pipeline.present import PresentStack, present_paths, remove_planned_blocks
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
@@ -50,10 +50,10 @@ def apply_plan(
         method: stores the plan's weights; None when it has none.
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
-    stacks = remove_planned_blocks(model, binding, plan) if binding is not None else []
+    stacks = remove_planned(model, binding, plan) if binding is not None else []
     if binding is not None and packs_experts(binding, plan.schemes):
         separate_experts(model)
-    schemes, formats = present_paths(plan.schemes, stacks), present_paths(plan.formats, stacks)
+    schemes, formats = present(plan.schemes, stacks), present(plan.formats, stacks)
     whole = method if isinstance(method, ModelMethod) else None
     method = None if isinstance(method, ModelMethod) else method
     untie(model, tied_partner_missing(model, schemes))
@@ -116,7 +116,7 @@ class _Run:
         """Whether the method corrects for how far inputs have drifted from the dense model's."""
         return bool(getattr(self.method, "follows_dense", False))
 
-    def stack(self, stack: PresentStack, heads: Sequence[str]) -> dict[str, InputStatistics]:
+    def stack(self, stack: KeptStack, heads: Sequence[str]) -> dict[str, InputStatistics]:
         """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it."""
         solves = bool(self.schemes) and self.method is not None and self.method.needs_statistics
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
@@ -147,7 +147,7 @@ class _Run:
         with self.timed("calibrate"):
             return self.walk.statistics_after(self.model, {p: self.model.get_submodule(p) for p in heads})
 
-    def _cut_tied_heads(self, stack: PresentStack) -> PresentStack:
+    def _cut_tied_heads(self, stack: KeptStack) -> KeptStack:
         """Cut heads that all blocks must have alike (they share a position bias) before any block runs."""
         bound = stack.stack
         if bound.spec is None or not any(
@@ -165,7 +165,7 @@ class _Run:
             self.report.notes.append(
                 f"heads of the {bound.name} were cut without refit: blocks share a position bias and lose them at once"
             )
-        return PresentStack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
+        return KeptStack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
 
     def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""

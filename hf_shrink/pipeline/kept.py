@@ -1,4 +1,4 @@
-"""A plan names modules as they are in the source model; this finds them once whole blocks are gone."""
+"""The stacks of a model once a plan's blocks are out, and where the modules are then that the plan names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class PresentStack:
+class KeptStack:
     """A stack after whole blocks were removed, and the source index of each block left."""
 
     stack: BoundStack
@@ -25,16 +25,23 @@ class PresentStack:
     plan: StackPlan
 
 
-def remove_planned_blocks(model: nn.Module, binding: Binding, plan: Plan) -> list[PresentStack]:
+def whole_stack(stack: BoundStack) -> KeptStack:
+    """A stack that loses no blocks."""
+    kept = tuple(range(len(stack.blocks)))
+    return KeptStack(stack, kept, StackPlan(kept))
+
+
+def remove_planned(model: nn.Module, binding: Binding, plan: Plan) -> list[KeptStack]:
+    """Take out the blocks that the plan removes, in place; the stacks that are left. Raises as `check_plan`."""
     check_plan(binding, plan)
     plans = {s.name: plan.stacks.get(s.name, StackPlan(tuple(range(len(s.blocks))))) for s in binding.stacks}
     for stack in binding.stacks:
         if len(plans[stack.name].kept) < len(stack.blocks):
             remove_blocks(model, stack, plans[stack.name].kept)
-    return [PresentStack(stack, plans[stack.name].kept, plans[stack.name]) for stack in bind(model).stacks]
+    return [KeptStack(stack, plans[stack.name].kept, plans[stack.name]) for stack in bind(model).stacks]
 
 
-def present_paths(by_path: Mapping[str, T], stacks: Sequence[PresentStack]) -> dict[str, T]:
+def present(by_path: Mapping[str, T], stacks: Sequence[KeptStack]) -> dict[str, T]:
     """What a plan says of modules, by present path: it names them as in the source, where blocks had other numbers."""
     renamed = {}
     for path, value in by_path.items():
