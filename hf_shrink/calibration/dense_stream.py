@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.shelf import Shelf
@@ -108,11 +107,14 @@ class Follower:
         place = self._stream.measured_place(batch)
         if place is None:
             return None
-        with torch.no_grad():
-            x = self._run.reach(place, stage)
-            found = None if x is None else self._stream.walk.real_tokens(place)(x)
-        self._run.rest(place)
-        return found
+        x = self._run.reach(place, stage)
+        return None if x is None else self._stream.walk.real_tokens(place)(x)
+
+    def rest(self, batch: int) -> None:
+        """Nobody looks at the batch for a while; what `real_input` gave must not be read any more."""
+        place = self._stream.measured_place(batch)
+        if place is not None:
+            self._run.rest(place)
 
     def is_held_out(self, batch: int) -> bool:
         """Whether the batch is one to check corrections with."""

@@ -209,6 +209,8 @@ class StackWalk:
                     if x is not None:
                         seen(stage, batch, x, follower)
                     own.rest(batch)
+                    if follower is not None:
+                        follower.rest(batch)
                 release_free_memory()
                 settle(stage)
             first = first_output(own.finish(0) if not further else self.take(0, own.finish(0)))
