@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
@@ -15,20 +15,46 @@ from hf_shrink.registry import did_you_mean
 Strategy = Literal["tensor", "channel", "group"]
 STRATEGIES = ("tensor", "channel", "group")
 BITS = tuple(range(2, 9))
+ValueType = Literal["int", "float"]
 PLAN_FORMAT = 1
+
+
+class Kind(NamedTuple):
+    """What a scheme's name says: weight bits, the type of the values, and to how many bits activations are rounded."""
+
+    bits: int
+    type: ValueType = "int"
+    activation_bits: int = 16
+
+    @property
+    def by_channel(self) -> bool:
+        """Whether it comes in one form only: symmetric, one scale per output channel."""
+        return self.type == "float" or self.activation_bits < 16
+
+
+KINDS = {f"W{bits}A16": Kind(bits) for bits in BITS} | {"W8A8": Kind(8, "int", 8), "FP8A16": Kind(8, "float")}
 
 
 @dataclass(frozen=True)
 class Scheme:
-    """How a weight is stored: integers of `bits`, with a scale for the tensor, each row, or each group of columns.
+    """How a weight is stored: values of `bits`, with a scale for the tensor, each row, or each group of columns.
 
-    `group_size` is set exactly when `strategy` is "group". Activations stay in 16 bits or more ("A16").
+    Attributes:
+        bits: of a value.
+        symmetric: zero is in the middle; asymmetric schemes have zero points. Integers only.
+        strategy: what shares a scale.
+        group_size: columns that share one; set exactly when `strategy` is "group".
+        type: "int", or "float" for float8_e4m3fn.
+        activation_bits: 16 leaves the Linear's input as it is; 8 rounds it to int8, with a scale for each token that is
+            chosen while the model runs. Only with int8 weights.
     """
 
     bits: int
     symmetric: bool = True
     strategy: Strategy = "group"
     group_size: int | None = 128
+    type: ValueType = "int"
+    activation_bits: int = 16
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -41,21 +67,41 @@ class Scheme:
             raise RecipeError(f"group_size goes with strategy 'group' only (strategy {self.strategy!r})")
         if self.group_size is not None and self.group_size < 1:
             raise RecipeError(f"group_size must be at least 1, not {self.group_size}")
+        kind = Kind(self.bits, self.type, self.activation_bits)
+        if kind not in KINDS.values():
+            raise RecipeError(
+                f"no scheme has {self.bits}-bit {self.type} weights with {self.activation_bits}-bit activations; "
+                f"there are {', '.join(KINDS)}"
+            )
+        if kind.by_channel and not (self.strategy == "channel" and self.symmetric):
+            raise RecipeError(f"{self.name} is symmetric with one scale per channel (strategy: channel), nothing else")
 
     @property
     def name(self) -> str:
         """For example W4A16."""
-        return f"W{self.bits}A16"
+        kind = Kind(self.bits, self.type, self.activation_bits)
+        return next(name for name, known in KINDS.items() if known == kind)
+
+    @property
+    def packed(self) -> bool:
+        """Whether a checkpoint holds the values packed into int32 words; else as they are, in int8 or float8."""
+        return self.type == "int" and self.activation_bits == 16
+
+    @staticmethod
+    def kind_of(name: str) -> Kind:
+        """What a scheme's name says. Raises RecipeError naming the nearest valid one."""
+        kind = KINDS.get(name.upper())
+        if kind is None:
+            bits = re.fullmatch(r"W(\d+)A16", name.upper())
+            nearest = f"W{min(max(int(bits[1]), 2), 8)}A16" if bits else None
+            hint = f"did you mean {nearest!r}?" if nearest else did_you_mean(name.upper(), KINDS)
+            raise RecipeError(f"unknown scheme {name!r}; {hint}")
+        return kind
 
     @staticmethod
     def bits_of(name: str) -> int:
         """The weight bits of a scheme's name, such as 4 of "W4A16". Raises RecipeError naming the nearest valid one."""
-        match = re.fullmatch(r"[Ww](\d+)[Aa]16", name)
-        if match is None or int(match[1]) not in BITS:
-            nearest = f"W{min(max(int(match[1]), 2), 8)}A16" if match else None
-            hint = f"did you mean {nearest!r}?" if nearest else did_you_mean(name.upper(), [f"W{b}A16" for b in BITS])
-            raise RecipeError(f"unknown scheme {name!r}; {hint}")
-        return int(match[1])
+        return Scheme.kind_of(name).bits
 
     def for_width(self, in_features: int) -> Scheme:
         """This scheme with a group size that divides `in_features`.
@@ -66,17 +112,19 @@ class Scheme:
             return self
         for size in (128, 64, 32):
             if size <= self.group_size and in_features % size == 0:
-                return Scheme(self.bits, self.symmetric, self.strategy, size)
+                return replace(self, group_size=size)
         size = max(d for d in range(1, min(self.group_size, in_features) + 1) if in_features % d == 0)
-        return Scheme(self.bits, self.symmetric, self.strategy, size)
+        return replace(self, group_size=size)
 
     def scale_columns(self, in_features: int) -> int:
         """How many scales a row has (1 unless grouped)."""
         return in_features // self.group_size if self.group_size else 1
 
     def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
-        """Bytes of the packed weight, its scales, zero points and shape in a checkpoint."""
+        """Bytes of the weight, its scales, zero points and (where it is packed) shape in a checkpoint."""
         rows = 1 if self.strategy == "tensor" else out_features
+        if not self.packed:
+            return out_features * in_features + rows * scale_bytes
         columns = self.scale_columns(in_features)
         packed = out_features * -(-in_features * self.bits // 32) * 4
         zero_points = 0
@@ -202,7 +250,8 @@ class Plan:
         for scheme, count in by_scheme.items():
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
-            lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}")
+            inputs = "" if scheme.activation_bits == 16 else f", inputs in int{scheme.activation_bits} per token"
+            lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}{inputs}")
         return "\n".join(lines) or "nothing to do"
 
 

@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming, WeightTransform
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -24,7 +25,7 @@ from hf_shrink.checkpoint.format import NEEDS_HF_SHRINK, OWN_KEY, PRUNED_METHOD
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.save import bind
 from hf_shrink.checkpoint.skeleton import check_loaded, marker, pack, resize, targeted, unpack
-from hf_shrink.checkpoint.ties import Pair, hold_ties, saved_state, tie_buffers
+from hf_shrink.checkpoint.ties import Pair, hold_ties, saved_state, stored_names, tie_buffers
 from hf_shrink.errors import CheckpointError
 from hf_shrink.surgery.sizes import RECORD_FORMAT
 
@@ -117,9 +118,17 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         pack(model, targeted(model, self.quantization_config.quantization_config))
         self._ties = hold_ties(model)
 
+    def update_weight_conversions(self, weight_conversions: Any, model: PreTrainedModel) -> list[WeightTransform]:
+        found: list[WeightTransform] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        names = stored_names(model) if self._ours else {}
+        return [*found, _StoredNames(names, model.base_model_prefix)] if names else found
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self._ours:
             return cast(PreTrainedModel, super()._process_model_after_weight_loading(model, **kwargs))
+        # Saving writes the checkpoint's names already.
+        conversions = vars(model).get("_weight_conversions") or []
+        vars(model)["_weight_conversions"] = [c for c in conversions if not isinstance(c, _StoredNames)]
         for pair in self._ties:
             tie_buffers(model, pair)
         check_loaded(model)
@@ -138,6 +147,20 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             return cast(PreTrainedModel, super()._dequantize(model, dtype=dtype))  # type: ignore[no-untyped-call]
         unpack(model, dtype or model.dtype)
         return model
+
+
+class _StoredNames(WeightRenaming):
+    """From a checkpoint's names of tensors to those of our buffers, with or without the base model's prefix."""
+
+    def __init__(self, names: dict[str, str], prefix: str) -> None:
+        super().__init__(list(names), list(names.values()))
+        self._names, self._prefix = names, f"{prefix}."
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        for form in (source_key, source_key.removeprefix(self._prefix), self._prefix + source_key):
+            if form in self._names:
+                return self._names[form], form
+        return source_key, None
 
 
 def _record_beside(model: PreTrainedModel) -> ShrinkRecord | None:

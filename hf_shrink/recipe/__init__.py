@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.plan import Scheme
 from hf_shrink.recipe.effort import expand
 from hf_shrink.recipe.specs import METRICS, CalibrationSpec, EvaluationSpec
 from hf_shrink.recipe.steps import PRUNE_KINDS, PruneStep, QuantizeStep, Step
@@ -92,6 +93,9 @@ class Recipe:
         for step in self.steps:
             body = {k: v for k, v in asdict(step).items() if k != "options" and v not in (None, {}, ())}
             body.update(step.options)
+            if isinstance(step, QuantizeStep) and Scheme.kind_of(step.scheme).by_channel:
+                for key in ("symmetric", "strategy", "group_size"):  # defaults, or what the scheme's name says anyway
+                    body.pop(key, None)
             for key in ("targets", "ignore", "transforms"):
                 if key in body:
                     body[key] = list(body[key])
