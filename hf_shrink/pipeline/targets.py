@@ -84,17 +84,29 @@ def resolve_schemes(
     if not chosen:
         raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
     chosen = _agree_on_ties(model, chosen)
+    check_inputs(model, chosen)
     widths = {path: _width(candidates[path]) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
     if portable and isinstance(model, PreTrainedModel):
         schemes = _one_scheme_where_needed(model, schemes, widths, notes)
         if reasons := portability(model, schemes, {}):
             raise RecipeError(
-                f"not portable: {'; '.join(reasons)}. Use one scheme, or set portable: false (--set portable=false): "
+                f"not portable: {'; '.join(reasons)}. Use one scheme (W8A8 aside), or set portable: false (--set portable=false): "
                 "the result then loads after `import hf_shrink`"
             )
     notes[:0] = _group_notes(chosen, schemes)
     return Resolved(schemes, tuple(notes))
+
+
+def check_inputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Raises RecipeError where a scheme rounds the input of an embedding, which is indices."""
+    for path, module in model.named_modules():
+        scheme = schemes.get(path)
+        if scheme is not None and scheme.activation_bits < 16 and isinstance(module, nn.Embedding):
+            raise RecipeError(
+                f"{path} is an embedding: its input is indices, which {scheme.name} cannot round. Take it out of targets, "
+                f"or override it (and a head tied to it) with W8A16 or FP8A16, which need portable: false beside W8A8"
+            )
 
 
 def _width(module: nn.Module) -> int:
