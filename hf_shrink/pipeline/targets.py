@@ -91,8 +91,8 @@ def resolve_schemes(
         schemes = _one_scheme_where_needed(model, schemes, widths, notes)
         if reasons := portability(model, schemes, {}):
             raise RecipeError(
-                f"not portable: {'; '.join(reasons)}. Use one scheme (W8A8 aside), or set portable: false (--set portable=false): "
-                "the result then loads after `import hf_shrink`"
+                f"not portable: {'; '.join(reasons)}. Use one scheme (W8A8 aside), or set portable: false "
+                "(--set portable=false): the result then loads after `import hf_shrink`"
             )
     notes[:0] = _group_notes(chosen, schemes)
     return Resolved(schemes, tuple(notes))
@@ -104,8 +104,8 @@ def check_inputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
         scheme = schemes.get(path)
         if scheme is not None and scheme.activation_bits < 16 and isinstance(module, nn.Embedding):
             raise RecipeError(
-                f"{path} is an embedding: its input is indices, which {scheme.name} cannot round. Take it out of targets, "
-                f"or override it (and a head tied to it) with W8A16 or FP8A16, which need portable: false beside W8A8"
+                f"{path} is an embedding: its input is indices, which {scheme.name} cannot round. Take it out of "
+                "targets, or override it (and a head tied to it) with W8A16 or FP8A16, and set portable: false"
             )
 
 
