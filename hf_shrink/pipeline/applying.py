@@ -18,11 +18,12 @@ from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.pipeline.learning import DenseStream, Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
-from hf_shrink.quantization.base import QuantizationMethod
+from hf_shrink.quantization.base import LearningMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, remove_blocks, settle_config
 
@@ -35,6 +36,7 @@ def apply_plan(
     batches: Sequence[Mapping[str, Any]],
     report: ShrinkReport,
     progress: ProgressCallback,
+    seed: int = 0,
 ) -> None:
     """Carry out `plan` on `model` in place, and fill `report`.
 
@@ -48,7 +50,10 @@ def apply_plan(
     untie(model, tied_partner_missing(model, schemes))
     inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
     outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
-    run = _Run(model, plan, schemes, method, batches, report, progress, total=sum(len(s.kept) for s in stacks))
+    total = sum(len(s.kept) for s in stacks)
+    run = _Run(model, plan, schemes, method, batches, report, progress, total)
+    if isinstance(method, LearningMethod):
+        run.learning = Learning(model, method, seed)
     statistics: dict[str, InputStatistics] = {}
     for position, stack in enumerate(stacks):
         heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
@@ -57,6 +62,8 @@ def apply_plan(
         with run.timed("solve"):
             tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
             report.notes += solve_and_pack(model, tasks, method)
+    if run.learning is not None:
+        report.notes.append(run.learning.note())
     if isinstance(model, PreTrainedModel) and binding is not None:
         settle_config(model)
 
@@ -114,6 +121,8 @@ class _Run:
     total: int
     done: int = 0
     walk: StackWalk | None = None
+    learning: Learning | None = None
+    dense: DenseStream | None = None  # where a method learns
     moved: float | None = None  # relative error of the last block's output
     phases: list[str] = field(default_factory=list)
     since: float = 0.0
@@ -122,12 +131,14 @@ class _Run:
         """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it."""
         solves = bool(self.schemes) and self.method is not None and self.method.needs_statistics
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
-        self.walk = None
+        self.walk = self.dense = None
         stack = self._cut_tied_heads(stack)
         blocks = stack.stack.blocks
         if solves or refits:
             with self.timed("calibrate"):
                 self.walk = StackWalk(self.model, [b.module for b in blocks], self.batches)
+                if self.learning is not None:
+                    self.dense = DenseStream(StackWalk(self.model, [b.module for b in blocks], self.batches))
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -164,6 +175,9 @@ class _Run:
 
     def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
+        if self.dense is not None:
+            with self.timed("calibrate"):
+                self.dense.advance()
         if not plan.keeps_all:
             self._cut(block, plan)
         paths = [path for path in self.schemes if path.startswith(block.path + ".")]
@@ -171,9 +185,35 @@ class _Run:
             self._pack(dict.fromkeys(paths), stored)
             return
         inputs = self.walk.hidden[0]
-        with self.timed("calibrate"):
-            passed = self._pack_on_the_way(self.walk, paths, stored, further)
+        passed: Passed | None
+        if self.learning is not None and self.dense is not None and paths:
+            passed = self._learn(self.walk, self.dense, self.learning, paths, stored, further)
+        else:
+            with self.timed("calibrate"):
+                passed = self._pack_on_the_way(self.walk, paths, stored, further)
         self.moved = None if passed is None else _relative_error(passed, inputs)
+
+    def _learn(
+        self,
+        walk: StackWalk,
+        dense: DenseStream,
+        learning: Learning,
+        paths: Sequence[str],
+        stored: torch.dtype,
+        further: bool,
+    ) -> Passed:
+        """Pack a block's matrices, improve them together, and go on to the next block."""
+        originals = {path: matrix(self.model.get_submodule(path)).detach() for path in paths}
+        with self.timed("calibrate"):
+            self._pack_on_the_way(walk, paths, stored, further=False)
+        with self.timed("learn"):
+            learning.learn(walk, dense, originals)
+        before = dense.target(0)
+        with self.timed("calibrate"):
+            if further:
+                walk.advance()
+                return Passed(before, walk.hidden[0])
+            return Passed(before, walk.outputs(1)[0])
 
     def _pack_on_the_way(
         self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool

@@ -14,6 +14,7 @@ from hf_shrink.quantization.base import METHODS, QuantizationMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
 from hf_shrink.resources import recipes_folder
+from hf_shrink.tuning.options import Tuning
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 DEFAULT_RECIPE = "w4a16"
@@ -51,6 +52,7 @@ def check_methods(recipe: Recipe) -> None:
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
             quantization_method(step)
+            Tuning.from_options(step.tune)
         elif step.what == "depth":
             depth_method(step)
         else:
@@ -82,7 +84,7 @@ def needs_calibration(recipe: Recipe) -> bool:
     """Whether any step of the recipe looks at data."""
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
-            needed = quantization_method(step).needs_statistics
+            needed = quantization_method(step).needs_statistics or bool(step.tune)
         elif step.what == "depth":
             needed = True
         else:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch import Tensor
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
 from hf_shrink.registry import Registry
+from hf_shrink.runtime.trainable import TrainableLinear
 
 if TYPE_CHECKING:
     from hf_shrink.calibration.statistics import InputStatistics
@@ -38,6 +41,51 @@ class QuantizationMethod(Protocol):
         ...
 
 
-__all__ = ["METHODS", "QuantizationMethod", "QuantizedWeight"]
+class BlockProblem(Protocol):
+    """A block on its way to few bits, as methods that learn see it.
+
+    Attributes:
+        batches: how many calibration batches there are.
+        weights: the block's weights, opened for training.
+    """
+
+    batches: int
+    weights: Sequence[TrainableLinear]
+
+    def loss(self, batch: int) -> Tensor:
+        """Relative squared error of the block's output on one batch, against what the dense block puts out.
+
+        The block's input is what the compressed blocks before it put out, the target comes from the dense model all
+        along. A float32 scalar, with gradients to the weights where they are enabled.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Learnt:
+    """What came of learning a block: loss on held-out batches before and after, and the steps taken."""
+
+    before: float
+    after: float
+    steps: int
+
+
+@runtime_checkable
+class LearningMethod(Protocol):
+    """A quantization method that, once all weights of a block are solved, improves them together."""
+
+    def learn(self, block: BlockProblem, seed: int) -> Learnt:
+        """Change the block's weights in place, never for the worse on held-out batches."""
+        ...
+
+
+__all__ = [
+    "METHODS",
+    "BlockProblem",
+    "LearningMethod",
+    "Learnt",
+    "QuantizationMethod",
+    "QuantizedWeight",
+]
 
 METHODS: Registry[QuantizationMethod] = Registry("quantization method", "hf_shrink.quantization")

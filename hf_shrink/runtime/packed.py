@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_shrink.ops.grid import Grid
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime.packing import (
@@ -15,6 +16,7 @@ from hf_shrink.runtime.packing import (
     pack_zero_point,
     stored_dtype,
     stored_shape,
+    unpack,
     unpack_weight,
     unpack_zero_point,
 )
@@ -81,6 +83,15 @@ class PackedModule(nn.Module):
     def checkpoint_names(self) -> dict[str, str]:
         """What a compressed-tensors checkpoint calls a buffer, where that is not its own name."""
         return {} if self.scheme.packed else {"weight_packed": "weight"}
+
+    def unpacked(self) -> tuple[Tensor, Grid]:
+        """The values, int8 or float8_e4m3fn (rows, columns), and their grid: what a method once chose."""
+        stored = self.weight_packed
+        values = unpack(stored, self.scheme.bits, self._columns) if self.scheme.packed else stored
+        zero_point = self._zero_point()
+        shape = (1, 1) if self.scheme.strategy == "tensor" else self.weight_scale.shape
+        zero_point = None if zero_point is None else zero_point.view(shape)
+        return values, Grid(self.scheme, self.weight_scale.view(shape), zero_point)
 
     def _zero_point(self) -> Tensor | None:
         if self.scheme.symmetric or self.weight_zero_point is None:

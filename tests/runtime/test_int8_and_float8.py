@@ -18,6 +18,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.rtn import RTN
 from hf_shrink.runtime import CompressedEmbedding, CompressedLinear, count_parameters, int8
+from hf_shrink.runtime.trainable import TrainableLinear
 
 FP8 = Scheme(8, True, "channel", None, "float")
 W8A8 = Scheme(8, True, "channel", None, "int", 8)
@@ -166,3 +167,17 @@ def test_embedding_in_float8_and_not_with_int8_inputs():
     assert torch.equal(embedding(ids), embedding.weight[ids])
     with pytest.raises(RecipeError, match="indices"):
         CompressedEmbedding.empty(W8A8, 30, 16, None, torch.float32)
+
+
+@both
+@pytest.mark.parametrize("rounding", [False, True])
+def test_opened_for_training_and_closed_again_it_is_the_same(scheme, rounding):
+    linear = compressed(scheme, torch.bfloat16, bias=False)
+    opened = TrainableLinear(linear, rounding=rounding, dense=linear.weight if rounding else None)
+    again = opened.packed()
+    assert torch.equal(again.weight_packed.view(torch.uint8), linear.weight_packed.view(torch.uint8))
+    assert torch.equal(again.weight, linear.weight) and again.scheme == scheme
+    x = torch.randn(2, 5, 48)
+    torch.testing.assert_close(opened(x), linear.float()(x), rtol=1e-3, atol=1e-3)
+    opened(x.requires_grad_()).square().sum().backward()
+    assert opened.log_scale.grad.abs().sum() > 0 and x.grad.abs().sum() > 0
