@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,24 @@ from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.learning import DenseStream, Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
-from hf_shrink.quantization.base import LearningMethod, QuantizationMethod
+from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
-from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, remove_blocks, settle_config
+from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, is_uneven, remove_blocks, settle_config
+
+T = TypeVar("T")
 
 
 def apply_plan(
     model: nn.Module,
     binding: Binding | None,
     plan: Plan,
-    method: QuantizationMethod | None,
+    method: Method | None,
     batches: Sequence[Mapping[str, Any]],
     report: ShrinkReport,
     progress: ProgressCallback,
@@ -42,11 +45,13 @@ def apply_plan(
 
     Args:
         binding: the model's, before anything is changed; None for a plain module, whose weights are only packed.
-        method: solves the plan's schemes; None when it has none.
+        method: stores the plan's weights; None when it has none.
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
     stacks = _remove_blocks(model, binding, plan) if binding is not None else []
-    schemes = _present_schemes(plan, stacks)
+    schemes, formats = _present(plan.schemes, stacks), _present(plan.formats, stacks)
+    whole = method if isinstance(method, ModelMethod) else None
+    method = None if isinstance(method, ModelMethod) else method
     untie(model, tied_partner_missing(model, schemes))
     inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
     outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
@@ -66,6 +71,14 @@ def apply_plan(
         report.notes.append(run.learning.note())
     if isinstance(model, PreTrainedModel) and binding is not None:
         settle_config(model)
+    if formats and whole is not None:
+        if is_uneven(model):
+            raise RecipeError(
+                f"the plan leaves blocks of different shapes, which stock transformers cannot load with {plan.method}; "
+                "plan with portable: true, or quantize with gptq"
+            )
+        with run.timed("solve"):
+            whole.convert(model, formats)
 
 
 @dataclass(frozen=True)
@@ -86,10 +99,10 @@ def _remove_blocks(model: nn.Module, binding: Binding, plan: Plan) -> list[_Stac
     return [_Stack(stack, plans[stack.name].kept, plans[stack.name]) for stack in bind(model).stacks]
 
 
-def _present_schemes(plan: Plan, stacks: Sequence[_Stack]) -> dict[str, Scheme]:
-    """The plan's schemes by present path: plans name modules as in the source, where blocks had other numbers."""
+def _present(by_path: Mapping[str, T], stacks: Sequence[_Stack]) -> dict[str, T]:
+    """What a plan says of modules, by present path: it names them as in the source, where blocks had other numbers."""
     renamed = {}
-    for path, scheme in plan.schemes.items():
+    for path, value in by_path.items():
         for s in stacks:
             for block, source in zip(s.stack.blocks, s.kept, strict=True):
                 old = f"{s.stack.path}.{source}."
@@ -99,7 +112,7 @@ def _present_schemes(plan: Plan, stacks: Sequence[_Stack]) -> dict[str, Scheme]:
             else:
                 continue
             break
-        renamed[path] = scheme
+        renamed[path] = value
     return renamed
 
 
@@ -187,33 +200,19 @@ class _Run:
         inputs = self.walk.hidden[0]
         passed: Passed | None
         if self.learning is not None and self.dense is not None and paths:
-            passed = self._learn(self.walk, self.dense, self.learning, paths, stored, further)
+            walk = self.walk
+            passed = self.learning.block(
+                walk,
+                self.dense,
+                paths,
+                lambda: self._pack_on_the_way(walk, paths, stored, further=False),
+                further,
+                self.timed,
+            )
         else:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further)
         self.moved = None if passed is None else _relative_error(passed, inputs)
-
-    def _learn(
-        self,
-        walk: StackWalk,
-        dense: DenseStream,
-        learning: Learning,
-        paths: Sequence[str],
-        stored: torch.dtype,
-        further: bool,
-    ) -> Passed:
-        """Pack a block's matrices, improve them together, and go on to the next block."""
-        originals = {path: matrix(self.model.get_submodule(path)).detach() for path in paths}
-        with self.timed("calibrate"):
-            self._pack_on_the_way(walk, paths, stored, further=False)
-        with self.timed("learn"):
-            learning.learn(walk, dense, originals)
-        before = dense.target(0)
-        with self.timed("calibrate"):
-            if further:
-                walk.advance()
-                return Passed(before, walk.hidden[0])
-            return Passed(before, walk.outputs(1)[0])
 
     def _pack_on_the_way(
         self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
+from hf_shrink.architectures.linears import matrix
 from hf_shrink.calibration.capture import first_output
 from hf_shrink.calibration.shelf import Shelf
-from hf_shrink.calibration.walk import StackWalk
+from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.ops.precision import fast_precision
 from hf_shrink.quantization.base import LearningMethod, Learnt
 from hf_shrink.runtime.linear import CompressedLinear
@@ -78,7 +80,28 @@ class Learning:
     seconds: list[float] = field(default_factory=list)
     gains: list[Learnt] = field(default_factory=list)
 
-    def learn(self, walk: StackWalk, dense: DenseStream, originals: dict[str, Tensor]) -> None:
+    def block(
+        self,
+        walk: StackWalk,
+        dense: DenseStream,
+        paths: Sequence[str],
+        pack: Callable[[], object],
+        further: bool,
+        timed: Callable[[str], AbstractContextManager[None]],
+    ) -> Passed:
+        """Pack the current block's matrices, improve them together, and go on to the next block (if `further`)."""
+        originals = {path: matrix(self.model.get_submodule(path)).detach() for path in paths}
+        with timed("calibrate"):
+            pack()
+        with timed("learn"):
+            self._learn(walk, dense, originals)
+        before = dense.target(0)
+        with timed("calibrate"):
+            if further:
+                walk.advance()
+            return Passed(before, walk.hidden[0] if further else walk.outputs(1)[0])
+
+    def _learn(self, walk: StackWalk, dense: DenseStream, originals: dict[str, Tensor]) -> None:
         """Let the method improve the packed Linears at the paths of `originals`, the weights that were rounded."""
         since = time.perf_counter()
         opened: dict[str, tuple[TrainableLinear, CompressedLinear]] = {}

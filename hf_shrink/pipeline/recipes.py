@@ -10,7 +10,7 @@ from typing import Any
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
 from hf_shrink.pruning.base import DEPTH, WIDTH, DepthMethod, WidthMethod
-from hf_shrink.quantization.base import METHODS, QuantizationMethod
+from hf_shrink.quantization.base import METHODS, Method, ModelMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
 from hf_shrink.resources import recipes_folder
@@ -59,13 +59,18 @@ def check_methods(recipe: Recipe) -> None:
             width_method(step)
 
 
-def quantization_method(step: QuantizeStep) -> QuantizationMethod:
+def quantization_method(step: QuantizeStep) -> Method:
     return METHODS.build(step.method, step.options, _own_keys(QuantizeStep))
 
 
-def plan_method(plan: Plan) -> QuantizationMethod | None:
-    """The method that a plan's schemes are solved with."""
-    return METHODS.build(plan.method, plan.options) if plan.method is not None else None
+def plan_method(plan: Plan) -> Method | None:
+    """The method that a plan's weights are stored by. Raises RecipeError where it is not one for what the plan has."""
+    if plan.method is None:
+        return None
+    method = METHODS.build(plan.method, plan.options)
+    if (plan.schemes if isinstance(method, ModelMethod) else plan.formats) or len(set(plan.formats.values())) > 1:
+        raise RecipeError(f"the plan's schemes or formats are not those of method {plan.method}; make it anew")
+    return method
 
 
 def depth_method(step: PruneStep) -> DepthMethod:

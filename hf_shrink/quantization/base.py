@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
@@ -79,13 +80,49 @@ class LearningMethod(Protocol):
         ...
 
 
+class ModelMethod(ABC):
+    """A method that stores weights in a format of another library, through transformers' integration of it."""
+
+    needs_statistics: ClassVar[bool] = False
+
+    @abstractmethod
+    def spares(self, model: nn.Module, weights: Mapping[str, tuple[int, int]], kind: str) -> dict[str, str]:
+        """Which of these weights cannot be stored so, and why.
+
+        Args:
+            model: dense, before anything is changed.
+            weights: (out_features, in_features) by module path, as they are when the method gets to them.
+            kind: the format, a name in `plan.FORMATS`.
+
+        Raises:
+            RecipeError: the model cannot be stored so at all.
+        """
+
+    @abstractmethod
+    def convert(self, model: Any, formats: Mapping[str, str]) -> None:
+        """Replace the modules at the paths of `formats` in place and leave the model as `from_pretrained` would.
+
+        Args:
+            model: a transformers model, dense.
+            formats: the format of every weight, by present module path; one format for all.
+
+        Raises:
+            RecipeError: the library does not run here, or stock cannot tell these modules from others.
+            CalibrationError: a weight is out of the format's range.
+        """
+
+
+Method = QuantizationMethod | ModelMethod
+
 __all__ = [
     "METHODS",
     "BlockProblem",
     "LearningMethod",
     "Learnt",
+    "Method",
+    "ModelMethod",
     "QuantizationMethod",
     "QuantizedWeight",
 ]
 
-METHODS: Registry[QuantizationMethod] = Registry("quantization method", "hf_shrink.quantization")
+METHODS: Registry[Method] = Registry("quantization method", "hf_shrink.quantization")

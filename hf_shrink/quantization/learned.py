@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
 from hf_shrink.plan import Scheme
-from hf_shrink.quantization.base import METHODS, BlockProblem, Learnt, QuantizedWeight
+from hf_shrink.quantization.base import METHODS, BlockProblem, Learnt, ModelMethod, QuantizedWeight
 
 CHECKS = 8  # looks at the held-out batches during a block
 PATIENCE = 3  # looks without a gain after which a block is done
@@ -50,18 +50,20 @@ class Learned:
         for name in ("rounding_rate", "scale_rate", "held_out"):
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be above 0 and below 1, not {getattr(self, name)!r}")
-        if self.start == "learned":
+        start = METHODS.get(self.start)
+        if start is Learned or issubclass(start, ModelMethod):
             raise ValueError("start must be a method that solves single weights, such as gptq or rtn")
 
     def solve(
         self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
     ) -> QuantizedWeight:
         """Where learning starts: see `QuantizationMethod.solve`."""
-        candidates = [
-            METHODS.build(name, {}).solve(weight, scheme, statistics, scale_dtype=scale_dtype)
-            for name in (self.start, "rtn")
-        ]
-        return min(candidates, key=lambda found: found.error)
+        found = []
+        for name in (self.start, "rtn"):
+            method = METHODS.build(name, {})
+            assert not isinstance(method, ModelMethod)
+            found.append(method.solve(weight, scheme, statistics, scale_dtype=scale_dtype))
+        return min(found, key=lambda quantized: quantized.error)
 
     def learn(self, block: BlockProblem, seed: int) -> Learnt:
         """Make the block's trainable weights better, in place; they end at the best state seen on held-out batches.

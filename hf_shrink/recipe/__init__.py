@@ -14,6 +14,7 @@ import yaml
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Scheme
 from hf_shrink.recipe.effort import expand
+from hf_shrink.recipe.formats import GRID_KEYS, check_formats
 from hf_shrink.recipe.specs import METRICS, CalibrationSpec, EvaluationSpec
 from hf_shrink.recipe.steps import PRUNE_KINDS, PruneStep, QuantizeStep, Step
 from hf_shrink.registry import did_you_mean
@@ -95,9 +96,9 @@ class Recipe:
             if not body.get("transforms"):
                 body.pop("transforms", None)
             body.update(step.options)
-            if isinstance(step, QuantizeStep) and Scheme.kind_of(step.scheme).by_channel:
-                for key in ("symmetric", "strategy", "group_size"):  # defaults, or what the scheme's name says anyway
-                    body.pop(key, None)
+            if isinstance(step, QuantizeStep) and (step.format is not None or Scheme.kind_of(step.scheme).by_channel):
+                # Defaults, or what the scheme's name says anyway.
+                body = {key: value for key, value in body.items() if key not in GRID_KEYS}
             for key in ("targets", "ignore", "transforms"):
                 if key in body:
                     body[key] = list(body[key])
@@ -186,6 +187,7 @@ def _step(data: Any) -> Step:
     body = dict(_mapping({} if body is None else body, kind))
     if kind == "quantize":
         body = expand(body)
+        check_formats(body)
     own = {f.name for f in fields(cls)} - {"options"}
     options = {k: body.pop(k) for k in list(body) if k not in own}
     if kind == "prune":

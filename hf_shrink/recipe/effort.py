@@ -11,7 +11,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
 
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"method": "rtn"},  # no data
+    "fast": {"method": "rtn"},  # no data; its search beats hqq on SmolLM2 (see quantization/rtn.py)
     "balanced": {"method": "gptq"},
     "best": {"method": "gptq", "tune": {"steps": 100}},
 }

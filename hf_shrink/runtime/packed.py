@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -135,4 +136,10 @@ class PackedModule(nn.Module):
 def count_parameters(model: nn.Module) -> int:
     """Logical parameters: every parameter once, and a packed weight's unpacked elements."""
     packed = {id(m.weight_packed): m.numel for m in model.modules() if isinstance(m, PackedModule)}
-    return sum(p.numel() for p in model.parameters()) + sum(packed.values())
+    return sum(map(_elements, model.parameters())) + sum(packed.values())
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Elements of a parameter; of the weight behind it where bitsandbytes holds it in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()

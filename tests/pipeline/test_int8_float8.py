@@ -36,7 +36,7 @@ def test_families(name: str, scheme: str, method: str, tmp_path: Path) -> None:
     packed = [m for m in model.modules() if isinstance(m, CompressedLinear)]
     assert packed and {m.scheme.name for m in packed} == {scheme}
     before, after = outputs(dense, inputs), outputs(model, inputs)
-    assert 0 < float((after - before).norm() / before.norm()) < 0.15
+    assert 0 < float((after - before).norm() / before.norm()) < 0.25
     torch.testing.assert_close(outputs(reload(model, tmp_path), inputs), after, rtol=0, atol=0)
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_shrink.calibration.predictions import Predictions, divergence, keep, predictions_of
 from hf_shrink.errors import ArchitectureError, CalibrationError
 from hf_shrink.pruning import samples
-from hf_shrink.calibration.predictions import Predictions, divergence, keep, predictions_of
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
