@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
@@ -77,6 +77,7 @@ class Plan:
         options: the method's options.
         transforms: names of transforms folded into the weights before they are rounded, in their order.
         tune: options of the tuning after rounding; empty: none.
+        starved_experts: what happens to experts that saw too few calibration tokens: an error, or rounding to nearest.
         effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
@@ -90,6 +91,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
+    starved_experts: Literal["error", "rtn"] = "error"
     effort: str | None = None
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)

@@ -6,6 +6,7 @@ Every row has a test in a process without hf_shrink (tests/checkpoint/test_stock
   Linears: loaded packed;
 - one scheme for everything, of any kind and on embeddings too: loaded when the block carries `"dequantize": true`,
   which turns the weights dense;
+- experts of a mixture: all of them packed by one symmetric scheme (see checkpoint/experts.py);
 - everything else is not portable.
 """
 
@@ -19,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.checkpoint.experts import expert_reasons
 from hf_shrink.checkpoint.ties import can_untie
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import PackedModule
@@ -49,6 +51,7 @@ def portability(
     other = [path for path, kind in kinds.items() if not issubclass(kind, nn.Linear | nn.Embedding | Conv1D)]
     if other:
         reasons.append(f"{_few(other)}: neither Linear nor Embedding, which is all that compressed-tensors knows")
+    reasons += expert_reasons(model, schemes)
     rounded = [path for path, scheme in schemes.items() if scheme.activation_bits < 16]
     for what, paths in _dense_in_stock(model, schemes, kinds).items():
         if len(set(schemes.values())) > 1:

@@ -12,12 +12,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.architectures import bind
 from hf_shrink.checkpoint.packed import packed_modules, scheme_of
 from hf_shrink.checkpoint.portability import stock_kinds
 from hf_shrink.checkpoint.ties import packed_buffers, ties_to_weights
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import CompressedEmbedding, CompressedLinear, PackedModule
+from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
 from hf_shrink.surgery import module_shape, resize_skeleton
 
 
@@ -62,6 +64,13 @@ def targeted(model: nn.Module, config: QuantizationConfig) -> dict[str, Scheme]:
             if module_shape(module) is not None and is_match(path, module, group.targets, config.ignore or ()):
                 found[path] = scheme_of(group.weights, group.input_activations)
     return found
+
+
+def take_experts_apart(model: PreTrainedModel, config: QuantizationConfig) -> None:
+    """Give experts one Linear a matrix where the block targets any of these, in place."""
+    undo = separate_experts(model)
+    if separate_modules(model) and not packs_experts(bind(model), targeted(model, config)):
+        undo()
 
 
 def pack(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:

@@ -6,29 +6,31 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
-from hf_shrink.architectures.bound import BoundBlock, BoundStack
+from hf_shrink.architectures.bound import BoundBlock
 from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
+from hf_shrink.calibration.dense_stream import DenseStream
+from hf_shrink.calibration.experts import starved_note
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.errors import RecipeError
-from hf_shrink.pipeline.learning import DenseStream, Learning
+from hf_shrink.pipeline.learning import Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
+from hf_shrink.pipeline.present import PresentStack, present_paths, remove_planned_blocks
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
-from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, is_uneven, remove_blocks, settle_config
-
-T = TypeVar("T")
+from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
+from hf_shrink.surgery import consumer_cuts, cut_block, is_uneven, settle_config
 
 
 def apply_plan(
@@ -48,8 +50,10 @@ def apply_plan(
         method: stores the plan's weights; None when it has none.
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
-    stacks = _remove_blocks(model, binding, plan) if binding is not None else []
-    schemes, formats = _present(plan.schemes, stacks), _present(plan.formats, stacks)
+    stacks = remove_planned_blocks(model, binding, plan) if binding is not None else []
+    if binding is not None and packs_experts(binding, plan.schemes):
+        separate_experts(model)
+    schemes, formats = present_paths(plan.schemes, stacks), present_paths(plan.formats, stacks)
     whole = method if isinstance(method, ModelMethod) else None
     method = None if isinstance(method, ModelMethod) else method
     untie(model, tied_partner_missing(model, schemes))
@@ -67,6 +71,8 @@ def apply_plan(
         with run.timed("solve"):
             tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
             report.notes += solve_and_pack(model, tasks, method)
+    for experts in separate_modules(model).values():
+        experts.own_weights()
     if run.learning is not None:
         report.notes.append(run.learning.note())
     if isinstance(model, PreTrainedModel) and binding is not None:
@@ -79,41 +85,6 @@ def apply_plan(
             )
         with run.timed("solve"):
             whole.convert(model, formats)
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """A stack after whole blocks were removed, and the source index of each block left."""
-
-    stack: BoundStack
-    kept: tuple[int, ...]
-    plan: StackPlan
-
-
-def _remove_blocks(model: nn.Module, binding: Binding, plan: Plan) -> list[_Stack]:
-    check_plan(binding, plan)
-    plans = {s.name: plan.stacks.get(s.name, StackPlan(tuple(range(len(s.blocks))))) for s in binding.stacks}
-    for stack in binding.stacks:
-        if len(plans[stack.name].kept) < len(stack.blocks):
-            remove_blocks(model, stack, plans[stack.name].kept)
-    return [_Stack(stack, plans[stack.name].kept, plans[stack.name]) for stack in bind(model).stacks]
-
-
-def _present(by_path: Mapping[str, T], stacks: Sequence[_Stack]) -> dict[str, T]:
-    """What a plan says of modules, by present path: it names them as in the source, where blocks had other numbers."""
-    renamed = {}
-    for path, value in by_path.items():
-        for s in stacks:
-            for block, source in zip(s.stack.blocks, s.kept, strict=True):
-                old = f"{s.stack.path}.{source}."
-                if path.startswith(old):
-                    path = f"{block.path}.{path.removeprefix(old)}"
-                    break
-            else:
-                continue
-            break
-        renamed[path] = value
-    return renamed
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -140,7 +111,12 @@ class _Run:
     phases: list[str] = field(default_factory=list)
     since: float = 0.0
 
-    def stack(self, stack: _Stack, heads: Sequence[str]) -> dict[str, InputStatistics]:
+    @property
+    def follows(self) -> bool:
+        """Whether the method corrects for how far inputs have drifted from the dense model's."""
+        return bool(getattr(self.method, "follows_dense", False))
+
+    def stack(self, stack: PresentStack, heads: Sequence[str]) -> dict[str, InputStatistics]:
         """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it."""
         solves = bool(self.schemes) and self.method is not None and self.method.needs_statistics
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
@@ -149,9 +125,12 @@ class _Run:
         blocks = stack.stack.blocks
         if solves or refits:
             with self.timed("calibrate"):
-                self.walk = StackWalk(self.model, [b.module for b in blocks], self.batches)
-                if self.learning is not None:
-                    self.dense = DenseStream(StackWalk(self.model, [b.module for b in blocks], self.batches))
+                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts}
+                modules = [b.module for b in blocks]
+                self.walk = StackWalk(self.model, modules, self.batches, **settings)
+                if self.learning is not None or self.follows:
+                    everything = self.learning is not None
+                    self.dense = DenseStream(self.model, modules, self.batches, everything=everything, **settings)
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -161,12 +140,14 @@ class _Run:
                 self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
             self.done += 1
             self.progress("compressing blocks", self.done, self.total)
+        if self.walk is not None and self.walk.starved:
+            self.report.notes.append(starved_note(self.walk.starved))
         if not (heads and solves and self.walk is not None):
             return {}
         with self.timed("calibrate"):
             return self.walk.statistics_after(self.model, {p: self.model.get_submodule(p) for p in heads})
 
-    def _cut_tied_heads(self, stack: _Stack) -> _Stack:
+    def _cut_tied_heads(self, stack: PresentStack) -> PresentStack:
         """Cut heads that all blocks must have alike (they share a position bias) before any block runs."""
         bound = stack.stack
         if bound.spec is None or not any(
@@ -184,16 +165,17 @@ class _Run:
             self.report.notes.append(
                 f"heads of the {bound.name} were cut without refit: blocks share a position bias and lose them at once"
             )
-        return _Stack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
+        return PresentStack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
 
     def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
-        if self.dense is not None:
+        paths = [path for path in self.schemes if path.startswith(block.path + ".")]
+        goes_along = self.follows and plan.keeps_all and bool(paths)  # through the block's stages, see `DenseStream`
+        if self.dense is not None and not goes_along:
             with self.timed("calibrate"):
                 self.dense.advance()
         if not plan.keeps_all:
             self._cut(block, plan)
-        paths = [path for path in self.schemes if path.startswith(block.path + ".")]
         if self.walk is None:
             self._pack(dict.fromkeys(paths), stored)
             return
@@ -205,27 +187,34 @@ class _Run:
                 walk,
                 self.dense,
                 paths,
-                lambda: self._pack_on_the_way(walk, paths, stored, further=False),
+                lambda: self._pack_on_the_way(walk, paths, stored, False, goes_along),
                 further,
                 self.timed,
             )
         else:
             with self.timed("calibrate"):
-                passed = self._pack_on_the_way(self.walk, paths, stored, further)
+                passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
         self.moved = None if passed is None else _relative_error(passed, inputs)
 
     def _pack_on_the_way(
-        self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool
+        self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool, goes_along: bool
     ) -> Passed | None:
         """Pack a block's matrices and go on to the next block; None when nobody looked at the block's output before."""
         modules = {path: self.model.get_submodule(path) for path in paths}
         if paths and self.method is not None and self.method.needs_statistics:
             passed = walk.advance_in_stages(
-                modules, lambda found: self._pack(found, stored), self.model.get_submodule, further=further
+                modules,
+                lambda found: self._pack(found, stored),
+                self.model.get_submodule,
+                further=further,
+                dense=self.dense if goes_along else None,
             )
             if passed is not None:
                 return passed
-            self._pack(walk.statistics(modules), stored)
+            if self.dense is not None and goes_along:
+                self.dense.advance()
+            statistics = walk.statistics(modules)
+            self._pack({path: statistics.get(path) for path in modules}, stored)
         else:
             self._pack(dict.fromkeys(paths), stored)
         before = walk.reference

@@ -13,6 +13,7 @@ from hf_shrink.registry import did_you_mean
 
 PRUNE_KINDS = ("depth", "width")
 UNITS = ("all", "attention", "mlp")
+STARVED = ("error", "rtn")
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,8 @@ class QuantizeStep:
         transforms: names of transforms that are folded into the weights before they are rounded, in their order.
         tune: options of the tuning of scales, zero points and norms after rounding, for example {steps: 100}; empty:
             no tuning.
+        starved_experts: what happens to experts that saw too few calibration tokens for statistics of their own:
+            "error", or "rtn": they are rounded to nearest without data.
         options: the fields of the method's own dataclass.
     """
 
@@ -79,6 +82,7 @@ class QuantizeStep:
     effort: str | None = None
     transforms: tuple[str, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
+    starved_experts: Literal["error", "rtn"] = "error"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -90,6 +94,9 @@ class QuantizeStep:
                 raise RecipeError(f"quantize.{name} is a list, for example [{value}]")
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
+        if self.starved_experts not in STARVED:
+            hint = did_you_mean(str(self.starved_experts), STARVED)
+            raise RecipeError(f"unknown quantize.starved_experts {self.starved_experts!r}; {hint}")
         if self.strategy not in STRATEGIES:
             raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(str(self.strategy), STRATEGIES)}")
         standard = {f.name: f.default for f in fields(self)}
