@@ -53,6 +53,8 @@ def expert_reasons(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> lis
     reasons = []
     if len(found) > 1:
         reasons.append("experts of several schemes, of which stock reads one")
+    if any(scheme.activation_bits < 16 for scheme in found):
+        reasons.append("experts with int8 inputs, which stock neither unpacks nor rounds the inputs of")
     if any(not scheme.symmetric for scheme in found):
         reasons.append("asymmetric experts, whose zero points stock does not read")
     return reasons

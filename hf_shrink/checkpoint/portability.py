@@ -2,7 +2,8 @@
 
 Every row has a test in a process without hf_shrink (tests/checkpoint/test_stock_loading.py):
 
-- symmetric schemes, mixed or not, and asymmetric ones with one scale per tensor, on Linears: loaded packed;
+- symmetric schemes, mixed or not, W8A8 and FP8A16 among them, and asymmetric ones with one scale per tensor, on
+  Linears: loaded packed;
 - one scheme for everything, of any kind and on embeddings too: loaded when the block carries `"dequantize": true`,
   which turns the weights dense;
 - experts of a mixture: all of them packed by one symmetric scheme (see checkpoint/experts.py);
@@ -51,9 +52,12 @@ def portability(
     if other:
         reasons.append(f"{_few(other)}: neither Linear nor Embedding, which is all that compressed-tensors knows")
     reasons += expert_reasons(model, schemes)
-    if len(set(schemes.values())) > 1:
-        for what, paths in _dense_in_stock(model, schemes, kinds).items():
+    rounded = [path for path, scheme in schemes.items() if scheme.activation_bits < 16]
+    for what, paths in _dense_in_stock(model, schemes, kinds).items():
+        if len(set(schemes.values())) > 1:
             reasons.append(f"{_few(paths)}: {what}, which stock loads only when all weights share one scheme")
+        elif rounded:
+            reasons.append(f"{_few(paths)}: {what}, which stock loads only dense, and then rounds no inputs to int8")
     return reasons
 
 
@@ -104,7 +108,7 @@ def _initialised_by_parents(model: PreTrainedModel, schemes: Mapping[str, Scheme
     """
     skeleton = build_skeleton(model)
     modules = dict(skeleton.named_modules())
-    packed = [path for path in schemes if isinstance(modules.get(path), nn.Linear)]
+    packed = [path for path, s in schemes.items() if s.packed and isinstance(modules.get(path), nn.Linear)]
     for path in packed:
         del modules[path].weight
     for tensor in (*skeleton.parameters(), *skeleton.buffers()):

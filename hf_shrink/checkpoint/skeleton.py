@@ -62,7 +62,7 @@ def targeted(model: nn.Module, config: QuantizationConfig) -> dict[str, Scheme]:
     for path, module in model.named_modules():
         for group in config.config_groups.values():
             if module_shape(module) is not None and is_match(path, module, group.targets, config.ignore or ()):
-                found[path] = scheme_of(group.weights)
+                found[path] = scheme_of(group.weights, group.input_activations)
     return found
 
 
@@ -116,17 +116,21 @@ def check_loaded(model: nn.Module) -> None:
             # transformers marks what it loaded, leaves the rest as it is in memory, and only warns; moving a model
             # over several devices loses the marks.
             if not dispatched and not getattr(buffer, "_is_hf_initialized", False):
-                raise CheckpointError(f"the checkpoint lacks {path}.{name}; download or save it again")
-        if module.weight_shape.is_meta:
+                lost = module.checkpoint_names.get(name, name)
+                raise CheckpointError(f"the checkpoint lacks {path}.{lost}; download or save it again")
+        if module.weight_scale.is_meta:
             continue
-        stored = [int(n) for n in module.weight_shape]
-        if stored != list(module_shape(module) or ()):
+        stored = None if module.weight_shape is None else [int(n) for n in module.weight_shape]
+        if stored is not None and stored != list(module_shape(module) or ()):
             raise CheckpointError(
                 f"{path}.weight_shape is {stored} where {module_shape(module)} is due; the checkpoint is damaged or "
                 "incomplete: download it again"
             )
-        if not bool(torch.isfinite(module.weight_scale).all()):
-            raise CheckpointError(f"{path}.weight_scale holds NaN or Inf; the checkpoint is damaged: download it again")
+        damaged = [] if torch.isfinite(module.weight_scale).all() else ["weight_scale"]
+        if module.scheme.type == "float" and module.weight_packed.float().isnan().any():
+            damaged.append("weight")
+        for name in damaged:
+            raise CheckpointError(f"{path}.{name} holds NaN or Inf; the checkpoint is damaged: download it again")
 
 
 def unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:

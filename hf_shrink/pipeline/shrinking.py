@@ -24,6 +24,7 @@ from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
 from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, load_recipe, needs_calibration, plan_method
+from hf_shrink.pipeline.targets import check_inputs
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
@@ -159,6 +160,7 @@ class Job:
 
     def plan(self, data: CalibrationData) -> Planned:
         if isinstance(self.asked, Plan):
+            check_inputs(self.model, self.asked.schemes)
             return Planned(self.asked, ())
         assert self.recipe is not None
         return plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show)

@@ -84,6 +84,7 @@ def resolve_schemes(
     }
     notes = selected.notes
     chosen = _agree_on_ties(model, chosen)
+    check_inputs(model, chosen)
     widths = {path: _width(model.get_submodule(path)) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
     if portable and isinstance(model, PreTrainedModel):
@@ -93,11 +94,22 @@ def resolve_schemes(
             schemes = _one_group_size(schemes, widths, "weights of this kind", notes)
         if reasons := portability(model, schemes, {}):
             raise RecipeError(
-                f"not portable: {'; '.join(reasons)}. Use one scheme, or set portable: false (--set portable=false): "
-                "the result then loads after `import hf_shrink`"
+                f"not portable: {'; '.join(reasons)}. Use one scheme (W8A8 aside), or set portable: false "
+                "(--set portable=false): the result then loads after `import hf_shrink`"
             )
     notes[:0] = _group_notes(chosen, schemes)
     return Resolved(schemes, tuple(notes))
+
+
+def check_inputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Raises RecipeError where a scheme rounds the input of an embedding, which is indices."""
+    for path, module in model.named_modules():
+        scheme = schemes.get(path)
+        if scheme is not None and scheme.activation_bits < 16 and isinstance(module, nn.Embedding):
+            raise RecipeError(
+                f"{path} is an embedding: its input is indices, which {scheme.name} cannot round. Take it out of "
+                "targets, or override it (and a head tied to it) with W8A16 or FP8A16, and set portable: false"
+            )
 
 
 def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Selected:

@@ -24,18 +24,22 @@ PORTABLE: dict[str, dict[str, Any]] = {
     "w3 by channel": {"scheme": "W3A16", "strategy": "channel"},
     "w4 experts": {**W8, "overrides": {EXPERTS: {"scheme": "W4A16"}}},
     "only experts": {**W8, "targets": [EXPERTS]},
+    "fp8": {"scheme": "FP8A16"},
+    "fp8 experts": {"scheme": "W4A16", "group_size": 16, "overrides": {EXPERTS: {"scheme": "FP8A16"}}},
 }
 # Part of the reason.
 OTHERS: dict[str, tuple[dict[str, Any], str]] = {
     "asymmetric": ({**W8, "overrides": {EXPERTS: {"symmetric": False}}}, "zero points"),
     "asymmetric by tensor": ({"scheme": "W8A16", "strategy": "tensor", "symmetric": False}, "zero points"),
     "two schemes": ({**W8, "group_size": 8, "overrides": {DOWN: {"scheme": "W4A16"}}}, "several schemes"),
+    "int8 inputs": ({"scheme": "W8A8"}, "int8 inputs"),
     "dense experts": ({**W8, "ignore": [EXPERTS]}, "stays dense"),
     "one dense matrix": ({**W8, "ignore": [DOWN]}, "stays dense"),
 }
 CASES = {("mixtral", row): step for row, step in PORTABLE.items()}
 CASES |= {("mixtral", row): step for row, (step, _) in OTHERS.items()}
 CASES |= {("qwen3_moe", row): OTHERS[row][0] for row in ("asymmetric by tensor", "two schemes", "one dense matrix")}
+CASES[("qwen3_moe", "fp8")] = PORTABLE["fp8"]
 CASES |= {
     (family, row): PORTABLE[row] for family in ("qwen3_moe", "qwen2_moe", "olmoe") for row in ("w4", "w4 experts")
 }
