@@ -19,10 +19,13 @@ from hf_shrink.ops.linalg import damped_inverse_factor, dead_channels, relative_
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizedWeight
 from hf_shrink.quantization.descent import descend
-from hf_shrink.quantization.drift import corrected
+from hf_shrink.quantization.drift import corrected, held_out_loss
 
 if TYPE_CHECKING:
     from hf_shrink.calibration.statistics import InputStatistics
+
+DAMPINGS = (0.01, 0.03, 0.1)
+TRIAL_ROWS = 128  # of a weight, on which dampings are compared
 
 
 @METHODS.register("gptq")
@@ -32,6 +35,7 @@ class GPTQ:
 
     Attributes:
         damping: fraction of the mean second moment that is added to the Hessian's diagonal; grown where Cholesky fails.
+            None: for every weight the best of `DAMPINGS` on held-out tokens, or the first of them without such tokens.
         act_order: round the columns with the largest second moment first.
         rescale: choose a group's scales when it is reached, on the compensated weights; act order then goes group by
             group. Otherwise all scales are chosen before, and act order goes by columns.
@@ -41,7 +45,7 @@ class GPTQ:
             by it; see `drift.py`.
     """
 
-    damping: float = 0.01
+    damping: float | None = None
     act_order: bool = True
     rescale: bool = True
     block_size: int = 64
@@ -50,7 +54,7 @@ class GPTQ:
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
+        if self.damping is not None and not self.damping > 0:
             raise ValueError(f"damping must be above 0, not {self.damping!r}")
         for name, least in (("block_size", 1), ("refinements", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
@@ -67,12 +71,35 @@ class GPTQ:
         """See `QuantizationMethod.solve`."""
         if statistics is None or statistics.tokens == 0:
             raise CalibrationError("GPTQ has seen no inputs of this Linear; use more calibration data, or method: rtn")
-        weight, hessian = weight.detach(), statistics.mean.to(weight.device)
+        weight = weight.detach()
+        damping = (
+            self.damping if self.damping is not None else self._best_damping(weight, scheme, statistics, scale_dtype)
+        )
+        return self._solve(weight, scheme, statistics, scale_dtype, damping)
+
+    def _best_damping(
+        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale_dtype: torch.dtype
+    ) -> float:
+        """By the outputs that some of the rows give on held-out tokens."""
+        drift = statistics.drift
+        if drift is None or not drift.held_hessian.any():
+            return DAMPINGS[0]
+        rows = weight[:: -(-len(weight) // TRIAL_ROWS)]
+        losses = {}
+        for damping in DAMPINGS:
+            found = self._solve(rows, scheme, statistics, scale_dtype, damping)
+            losses[damping] = held_out_loss(rows, found.dequantized(), drift)
+        return min(losses, key=losses.__getitem__)
+
+    def _solve(
+        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale_dtype: torch.dtype, damping: float
+    ) -> QuantizedWeight:
+        hessian = statistics.mean.to(weight.device)
         if self.asymmetric:
-            weight, _ = corrected(weight, statistics, self.damping)
+            weight, _ = corrected(weight, statistics, damping)
         scheme, diagonal = scheme.for_width(len(hessian)), hessian.diagonal()
         order = self._order(diagonal, scheme.group_size)
-        factor = damped_inverse_factor(hessian[order][:, order], self.damping)
+        factor = damped_inverse_factor(hessian[order][:, order], damping)
         damped = hessian.clone()
         damped.diagonal().add_(factor.damping * diagonal.mean() if diagonal.any() else 1.0)
 
@@ -90,7 +117,7 @@ class GPTQ:
         if self.refinements:
             values, grid = descend(weight, values, grid, damped, self.refinements)
         error = relative_error(weight, dequantize(values, grid), hessian)
-        return QuantizedWeight(values, grid, error, self._notes(hessian, factor.damping))
+        return QuantizedWeight(values, grid, error, _notes(hessian, damping, factor.damping))
 
     def _order(self, diagonal: Tensor, group_size: int | None) -> Tensor:
         """(in,) the columns in the order in which they are rounded."""
@@ -103,15 +130,14 @@ class GPTQ:
         starts = torch.arange(0, len(diagonal), group_size, device=diagonal.device)
         return (within + starts[:, None])[groups.mean(1).argsort(descending=True, stable=True)].flatten()
 
-    def _notes(self, hessian: Tensor, damping: float) -> tuple[str, ...]:
-        notes = []
-        if dead := int(dead_channels(hessian).sum()):
-            notes.append(
-                f"{dead} of {len(hessian)} input channels were always zero; their weights are rounded to nearest"
-            )
-        if damping > self.damping:
-            notes.append(f"damping grew from {self.damping:g} to {damping:g} until the Hessian could be factored")
-        return tuple(notes)
+
+def _notes(hessian: Tensor, asked: float, used: float) -> tuple[str, ...]:
+    notes = []
+    if dead := int(dead_channels(hessian).sum()):
+        notes.append(f"{dead} of {len(hessian)} input channels were always zero; their weights are rounded to nearest")
+    if used > asked:
+        notes.append(f"damping grew from {asked:g} to {used:g} until the Hessian could be factored")
+    return tuple(notes)
 
 
 def round_columns(
