@@ -20,7 +20,6 @@ from hf_shrink.tuning.options import Tuning
 from hf_shrink.tuning.teacher import Teacher
 
 WARMUP = 0.05  # of the steps
-RERUN_FROM = 500_000_000  # dense parameters
 
 
 def tune(
@@ -50,7 +49,7 @@ def tune(
     before = _mean_loss(model, teacher, held_out)
     opened = open_model(model, options.rounding)
     try:
-        with torch.enable_grad(), _rerunning_blocks(model):
+        with torch.enable_grad(), rerunning_blocks(model):
             _train(model, teacher, training, opened.parameter_groups(options), options, seed, progress)
     except BaseException:
         opened.undo()
@@ -101,9 +100,12 @@ def _mean_loss(model: PreTrainedModel, teacher: Teacher, batches: Sequence[int])
 
 
 @contextmanager
-def _rerunning_blocks(model: PreTrainedModel) -> Iterator[None]:
-    """Of large models, keep only what goes into a block and run the block again in the backward pass."""
-    blocks = [block.module for block in bind(model).blocks] if model.num_parameters() >= RERUN_FROM else []
+def rerunning_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Keep only what goes into a block and run the block again in the backward pass.
+
+    Costs a third of the time and saves most of the memory: SmolLM2-135M on 8 x 512 tokens took 8.7 GB without it.
+    """
+    blocks = [block.module for block in bind(model).blocks]
     before = [block.__dict__.get("forward") for block in blocks]
     for block in blocks:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
