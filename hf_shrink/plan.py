@@ -16,6 +16,18 @@ Strategy = Literal["tensor", "channel", "group"]
 STRATEGIES = ("tensor", "channel", "group")
 BITS = tuple(range(2, 9))
 PLAN_FORMAT = 1
+TransformSpec = str | Mapping[str, Mapping[str, Any]]  # a name, or {name: options}
+
+
+def split_transform(spec: TransformSpec) -> tuple[str, Mapping[str, Any]]:
+    """A transform's name and options. Raises RecipeError where it is neither a name nor one name with options."""
+    if isinstance(spec, str):
+        return spec, {}
+    if isinstance(spec, Mapping) and len(spec) == 1:
+        ((name, options),) = spec.items()
+        if isinstance(name, str) and isinstance(options, Mapping):
+            return name, options
+    raise RecipeError(f"a transform is a name, or a name with options such as {{awq: {{grid: 40}}}}, not {spec!r}")
 
 
 @dataclass(frozen=True)
@@ -127,7 +139,7 @@ class Plan:
         schemes: by module path **in the source model**, for every weight that is quantized.
         method: name of the quantization method, and its options, by step order of `schemes`' users.
         options: the method's options.
-        transforms: names of transforms folded into the weights before they are rounded, in their order.
+        transforms: names, or {name: options}, of what is folded into the weights before they are rounded, in order.
         tune: options of the tuning after rounding; empty: none.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
@@ -138,7 +150,7 @@ class Plan:
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    transforms: tuple[str, ...] = ()
+    transforms: tuple[TransformSpec, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
@@ -203,6 +215,10 @@ class Plan:
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
             lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}")
+        for transform in self.transforms:
+            name, options = split_transform(transform)
+            given = ", ".join(f"{key}: {value}" for key, value in options.items())
+            lines.append(f"{name}{f' ({given})' if given else ''} folded into the weights before they are rounded")
         return "\n".join(lines) or "nothing to do"
 
 

@@ -19,6 +19,8 @@ from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
+from hf_shrink.pipeline.recipes import plan_transforms
+from hf_shrink.pipeline.transforming import BlockScaler, rotate
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
@@ -46,13 +48,18 @@ def apply_plan(
     stacks = _remove_blocks(model, binding, plan) if binding is not None else []
     schemes = _present_schemes(plan, stacks)
     untie(model, tied_partner_missing(model, schemes))
+    transforms = plan_transforms(plan)
+    report.notes += rotate(model, [s.stack for s in stacks], transforms)
     inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
     outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
-    run = _Run(model, plan, schemes, method, batches, report, progress, total=sum(len(s.kept) for s in stacks))
+    scaler = BlockScaler(model, transforms, schemes, weighted=method is not None and method.needs_statistics)
+    total = sum(len(s.kept) for s in stacks)
+    run = _Run(model, plan, schemes, method, scaler, batches, report, progress, total)
     statistics: dict[str, InputStatistics] = {}
     for position, stack in enumerate(stacks):
         heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
         statistics = run.stack(stack, heads)
+    report.notes += scaler.notes()
     if outer and method is not None:
         with run.timed("solve"):
             tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
@@ -108,6 +115,7 @@ class _Run:
     plan: Plan
     schemes: Mapping[str, Scheme]
     method: QuantizationMethod | None
+    scaler: BlockScaler
     batches: Sequence[Mapping[str, Any]]
     report: ShrinkReport
     progress: ProgressCallback
@@ -125,14 +133,14 @@ class _Run:
         self.walk = None
         stack = self._cut_tied_heads(stack)
         blocks = stack.stack.blocks
-        if solves or refits:
+        if solves or refits or self.scaler.scalings:
             with self.timed("calibrate"):
                 self.walk = StackWalk(self.model, [b.module for b in blocks], self.batches)
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
             with in_float32(block.module, enabled=self.walk is not None):
-                self._block(block, stack.plan.blocks.get(source, BlockPlan()), stored, further)
+                self._block(stack.stack, block, stack.plan.blocks.get(source, BlockPlan()), stored, further)
             if self.moved is not None:
                 self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
             self.done += 1
@@ -162,7 +170,7 @@ class _Run:
             )
         return _Stack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
 
-    def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
+    def _block(self, stack: BoundStack, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
         if not plan.keeps_all:
             self._cut(block, plan)
@@ -171,6 +179,10 @@ class _Run:
             self._pack(dict.fromkeys(paths), stored)
             return
         inputs = self.walk.hidden[0]
+        if self.scaler.scalings and paths:
+            cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
+            with self.timed("transform"):
+                self.scaler.scale(self.walk, stack.spec, cut, stored)
         with self.timed("calibrate"):
             passed = self._pack_on_the_way(self.walk, paths, stored, further)
         self.moved = None if passed is None else _relative_error(passed, inputs)

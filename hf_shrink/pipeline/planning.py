@@ -14,6 +14,7 @@ from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.recipes import depth_method, width_method
 from hf_shrink.pipeline.targets import resolve_schemes
+from hf_shrink.pipeline.transforming import transform_notes
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
@@ -85,6 +86,8 @@ def plan_recipe(
         damage=damage,
     )
     if quantize:
+        if quantize.transforms and binding is None:
+            raise RecipeError("only transformers models have transforms; leave quantize.transforms out for this module")
         resolved = resolve_schemes(model, binding, quantize, recipe.portable, _narrowed(binding, plan))
         schemes = {p: s for p, s in resolved.schemes.items() if not _removed(p, binding, plan)}
         plan = replace(
@@ -95,7 +98,7 @@ def plan_recipe(
             transforms=quantize.transforms,
             tune=dict(quantize.tune),
         )
-        notes += resolved.notes
+        notes += resolved.notes + transform_notes(plan)
     if not plan.stacks and not plan.schemes:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))

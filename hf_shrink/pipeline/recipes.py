@@ -14,6 +14,7 @@ from hf_shrink.quantization.base import METHODS, QuantizationMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
 from hf_shrink.resources import recipes_folder
+from hf_shrink.transforms import Transform, build_transforms
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 DEFAULT_RECIPE = "w4a16"
@@ -51,6 +52,7 @@ def check_methods(recipe: Recipe) -> None:
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
             quantization_method(step)
+            build_transforms(step.transforms)
         elif step.what == "depth":
             depth_method(step)
         else:
@@ -64,6 +66,11 @@ def quantization_method(step: QuantizeStep) -> QuantizationMethod:
 def plan_method(plan: Plan) -> QuantizationMethod | None:
     """The method that a plan's schemes are solved with."""
     return METHODS.build(plan.method, plan.options) if plan.method is not None else None
+
+
+def plan_transforms(plan: Plan) -> tuple[Transform, ...]:
+    """What is folded into the weights before they are rounded."""
+    return build_transforms(plan.transforms)
 
 
 def depth_method(step: PruneStep) -> DepthMethod:
@@ -82,7 +89,8 @@ def needs_calibration(recipe: Recipe) -> bool:
     """Whether any step of the recipe looks at data."""
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
-            needed = quantization_method(step).needs_statistics
+            parts = quantization_method(step), *build_transforms(step.transforms)
+            needed = any(part.needs_statistics for part in parts)
         elif step.what == "depth":
             needed = True
         else:

@@ -1,0 +1,30 @@
+"""QuaRot, first rotation (Ashkboos et al., arXiv 2404.00456): no channel of the residual stream stands out after it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from hf_shrink.ops.rotation import random_rotation
+from hf_shrink.transforms.base import TRANSFORMS, Rotation
+
+
+@TRANSFORMS.register("rotate")
+@dataclass(frozen=True)
+class Rotate(Rotation):
+    """A randomised Hadamard matrix, or a product of one with a random orthogonal matrix where there is none that wide.
+
+    Attributes:
+        seed: of its random signs.
+    """
+
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.seed, int):
+            raise ValueError(f"seed must be a whole number, not {self.seed!r}")
+
+    def matrix(self, width: int) -> Tensor:
+        """See `Rotation.matrix`."""
+        return random_rotation(width, self.seed)
