@@ -141,6 +141,7 @@ class Plan:
         options: the method's options.
         transforms: names, or {name: options}, of what is folded into the weights before they are rounded, in order.
         tune: options of the tuning after rounding; empty: none.
+        effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
     """
@@ -152,6 +153,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[TransformSpec, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
+    effort: str | None = None
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
 
@@ -197,7 +199,7 @@ class Plan:
             raise RecipeError(f"not a plan: {error!r}") from error
 
     def summary(self) -> str:
-        """One line a stack and one a scheme: how much is kept, what is quantized how."""
+        """One line a stack and one a scheme: how much is kept, what is quantized how, and by which work."""
         lines = []
         for name, stack in self.stacks.items():
             lines.append(f"{name}: {len(stack.kept)} blocks kept ({_ranges(stack.kept)})")
@@ -215,11 +217,36 @@ class Plan:
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
             lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}")
-        for transform in self.transforms:
-            name, options = split_transform(transform)
-            given = ", ".join(f"{key}: {value}" for key, value in options.items())
-            lines.append(f"{name}{f' ({given})' if given else ''} folded into the weights before they are rounded")
+        if self.schemes:
+            lines += self._work()
         return "\n".join(lines) or "nothing to do"
+
+    def _work(self) -> list[str]:
+        """What is done around and by the method; first what the effort level stands for, as a recipe would say it."""
+        tune = _pairs(self.tune)
+        transforms = ", ".join(map(_named, self.transforms))
+        lines = []
+        if self.effort is not None:
+            parts = [f"method: {self.method}"]
+            parts += [f"transforms: [{transforms}]"] if self.transforms else []
+            parts += [f"tune: {{{tune}}}"] if tune else []
+            lines.append(f"effort {self.effort} = {', '.join(parts)}")
+        if self.options:
+            lines.append(f"options of {self.method}: {_pairs(self.options)}")
+        if self.transforms:
+            lines.append(f"before rounding, folded into the weights: {transforms}")
+        if tune:
+            lines.append(f"after rounding, scales, zero points and norms are tuned: {tune}")
+        return lines
+
+
+def _named(transform: TransformSpec) -> str:
+    name, options = split_transform(transform)
+    return f"{name} ({_pairs(options)})" if options else name
+
+
+def _pairs(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in options.items())
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

@@ -97,6 +97,7 @@ def plan_recipe(
             options=dict(quantize.options),
             transforms=quantize.transforms,
             tune=dict(quantize.tune),
+            effort=quantize.effort,
         )
         notes += resolved.notes + transform_notes(plan)
     if not plan.stacks and not plan.schemes:

@@ -15,6 +15,7 @@ from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
 from hf_shrink.resources import recipes_folder
 from hf_shrink.transforms import Transform, build_transforms
+from hf_shrink.tuning.options import Tuning
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 DEFAULT_RECIPE = "w4a16"
@@ -53,6 +54,7 @@ def check_methods(recipe: Recipe) -> None:
         if isinstance(step, QuantizeStep):
             quantization_method(step)
             build_transforms(step.transforms)
+            Tuning.from_options(step.tune)
         elif step.what == "depth":
             depth_method(step)
         else:
@@ -90,7 +92,7 @@ def needs_calibration(recipe: Recipe) -> bool:
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
             parts = quantization_method(step), *build_transforms(step.transforms)
-            needed = any(part.needs_statistics for part in parts)
+            needed = any(part.needs_statistics for part in parts) or bool(step.tune)
         elif step.what == "depth":
             needed = True
         else:

@@ -36,6 +36,7 @@ from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.runtime.packed import PackedModule, count_parameters
+from hf_shrink.tuning import Teacher, Tuning, tune
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_DATA = CalibrationData(batches=[], description="no calibration data")
@@ -150,6 +151,7 @@ class Job:
             method, spec = plan_method(self.asked), CalibrationSpec()
             solvers = *((method,) if method is not None else ()), *plan_transforms(self.asked)
             needed = any(s.needs_statistics for s in solvers) or (self.asked.refit and self.asked.prunes)
+            needed = needed or bool(self.asked.tune)
         if not needed:
             return NO_DATA
         if not isinstance(self.model, PreTrainedModel):
@@ -170,6 +172,14 @@ class Job:
         assert self.recipe is not None
         return plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show)
 
+    def _teacher(self, tuning: Tuning | None, data: CalibrationData) -> Teacher | None:
+        """What the dense model says, before anything is changed; None without tuning."""
+        if tuning is None:
+            return None
+        if not isinstance(self.model, PreTrainedModel) or not data.batches:
+            raise CalibrationError("tune works on transformers models with calibration data")
+        return Teacher(self.model, data.batches, self.show)
+
     def run(self, data: CalibrationData) -> ShrinkRecord:
         """Plan and apply; returns the record of it."""
         started = time.perf_counter()
@@ -184,7 +194,14 @@ class Job:
         report.notes += planned.notes
         if self.recipe is not None and self.recipe.dtype != "keep":
             model.to(getattr(torch, self.recipe.dtype))
+        tuning = Tuning.from_options(planned.plan.tune)
+        teacher = self._teacher(tuning, data)
         apply_plan(model, find_binding(model), planned.plan, plan_method(planned.plan), data.batches, report, self.show)
+        if tuning is not None and teacher is not None:
+            assert isinstance(model, PreTrainedModel)
+            since = time.perf_counter()
+            report.notes += tune(model, teacher, len(data.batches), tuning, self.seed, self.show)
+            report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)
             report.not_portable_because = model_portability(model)

@@ -90,7 +90,9 @@ class Recipe:
         """The form that `from_dict` reads."""
         steps: list[dict[str, Any]] = []
         for step in self.steps:
-            body = {k: v for k, v in asdict(step).items() if k != "options" and v not in (None, {}, ())}
+            body = {k: v for k, v in asdict(step).items() if k != "options" and v not in (None, {})}
+            if not body.get("transforms"):
+                body.pop("transforms", None)
             body.update(step.options)
             for key in ("targets", "ignore", "transforms"):
                 if key in body:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_shrink.ops.grid import Grid
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
-from hf_shrink.runtime.packing import pack, pack_zero_point, unpack_weight, unpack_zero_point
+from hf_shrink.runtime.packing import pack, pack_zero_point, unpack, unpack_weight, unpack_zero_point
 
 
 class PackedModule(nn.Module):
@@ -68,6 +69,14 @@ class PackedModule(nn.Module):
     def weight_dtype(self) -> torch.dtype:
         """dtype of `weight`, without unpacking it."""
         return self.compute_dtype or self.weight_scale.dtype
+
+    def unpacked(self) -> tuple[Tensor, Grid]:
+        """The integers, int8 (rows, columns), and their grid: what a method once chose."""
+        values = unpack(self.weight_packed, self.scheme.bits, self._columns)
+        zero_point = self._zero_point()
+        shape = (1, 1) if self.scheme.strategy == "tensor" else self.weight_scale.shape
+        zero_point = None if zero_point is None else zero_point.view(shape)
+        return values, Grid(self.scheme, self.weight_scale.view(shape), zero_point)
 
     def _zero_point(self) -> Tensor | None:
         if self.scheme.symmetric or self.weight_zero_point is None:

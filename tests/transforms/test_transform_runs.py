@@ -188,8 +188,7 @@ def test_plans_and_recipes_carry_transforms() -> None:
     assert Recipe.from_dict(asked.to_dict()) == asked
     plan = make_plan(tiny_llama(), asked, calibration=data(), progress=False)
     assert plan.transforms == ({"rotate": {"seed": 3}}, "awq")
-    assert "rotate (seed: 3) folded" in plan.summary()
-    assert "awq folded" in plan.summary()
+    assert "folded into the weights: rotate (seed: 3), awq" in plan.summary()
     again = Plan.from_json(plan.to_json())
     assert again == plan
     direct = shrink(tiny_llama(), asked, calibration=data(), progress=False).state_dict()
