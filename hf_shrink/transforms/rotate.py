@@ -15,6 +15,10 @@ from hf_shrink.transforms.base import TRANSFORMS, Rotation
 class Rotate(Rotation):
     """A randomised Hadamard matrix, or a product of one with a random orthogonal matrix where there is none that wide.
 
+    The norms' weights are fused first, and with them goes what they did to keep outliers of the stream small; the
+    solver has to know the inputs to make up for that. On SmolLM2-135M at W4 g64, excess loss fell with gptq (0.063 to
+    0.060) and rose with rtn (0.29 to 0.52).
+
     Attributes:
         seed: of its random signs.
     """

@@ -9,15 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conformance import cases, cases_encoders
-from conformance.references import outputs
 from tiny import tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM
 
 from hf_shrink import Plan, make_plan, shrink
 from hf_shrink.architectures import bind
-from hf_shrink.architectures.feeds import find_feeds
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.transforming import BlockScaler
@@ -226,22 +223,3 @@ def test_rotation_alone_needs_no_data() -> None:
 def test_smooth_without_rounded_activations_is_remarked() -> None:
     notes = run(tiny_llama(), "smooth").shrink_report.notes
     assert any("awq is meant for that" in note for note in notes)
-
-
-EVERY: dict[str, Any] = {**cases.CASES, **cases_encoders.CASES}
-
-
-@pytest.mark.parametrize("name", EVERY)
-def test_every_family(name: str) -> None:
-    dense, inputs = EVERY[name].build(), EVERY[name].inputs()
-    asked = recipe("rotate", {"awq": {"grid": 3}}, portable=False, scheme="W8A16")
-    model = shrink(copy.deepcopy(dense), asked, calibration=[inputs] * 2, progress=False)
-    for a, b in zip(outputs(model, inputs), outputs(dense, inputs), strict=True):
-        assert 0 < float((a - b).norm() / b.norm()) < 0.5  # two random models make much of 8 bits' rounding
-    blocks = [block for stack in bind(dense).stacks for block in stack.blocks]
-    found = sum(len(find_feeds(b, s.spec, dense.config).found) for s in bind(dense).stacks for b in s.blocks)
-    notes = model.shrink_report.notes
-    assert f"scales of {found} inputs were folded into the weights" in notes
-    assert sum("residual stream" in note for note in notes) == len(bind(dense).stacks)
-    assert len(model.shrink_report.block_errors) == len(blocks)
-    assert max(model.shrink_report.block_errors.values()) < 2e-3
