@@ -21,6 +21,8 @@ from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.learning import DenseStream, Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
+from hf_shrink.pipeline.recipes import plan_transforms
+from hf_shrink.pipeline.transforming import BlockScaler, rotate
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
@@ -53,16 +55,20 @@ def apply_plan(
     whole = method if isinstance(method, ModelMethod) else None
     method = None if isinstance(method, ModelMethod) else method
     untie(model, tied_partner_missing(model, schemes))
+    transforms = plan_transforms(plan)
+    report.notes += rotate(model, [s.stack for s in stacks], transforms)
     inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
     outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
+    scaler = BlockScaler(model, transforms, schemes, weighted=method is not None and method.needs_statistics)
     total = sum(len(s.kept) for s in stacks)
-    run = _Run(model, plan, schemes, method, batches, report, progress, total)
+    run = _Run(model, plan, schemes, method, scaler, batches, report, progress, total)
     if isinstance(method, LearningMethod):
         run.learning = Learning(model, method, seed)
     statistics: dict[str, InputStatistics] = {}
     for position, stack in enumerate(stacks):
         heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
         statistics = run.stack(stack, heads)
+    report.notes += scaler.notes()
     if outer and method is not None:
         with run.timed("solve"):
             tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
@@ -128,6 +134,7 @@ class _Run:
     plan: Plan
     schemes: Mapping[str, Scheme]
     method: QuantizationMethod | None
+    scaler: BlockScaler
     batches: Sequence[Mapping[str, Any]]
     report: ShrinkReport
     progress: ProgressCallback
@@ -147,7 +154,7 @@ class _Run:
         self.walk = self.dense = None
         stack = self._cut_tied_heads(stack)
         blocks = stack.stack.blocks
-        if solves or refits:
+        if solves or refits or self.scaler.scalings:
             with self.timed("calibrate"):
                 self.walk = StackWalk(self.model, [b.module for b in blocks], self.batches)
                 if self.learning is not None:
@@ -156,7 +163,7 @@ class _Run:
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
             with in_float32(block.module, enabled=self.walk is not None):
-                self._block(block, stack.plan.blocks.get(source, BlockPlan()), stored, further)
+                self._block(stack.stack, block, stack.plan.blocks.get(source, BlockPlan()), stored, further)
             if self.moved is not None:
                 self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
             self.done += 1
@@ -186,7 +193,7 @@ class _Run:
             )
         return _Stack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
 
-    def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
+    def _block(self, stack: BoundStack, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
         if self.dense is not None:
             with self.timed("calibrate"):
@@ -198,6 +205,10 @@ class _Run:
             self._pack(dict.fromkeys(paths), stored)
             return
         inputs = self.walk.hidden[0]
+        if self.scaler.scalings and paths:
+            cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
+            with self.timed("transform"):
+                self.scaler.scale(self.walk, stack.spec, cut, stored)
         passed: Passed | None
         if self.learning is not None and self.dense is not None and paths:
             walk = self.walk

@@ -51,7 +51,7 @@ class Learned:
             if not 0 < getattr(self, name) < 1:
                 raise ValueError(f"{name} must be above 0 and below 1, not {getattr(self, name)!r}")
         start = METHODS.get(self.start)
-        if start is Learned or issubclass(start, ModelMethod):  # type: ignore[arg-type]
+        if start is Learned or issubclass(start, ModelMethod):
             raise ValueError("start must be a method that solves single weights, such as gptq or rtn")
 
     def solve(
