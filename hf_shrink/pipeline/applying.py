@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,10 +15,12 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.architectures.bound import BoundBlock, BoundStack
 from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
+from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
+from hf_shrink.pipeline.towers import tower_batches, towers_with
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
@@ -43,12 +45,21 @@ def apply_plan(
         method: solves the plan's schemes; None when it has none.
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
+    towers = towers_with(binding, plan.schemes)
+    solves = method is not None and method.needs_statistics
+    reaching = tower_batches(model, towers, batches) if solves else {}
     stacks = _remove_blocks(model, binding, plan) if binding is not None else []
     schemes = _present_schemes(plan, stacks)
     untie(model, tied_partner_missing(model, schemes))
-    inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
+    blocks = [block.path for stack in (*towers, *(s.stack for s in stacks)) for block in stack.blocks]
+    inside = {path for path in schemes if any(path.startswith(block + ".") for block in blocks)}
     outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
-    run = _Run(model, plan, schemes, method, batches, report, progress, total=sum(len(s.kept) for s in stacks))
+    run = _Run(model, plan, schemes, method, batches, report, progress, total=len(blocks))
+    for tower in towers:
+        run.stack(_whole(tower), (), reaching.get(tower.path))
+    if binding is not None and binding.towers:
+        for path in run.between(stacks[0].stack, list(outer)):
+            del outer[path]
     statistics: dict[str, InputStatistics] = {}
     for position, stack in enumerate(stacks):
         heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
@@ -68,6 +79,11 @@ class _Stack:
     stack: BoundStack
     kept: tuple[int, ...]
     plan: StackPlan
+
+
+def _whole(stack: BoundStack) -> _Stack:
+    kept = tuple(range(len(stack.blocks)))
+    return _Stack(stack, kept, StackPlan(kept))
 
 
 def _remove_blocks(model: nn.Module, binding: Binding, plan: Plan) -> list[_Stack]:
@@ -118,16 +134,39 @@ class _Run:
     phases: list[str] = field(default_factory=list)
     since: float = 0.0
 
-    def stack(self, stack: _Stack, heads: Sequence[str]) -> dict[str, InputStatistics]:
-        """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it."""
-        solves = bool(self.schemes) and self.method is not None and self.method.needs_statistics
+    @property
+    def solves(self) -> bool:
+        """Whether anything is quantized by a method that needs statistics."""
+        return bool(self.schemes) and self.method is not None and self.method.needs_statistics
+
+    def between(self, stack: BoundStack, paths: Iterable[str]) -> list[str]:
+        """Compress the matrices that run before `stack` outside the towers (a projector); returns their paths."""
+        matrices = {p: module for p in paths if is_matrix(module := self.model.get_submodule(p))}
+        if not matrices or not self.solves:
+            return []
+        with self.timed("calibrate"):
+            found = statistics_before(self.model, stack.blocks[0].module, self.batches, matrices)
+        for path, statistics in found.items():
+            self._pack({path: statistics}, _dtype(matrices[path]))
+        return list(found)
+
+    def stack(
+        self, stack: _Stack, heads: Sequence[str], batches: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, InputStatistics]:
+        """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it.
+
+        Args:
+            batches: a tower's, those that come to it; None: all.
+        """
+        solves = self.solves and (bool(heads) or any(path.startswith(stack.stack.path + ".") for path in self.schemes))
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
-        self.walk = None
+        self.walk, self.moved = None, None
         stack = self._cut_tied_heads(stack)
         blocks = stack.stack.blocks
         if solves or refits:
+            given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                self.walk = StackWalk(self.model, [b.module for b in blocks], self.batches)
+                self.walk = StackWalk(self.model, modules, given, padded=batches is None)
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)

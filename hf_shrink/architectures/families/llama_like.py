@@ -42,11 +42,6 @@ FUSED_MLP = Mlp(up="mlp.gate_up_proj", down="mlp.down_proj", gate="mlp.gate_up_p
 
 FAMILIES = [
     Family(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), (STACK,)),
-    # The text half; the image tower in front of it stays as it is.
-    Family(
-        ("gemma3",),
-        (dataclasses.replace(STACK, name="text", blocks="language_model.layers", config="text_config"),),
-    ),
     Family(("smollm3",), (dataclasses.replace(STACK, block_lists=("layer_types", "no_rope_layers")),)),
     Family(("phi3",), (dataclasses.replace(STACK, attention=FUSED_ATTENTION, mlp=FUSED_MLP),)),
 ]
