@@ -66,6 +66,9 @@ def resolve_schemes(
     _check_patterns(model, step)
     # Subclasses of Embedding compute something of their own (a scale, positions), which a packed one would lose.
     candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
+    if binding is not None and binding.towers and isinstance(model, PreTrainedModel):
+        # A regex that names a tower means its matrices, not its table of positions.
+        candidates = {p: m for p, m in candidates.items() if is_matrix(m) or m is model.get_input_embeddings()}
     inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
     spared = _spared(model, candidates, inside) if step.ignore is None else set()
     before_text = _outside_text(model, binding, candidates, inside)
