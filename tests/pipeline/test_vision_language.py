@@ -118,7 +118,7 @@ def test_the_text_is_packed_and_the_image_side_untouched(name: str, tmp_path: Pa
         assert torch.equal(loaded.generate(**batch, **settings, use_cache=False), ids)
 
 
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["llava", "qwen2_vl"])
 def test_images_in_the_calibration_make_images_better(name: str) -> None:
     dense, batches = CASES[name].build(), batches_for(name)
     few = {"scheme": "W3A16", "method": "gptq"}
@@ -161,12 +161,7 @@ def test_towers_then_projector_then_text_then_head(name: str, monkeypatch: pytes
     ]
     assert places == sorted(places) and set(places) == {0, 1, 2, 3}
     assert packed(model) == {path for path, module in dense.named_modules() if isinstance(module, nn.Linear)}
-    assert (
-        model.get_submodule(
-            tower.blocks[0].path + next(iter(tower.blocks[0].roles)).removeprefix(tower.blocks[0].path)
-        ).scheme.bits
-        == 4
-    )
+    assert {model.get_submodule(path).scheme.bits for path in tower.blocks[0].roles} == {4}
     assert 0 < error(model, dense, batches[0]) < 0.5
 
 
@@ -194,15 +189,12 @@ def test_a_tower_without_images_is_an_error_before_anything_changes(name: str) -
 
 
 def test_padding_of_the_text_is_not_padding_of_the_image() -> None:
-    """17 tokens of text with padding, and 17 positions of the tower (16 patches and a class token)."""
+    """17 tokens of text of which one is padding, and 17 positions of the tower (16 patches and a class token)."""
     model = CASES["llava"].build()
-    batch = llava_batch(23, rows=1, padded=4)
-    batch["input_ids"], batch["attention_mask"] = batch["input_ids"][:, 3:], batch["attention_mask"][:, 3:]
     ids = torch.full((1, 17), IMAGE)
-    ids[0, 0] = 0
     mask = torch.ones_like(ids)
-    mask[0, 0] = 0
-    batch = {"input_ids": ids, "attention_mask": mask, "pixel_values": batch["pixel_values"]}
+    ids[0, 0] = mask[0, 0] = 0
+    batch = {**llava_batch(rows=1), "input_ids": ids, "attention_mask": mask}
     (tower,) = bind(model).towers
     walk = StackWalk(model, [block.module for block in tower.blocks], [batch], padded=False)
     found = walk.statistics({path: model.get_submodule(path) for path in tower.blocks[0].roles})
@@ -228,8 +220,7 @@ def test_pruned_by_what_images_say(name: str, tmp_path: Path) -> None:
         assert torch.equal(logits(loaded, batch), logits(model, batch))
 
 
-@pytest.mark.parametrize("name", ["llava_tied", "qwen2_vl_tied"])
-@pytest.mark.parametrize("text_says_so", [True, False])
+@pytest.mark.parametrize(("name", "text_says_so"), [("llava_tied", True), ("qwen2_vl_tied", False)])
 def test_a_tied_head_packed_apart_stays_apart(name: str, text_says_so: bool, tmp_path: Path) -> None:
     dense, batches = CASES[name].build(), batches_for(name)
     if text_says_so:  # as in older configs
@@ -259,7 +250,7 @@ def test_scores_leave_out_the_image_tokens(name: str) -> None:
 
 
 def test_bfloat16_with_a_tower_and_the_same_bytes_again() -> None:
-    dense, batches = CASES["qwen2_vl"].build().bfloat16(), batches_for("qwen2_vl")
+    dense, batches = CASES["qwen2_vl"].build().bfloat16(), batches_for("qwen2_vl")[:2]
     wanted = recipe(overrides={"re:.*visual.*": {}})
     first, second = (shrunk(dense, wanted, batches).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -267,7 +258,7 @@ def test_bfloat16_with_a_tower_and_the_same_bytes_again() -> None:
 
 
 def test_a_plan_made_once_does_the_same() -> None:
-    dense, batches = CASES["llava"].build(), batches_for("llava")
+    dense, batches = CASES["llava"].build(), batches_for("llava")[:2]
     wanted = recipe(overrides={"re:.*vision_tower.*": {}})
     plan = make_plan(dense, wanted, calibration=batches, progress=False)
     assert plan.to_json() == type(plan).from_json(plan.to_json()).to_json()
