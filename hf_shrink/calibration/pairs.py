@@ -91,17 +91,19 @@ class PairReader:
 
 
 def _text(row: Mapping[str, Any], image: str, wanted: tuple[str, ...]) -> str:
-    names = [name for name in row if name != image]
-    if wanted:
-        columns: tuple[str, ...] = tuple(name for name in wanted if name != image)
-    else:
-        columns = text_columns(names, example=row) if any(isinstance(row[name], str | list) for name in names) else ()
-    parts = [row.get(name) for name in columns]
-    # Several captions of one image: the first.
-    parts = [part[0] if isinstance(part, list) and part else part for part in parts]
-    if not all(isinstance(part, str) for part in parts):
+    """The row's text; of several captions of one image the first."""
+    values = {name: _first(value) for name, value in row.items() if name != image}
+    asked = tuple(name for name in wanted if name != image)
+    if not asked and (wanted or not any(isinstance(value, str | list) for value in values.values())):
+        return ""
+    columns = text_columns(list(values), asked, values)
+    if not all(isinstance(values[name], str) for name in columns):
         raise CalibrationError(f"column {columns[0]!r} beside the images is not text; name another, or {OWN_BATCHES}")
-    return "\n".join(str(part) for part in parts)
+    return "\n".join(values[name] for name in columns)
+
+
+def _first(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value and isinstance(value[0], str) else value
 
 
 def _cut(processor: Any, text: str, length: int) -> str:
