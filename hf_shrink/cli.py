@@ -17,6 +17,7 @@ from hf_shrink.errors import ShrinkError
 EXAMPLES = """\
 examples:
   hf-shrink run ./my-model --output ./my-model-w4
+  hf-shrink run ./my-model --effort best --output ./my-model-w4
   hf-shrink run ./my-model --recipe prune20-w4a16 --calibration notes.txt --output ./small
   hf-shrink run ./my-model --set quantize.group_size=64 --set calibration.samples=64 --output ./small
   hf-shrink inspect ./my-model          what it is made of, and what can be pruned
@@ -107,6 +108,9 @@ def _add_source(parser: argparse.ArgumentParser) -> None:
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="R", help="built-in name, YAML file, or plan JSON file (default: w4a16)")
+    parser.add_argument(
+        "--effort", metavar="LEVEL", help="how much work quantization may be: fast (no data), balanced or best"
+    )
     parser.add_argument("--calibration", metavar="SPEC", help="'self', a data recipe, or a .txt/.jsonl/.parquet file")
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe's value; may be repeated"
@@ -131,10 +135,15 @@ def _recipe_of(options: argparse.Namespace) -> Any:
     if str(name).endswith(".json"):
         if not Path(name).is_file():
             raise RecipeError(f"there is no plan file {name}")
-        if options.set:
-            raise RecipeError("--set changes a recipe, not a plan; leave it out or give the recipe")
+        if options.set or options.effort:
+            raise RecipeError("--set and --effort change a recipe, not a plan; leave them out or give the recipe")
         return Plan.from_json(Path(name))
-    recipe = load_recipe(name).with_overrides(options.set)
+    recipe = load_recipe(name)
+    if options.effort is not None:
+        if recipe.quantize is None:
+            raise RecipeError(f"--effort is about quantization, and the recipe {recipe.name} has no quantize step")
+        recipe = recipe.with_overrides([f"quantize.effort={options.effort}"])
+    recipe = recipe.with_overrides(options.set)
     evaluation = getattr(options, "evaluation", None)
     if evaluation == "none":
         recipe = replace(recipe, evaluation=replace(recipe.evaluation, metrics=()))

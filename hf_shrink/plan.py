@@ -16,6 +16,8 @@ Strategy = Literal["tensor", "channel", "group"]
 STRATEGIES = ("tensor", "channel", "group")
 BITS = tuple(range(2, 9))
 PLAN_FORMAT = 1
+# Formats of other libraries, and the bits that they take for a weight.
+FORMATS: Mapping[str, int] = {"NF4": 4, "FP4": 4, "LLM.int8": 8}
 
 
 @dataclass(frozen=True)
@@ -125,10 +127,13 @@ class Plan:
         model_type: the source's `config.model_type`, checked before the plan is applied.
         stacks: by stack name; a stack without an entry keeps everything.
         schemes: by module path **in the source model**, for every weight that is quantized.
+        formats: by module path in the source model, the format (a name in `FORMATS`) of every weight that another
+            library stores, through transformers' integration; beside it there are no schemes.
         method: name of the quantization method, and its options, by step order of `schemes`' users.
         options: the method's options.
         transforms: names of transforms folded into the weights before they are rounded, in their order.
         tune: options of the tuning after rounding; empty: none.
+        effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
     """
@@ -136,16 +141,23 @@ class Plan:
     model_type: str
     stacks: Mapping[str, StackPlan] = field(default_factory=dict)
     schemes: Mapping[str, Scheme] = field(default_factory=dict)
+    formats: Mapping[str, str] = field(default_factory=dict)
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[str, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
+    effort: str | None = None
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def prunes(self) -> bool:
         return bool(self.stacks)
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits of every weight that is quantized, by module path in the source model."""
+        return {path: s.bits for path, s in self.schemes.items()} | {p: FORMATS[f] for p, f in self.formats.items()}
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text, also written to `path` when given."""
@@ -180,12 +192,14 @@ class Plan:
             }
             schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
             transforms = tuple(data.pop("transforms", ()))
+            for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
+                raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
             return cls(stacks=stacks, schemes=schemes, transforms=transforms, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error
 
     def summary(self) -> str:
-        """One line a stack and one a scheme: how much is kept, what is quantized how."""
+        """One line a stack and one a scheme: how much is kept, what is quantized how, and by which work."""
         lines = []
         for name, stack in self.stacks.items():
             lines.append(f"{name}: {len(stack.kept)} blocks kept ({_ranges(stack.kept)})")
@@ -203,7 +217,33 @@ class Plan:
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
             lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}")
+        for kind in dict.fromkeys(self.formats.values()):
+            count = sum(found == kind for found in self.formats.values())
+            lines.append(f"{count} weights {kind} by {self.method}")
+        if self.schemes or self.formats:
+            lines += self._work()
         return "\n".join(lines) or "nothing to do"
+
+    def _work(self) -> list[str]:
+        """What is done around and by the method; first what the effort level stands for, as a recipe would say it."""
+        tune = _pairs(self.tune)
+        lines = []
+        if self.effort is not None:
+            parts = [f"method: {self.method}"]
+            parts += [f"transforms: [{', '.join(self.transforms)}]"] if self.transforms else []
+            parts += [f"tune: {{{tune}}}"] if tune else []
+            lines.append(f"effort {self.effort} = {', '.join(parts)}")
+        if self.options:
+            lines.append(f"options of {self.method}: {_pairs(self.options)}")
+        if self.transforms:
+            lines.append(f"before rounding, folded into the weights: {', '.join(self.transforms)}")
+        if tune:
+            lines.append(f"after rounding, scales, zero points and norms are tuned: {tune}")
+        return lines
+
+
+def _pairs(options: Mapping[str, Any]) -> str:
+    return ", ".join(f"{key}: {value}" for key, value in options.items())
 
 
 def _ranges(numbers: tuple[int, ...]) -> str:

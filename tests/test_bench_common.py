@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from pathlib import Path
 
@@ -52,3 +53,25 @@ def test_results_say_what_was_measured_on(tmp_path: Path) -> None:
     assert content["value"] == 1
     assert content["versions"]["torch"] == torch.__version__
     assert content["hardware"]["cores"] >= 1
+
+
+def test_the_commit_says_whether_code_but_not_whether_results_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def git(*words: str) -> None:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+        subprocess.run(["git", *identity, *words], cwd=tmp_path, check=True, capture_output=True)
+
+    monkeypatch.setattr(common, "ROOT", tmp_path)
+    results, code = tmp_path / "scripts" / "bench" / "results" / "x.json", tmp_path / "code.py"
+    results.parent.mkdir(parents=True)
+    code.write_text("1")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "x")
+    clean = common.git_commit()
+    assert len(clean) >= 4
+    results.write_text("{}")
+    assert common.git_commit() == clean
+    code.write_text("2")
+    assert common.git_commit() == clean + "+"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -41,6 +42,26 @@ def test_summary_names_what_is_kept_and_how_it_is_stored() -> None:
     assert "query heads 4, channels 3" in text
     assert "1 weights W4A16 g32 symmetric by gptq" in text
     assert Plan("llama").summary() == "nothing to do"
+
+
+def test_summary_says_what_is_done_before_and_after_rounding() -> None:
+    text = replace(PLAN, transforms=("smooth", "rotate"), tune={"steps": 7}, effort="best").summary()
+    assert "effort best = method: gptq, transforms: [smooth, rotate], tune: {steps: 7}" in text
+    assert "options of gptq: damping: 0.05" in text
+    assert "before rounding, folded into the weights: smooth, rotate" in text
+    assert "after rounding, scales, zero points and norms are tuned: steps: 7" in text
+    plain = replace(PLAN, options={}).summary()
+    for word in ("effort", "options", "before rounding", "after rounding"):
+        assert word not in plain
+
+
+def test_work_round_trips_and_older_plans_without_it_are_read() -> None:
+    plan = replace(PLAN, transforms=("smooth",), tune={"steps": 7}, effort="best")
+    assert Plan.from_json(plan.to_json()) == plan
+    older = json.loads(PLAN.to_json())
+    for key in ("transforms", "tune", "effort"):
+        del older[key]
+    assert Plan.from_json(older) == PLAN
 
 
 @pytest.mark.parametrize(

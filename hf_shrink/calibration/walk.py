@@ -53,7 +53,6 @@ class StackWalk:
         blocks: Sequence[nn.Module],
         batches: Sequence[Mapping[str, Any]],
         compute_dtype: torch.dtype = torch.float32,
-        *,
         padded: bool = True,
     ) -> None:
         found = capture(model, blocks, batches)
@@ -80,12 +79,19 @@ class StackWalk:
         )
 
     def call(self, batch: int) -> Any:
-        """Run the current block on one batch; returns its whole output."""
-        block = self._blocks[self.position]
+        """Run the current block on one batch, without gradients; returns its whole output."""
+        with torch.no_grad():
+            return self.run(batch)
+
+    def run(self, batch: int) -> Any:
+        """As `call`, with gradients where they are enabled."""
         args, kwargs = self._arguments(batch)
         self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        with torch.no_grad():
-            return block(self.hidden[batch], *args, **kwargs)
+        return self._blocks[self.position](self.hidden[batch], *args, **kwargs)
+
+    def mask(self, batch: int) -> Tensor | None:
+        """bool (batch, sequence) of the real tokens; None when nothing is padded."""
+        return self._masks[batch]
 
     def outputs(self, batches: int | None = None) -> list[Tensor]:
         """The current block's hidden states for the first `batches` batches (all by default), not kept."""

@@ -16,7 +16,7 @@ from hf_shrink.report import ShrinkReport
 
 RECORD_NAME = "shrink.json"
 CARD_NAME = "README.md"
-_PACKAGES = ("torch", "transformers", "compressed-tensors")
+_PACKAGES = ("torch", "transformers", "compressed-tensors", "bitsandbytes")
 
 
 def hf_shrink_version() -> str:

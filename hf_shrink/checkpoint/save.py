@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import HfApi, ModelCard
-from transformers import PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from hf_shrink.checkpoint.format import PRUNED_METHOD, quantization_config
 from hf_shrink.checkpoint.packed import packed_schemes
@@ -153,6 +153,9 @@ def push_model(
 def config_block(model: PreTrainedModel) -> dict[str, Any] | None:
     """The `quantization_config` that a checkpoint of this model carries; None when it needs none."""
     schemes = packed_schemes(model)
+    stock = getattr(model.config, "quantization_config", None)
+    if isinstance(stock, BitsAndBytesConfig):
+        return dict(stock.to_dict())
     if schemes:
         return quantization_config(model, schemes)
     return {"quant_method": PRUNED_METHOD} if is_uneven(model) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from hf_shrink.errors import CheckpointError
 
@@ -20,9 +20,16 @@ def stored_bytes(folder: str | Path) -> int:
 def unique_bytes(model: nn.Module) -> int:
     """Bytes of all parameters and buffers, storages that several of them share (tied weights) counted once."""
     storages: dict[tuple[object, int], int] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
+    for tensor in [*model.parameters(), *model.buffers(), *_saved_beside(model)]:
         storage = tensor.untyped_storage()
         # Meta tensors have no address: each is its own storage (a tied parameter is listed once already).
         address = storage.data_ptr() if tensor.device.type != "meta" else id(tensor)
         storages[(tensor.device, address)] = storage.nbytes()
     return sum(storages.values())
+
+
+def _saved_beside(model: nn.Module) -> list[Tensor]:
+    """What modules add to a checkpoint that is neither parameter nor buffer: bitsandbytes' scales."""
+    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    held |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    return [t for name, t in model.state_dict().items() if name not in held and isinstance(t, Tensor)]

@@ -8,6 +8,7 @@ so what is stored is what was used.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -73,18 +74,21 @@ def min_max_grid(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Gr
     return Grid(scheme, scale.view(shape), _zero_point(low, scale, scheme.bits).view(shape))
 
 
-def search_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None, scale_dtype: torch.dtype) -> Grid:
-    """The grid of least weighted squared rounding error among shrunken min-max ranges.
+def search_grid(
+    weight: Tensor, scheme: Scheme, importance: Tensor | None, scale_dtype: torch.dtype, power: Literal[2, 3] = 2
+) -> Grid:
+    """The grid of least weighted rounding error among shrunken min-max ranges.
 
-    Minimises sum_c importance_c * (w_c - dequantized_c)^2 for each group (row, tensor) over `RATIO_COUNT` ratios of
-    its range. Symmetric grids are tried with the extra integer on either side of zero. Asymmetric grids shrink both
-    ends alike, and with 2 or 3 bits also try the zero points next to the obvious one.
+    Minimises sum_c |importance_c^(1/2) (w_c - dequantized_c)|^power for each group (row, tensor) over `RATIO_COUNT`
+    ratios of its range. Symmetric grids are tried with the extra integer on either side of zero. Asymmetric grids
+    shrink both ends alike, and with 2 or 3 bits also try the zero points next to the obvious one.
 
     Args:
         weight: (out_features, in_features), any float dtype.
         scheme: a group size that does not divide in_features is resolved by `Scheme.for_width`; the grid says to what.
         importance: (in_features,) non-negative, for example the Hessian's diagonal; None weighs all columns alike.
         scale_dtype: dtype of the stored scales.
+        power: of the errors that are added up; 3 cuts off less of the large weights than 2.
 
     Raises:
         CalibrationError: the weight or the importance holds NaN or Inf.
@@ -101,7 +105,7 @@ def search_grid(weight: Tensor, scheme: Scheme, importance: Tensor | None, scale
     for start in range(0, len(groups), step):
         rows = slice(None) if shared else slice(start, start + step)
         grids = [(scale[rows], None if zero is None else zero[rows]) for scale, zero in candidates]
-        errors = _rounding_errors(groups[start : start + step], roots, grids, scheme.bits)
+        errors = _rounding_errors(groups[start : start + step], roots, grids, scheme.bits, power)
         if shared:
             losses += errors.sum(1, keepdim=True, dtype=torch.float64)
         else:
@@ -169,8 +173,10 @@ def _candidates(
     return found
 
 
-def _rounding_errors(groups: Tensor, roots: Tensor, grids: list[tuple[Tensor, Tensor | None]], bits: int) -> Tensor:
-    """(candidates, groups): sum over columns of (root * (w - dequantized))^2."""
+def _rounding_errors(
+    groups: Tensor, roots: Tensor, grids: list[tuple[Tensor, Tensor | None]], bits: int, power: int
+) -> Tensor:
+    """(candidates, groups): sum over columns of |root * (w - dequantized)|^power."""
     lowest, highest = integer_range(bits)
     errors = torch.empty(len(grids), len(groups), device=groups.device)
     buffer = torch.empty_like(groups)
@@ -184,6 +190,8 @@ def _rounding_errors(groups: Tensor, roots: Tensor, grids: list[tuple[Tensor, Te
             buffer.clamp_(lowest - zero, highest - zero)
         torch.addcmul(groups, buffer, scale, value=-1, out=buffer)
         buffer.view(-1, *roots.shape).mul_(roots)
+        if power == 3:
+            buffer.mul_(buffer.abs().sqrt_())
         torch.linalg.vector_norm(buffer, dim=1, out=errors[index])
     return errors.square_()
 

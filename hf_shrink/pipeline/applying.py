@@ -19,44 +19,52 @@ from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
+from hf_shrink.pipeline.learning import DenseStream, Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.pipeline.towers import tower_batches, towers_with
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
-from hf_shrink.quantization.base import QuantizationMethod
+from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
-from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, remove_blocks, settle_config
+from hf_shrink.surgery import consumer_cuts, cut_block, is_uneven, settle_config
 
 
 def apply_plan(
     model: nn.Module,
     binding: Binding | None,
     plan: Plan,
-    method: QuantizationMethod | None,
+    method: Method | None,
     batches: Sequence[Mapping[str, Any]],
     report: ShrinkReport,
     progress: ProgressCallback,
+    seed: int = 0,
 ) -> None:
     """Carry out `plan` on `model` in place, and fill `report`.
 
     Args:
         binding: the model's, before anything is changed; None for a plain module, whose weights are only packed.
-        method: solves the plan's schemes; None when it has none.
+        method: stores the plan's weights; None when it has none.
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
     towers = towers_with(binding, plan.schemes)
     solves = method is not None and method.needs_statistics
     reaching = tower_batches(model, towers, batches) if solves else {}
-    stacks = _remove_blocks(model, binding, plan) if binding is not None else []
-    schemes = _present_schemes(plan, stacks)
+    stacks = remove_planned(model, binding, plan) if binding is not None else []
+    schemes, formats = present(plan.schemes, stacks), present(plan.formats, stacks)
+    whole = method if isinstance(method, ModelMethod) else None
+    method = None if isinstance(method, ModelMethod) else method
     untie(model, tied_partner_missing(model, schemes))
     blocks = [block.path for stack in (*towers, *(s.stack for s in stacks)) for block in stack.blocks]
     inside = {path for path in schemes if any(path.startswith(block + ".") for block in blocks)}
     outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
     run = _Run(model, plan, schemes, method, batches, report, progress, total=len(blocks))
+    if isinstance(method, LearningMethod):
+        run.learning = Learning(model, method, seed)
     for tower in towers:
-        run.stack(_whole(tower), (), reaching.get(tower.path))
+        run.stack(whole_stack(tower), (), reaching.get(tower.path))
     if binding is not None and binding.towers:
         for path in run.between(stacks[0].stack, list(outer)):
             del outer[path]
@@ -68,48 +76,18 @@ def apply_plan(
         with run.timed("solve"):
             tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
             report.notes += solve_and_pack(model, tasks, method)
+    if run.learning is not None:
+        report.notes.append(run.learning.note())
     if isinstance(model, PreTrainedModel) and binding is not None:
         settle_config(model)
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """A stack after whole blocks were removed, and the source index of each block left."""
-
-    stack: BoundStack
-    kept: tuple[int, ...]
-    plan: StackPlan
-
-
-def _whole(stack: BoundStack) -> _Stack:
-    kept = tuple(range(len(stack.blocks)))
-    return _Stack(stack, kept, StackPlan(kept))
-
-
-def _remove_blocks(model: nn.Module, binding: Binding, plan: Plan) -> list[_Stack]:
-    check_plan(binding, plan)
-    plans = {s.name: plan.stacks.get(s.name, StackPlan(tuple(range(len(s.blocks))))) for s in binding.stacks}
-    for stack in binding.stacks:
-        if len(plans[stack.name].kept) < len(stack.blocks):
-            remove_blocks(model, stack, plans[stack.name].kept)
-    return [_Stack(stack, plans[stack.name].kept, plans[stack.name]) for stack in bind(model).stacks]
-
-
-def _present_schemes(plan: Plan, stacks: Sequence[_Stack]) -> dict[str, Scheme]:
-    """The plan's schemes by present path: plans name modules as in the source, where blocks had other numbers."""
-    renamed = {}
-    for path, scheme in plan.schemes.items():
-        for s in stacks:
-            for block, source in zip(s.stack.blocks, s.kept, strict=True):
-                old = f"{s.stack.path}.{source}."
-                if path.startswith(old):
-                    path = f"{block.path}.{path.removeprefix(old)}"
-                    break
-            else:
-                continue
-            break
-        renamed[path] = scheme
-    return renamed
+    if formats and whole is not None:
+        if is_uneven(model):
+            raise RecipeError(
+                f"the plan leaves blocks of different shapes, which stock transformers cannot load with {plan.method}; "
+                "plan with portable: true, or quantize with gptq"
+            )
+        with run.timed("solve"):
+            whole.convert(model, formats)
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -130,6 +108,8 @@ class _Run:
     total: int
     done: int = 0
     walk: StackWalk | None = None
+    learning: Learning | None = None
+    dense: DenseStream | None = None  # where a method learns
     moved: float | None = None  # relative error of the last block's output
     phases: list[str] = field(default_factory=list)
     since: float = 0.0
@@ -151,7 +131,7 @@ class _Run:
         return list(found)
 
     def stack(
-        self, stack: _Stack, heads: Sequence[str], batches: Sequence[Mapping[str, Any]] | None = None
+        self, stack: KeptStack, heads: Sequence[str], batches: Sequence[Mapping[str, Any]] | None = None
     ) -> dict[str, InputStatistics]:
         """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it.
 
@@ -160,13 +140,15 @@ class _Run:
         """
         solves = self.solves and (bool(heads) or any(path.startswith(stack.stack.path + ".") for path in self.schemes))
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
-        self.walk, self.moved = None, None
+        self.walk, self.dense, self.moved = None, None, None
         stack = self._cut_tied_heads(stack)
         blocks = stack.stack.blocks
         if solves or refits:
             given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
                 self.walk = StackWalk(self.model, modules, given, padded=batches is None)
+                if self.learning is not None:
+                    self.dense = DenseStream(StackWalk(self.model, modules, given, padded=batches is None))
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -181,7 +163,7 @@ class _Run:
         with self.timed("calibrate"):
             return self.walk.statistics_after(self.model, {p: self.model.get_submodule(p) for p in heads})
 
-    def _cut_tied_heads(self, stack: _Stack) -> _Stack:
+    def _cut_tied_heads(self, stack: KeptStack) -> KeptStack:
         """Cut heads that all blocks must have alike (they share a position bias) before any block runs."""
         bound = stack.stack
         if bound.spec is None or not any(
@@ -199,10 +181,13 @@ class _Run:
             self.report.notes.append(
                 f"heads of the {bound.name} were cut without refit: blocks share a position bias and lose them at once"
             )
-        return _Stack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
+        return KeptStack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
 
     def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
+        if self.dense is not None:
+            with self.timed("calibrate"):
+                self.dense.advance()
         if not plan.keeps_all:
             self._cut(block, plan)
         paths = [path for path in self.schemes if path.startswith(block.path + ".")]
@@ -210,8 +195,20 @@ class _Run:
             self._pack(dict.fromkeys(paths), stored)
             return
         inputs = self.walk.hidden[0]
-        with self.timed("calibrate"):
-            passed = self._pack_on_the_way(self.walk, paths, stored, further)
+        passed: Passed | None
+        if self.learning is not None and self.dense is not None and paths:
+            walk = self.walk
+            passed = self.learning.block(
+                walk,
+                self.dense,
+                paths,
+                lambda: self._pack_on_the_way(walk, paths, stored, further=False),
+                further,
+                self.timed,
+            )
+        else:
+            with self.timed("calibrate"):
+                passed = self._pack_on_the_way(self.walk, paths, stored, further)
         self.moved = None if passed is None else _relative_error(passed, inputs)
 
     def _pack_on_the_way(

@@ -13,7 +13,7 @@ from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
 from hf_shrink.pipeline.targets import weight_holders
 from hf_shrink.plan import Scheme
-from hf_shrink.quantization.base import METHODS, QuantizationMethod, QuantizedWeight
+from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod, QuantizedWeight
 from hf_shrink.runtime.embedding import CompressedEmbedding
 from hf_shrink.runtime.linear import CompressedLinear
 
@@ -79,7 +79,9 @@ def _weight(task: Task) -> Tensor:
 
 def _data_free() -> QuantizationMethod:
     """What stands in where a method needs statistics and there are none by nature: embeddings."""
-    return METHODS.build("rtn", {})
+    method = METHODS.build("rtn", {})
+    assert not isinstance(method, ModelMethod)
+    return method
 
 
 def _sharing(model: nn.Module, task: Task) -> list[tuple[str, nn.Module]]:

@@ -12,14 +12,16 @@ from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
-from hf_shrink.pipeline.recipes import depth_method, width_method
+from hf_shrink.pipeline.formats import resolve_formats
+from hf_shrink.pipeline.recipes import depth_method, quantization_method, width_method
 from hf_shrink.pipeline.targets import resolve_schemes
-from hf_shrink.plan import BlockPlan, Plan, StackPlan
+from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
 from hf_shrink.pruning.plan_width import plan_width
-from hf_shrink.recipe import Recipe
-from hf_shrink.surgery import consumer_cuts, without_blocks
+from hf_shrink.quantization.base import ModelMethod
+from hf_shrink.recipe import QuantizeStep, Recipe
+from hf_shrink.surgery import consumer_cuts, cut_shapes, without_blocks
 
 
 @dataclass(frozen=True)
@@ -85,20 +87,37 @@ def plan_recipe(
         damage=damage,
     )
     if quantize:
-        resolved = resolve_schemes(model, binding, quantize, recipe.portable, _narrowed(binding, plan))
-        schemes = {p: s for p, s in resolved.schemes.items() if not _removed(p, binding, plan)}
+        schemes, formats, found_notes = _resolve(model, binding, recipe, quantize, plan)
         plan = replace(
             plan,
-            schemes=schemes,
+            schemes={p: s for p, s in schemes.items() if not _removed(p, binding, plan)},
+            formats={p: f for p, f in formats.items() if not _removed(p, binding, plan)},
             method=quantize.method,
             options=dict(quantize.options),
             transforms=quantize.transforms,
             tune=dict(quantize.tune),
+            effort=quantize.effort,
         )
-        notes += resolved.notes
-    if not plan.stacks and not plan.schemes:
+        notes += found_notes
+    if not plan.stacks and not plan.bits:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))
+
+
+def _resolve(
+    model: nn.Module, binding: Binding | None, recipe: Recipe, step: QuantizeStep, plan: Plan
+) -> tuple[dict[str, Scheme], dict[str, str], Sequence[str]]:
+    """Schemes or formats of the weights that the step quantizes, and notes. `plan`: what is removed before it."""
+    method = quantization_method(step)
+    if not isinstance(method, ModelMethod):
+        resolved = resolve_schemes(model, binding, step, recipe.portable, _narrowed(binding, plan))
+        return resolved.schemes, {}, resolved.notes
+    if plan.prunes and not recipe.portable:
+        raise RecipeError(
+            f"{step.format} is stored by stock transformers, which cannot say uneven shapes: prune with portable: true"
+        )
+    formats, notes = resolve_formats(model, binding, step, method, _cut(binding, plan))
+    return {}, formats, notes
 
 
 @contextmanager
@@ -155,3 +174,13 @@ def _narrowed(binding: Binding | None, plan: Plan) -> dict[str, int]:
             cuts = consumer_cuts(block, stack.blocks.get(block.index, BlockPlan()))
             widths.update({path: kept.numel() for path, kept in cuts.items()})
     return widths
+
+
+def _cut(binding: Binding | None, plan: Plan) -> dict[str, tuple[int, int]]:
+    """The new (out_features, in_features) of every matrix that the plan cuts, by its path in the source."""
+    shapes: dict[str, tuple[int, int]] = {}
+    for name, stack in plan.stacks.items():
+        assert binding is not None
+        for block in binding.stack(name).blocks:
+            shapes |= cut_shapes(block, stack.blocks.get(block.index, BlockPlan()))
+    return shapes

@@ -10,10 +10,11 @@ from typing import Any
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
 from hf_shrink.pruning.base import DEPTH, WIDTH, DepthMethod, WidthMethod
-from hf_shrink.quantization.base import METHODS, QuantizationMethod
+from hf_shrink.quantization.base import METHODS, Method, ModelMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
 from hf_shrink.resources import recipes_folder
+from hf_shrink.tuning.options import Tuning
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 DEFAULT_RECIPE = "w4a16"
@@ -51,19 +52,25 @@ def check_methods(recipe: Recipe) -> None:
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
             quantization_method(step)
+            Tuning.from_options(step.tune)
         elif step.what == "depth":
             depth_method(step)
         else:
             width_method(step)
 
 
-def quantization_method(step: QuantizeStep) -> QuantizationMethod:
+def quantization_method(step: QuantizeStep) -> Method:
     return METHODS.build(step.method, step.options, _own_keys(QuantizeStep))
 
 
-def plan_method(plan: Plan) -> QuantizationMethod | None:
-    """The method that a plan's schemes are solved with."""
-    return METHODS.build(plan.method, plan.options) if plan.method is not None else None
+def plan_method(plan: Plan) -> Method | None:
+    """The method that a plan's weights are stored by. Raises RecipeError where it is not one for what the plan has."""
+    if plan.method is None:
+        return None
+    method = METHODS.build(plan.method, plan.options)
+    if (plan.schemes if isinstance(method, ModelMethod) else plan.formats) or len(set(plan.formats.values())) > 1:
+        raise RecipeError(f"the plan's schemes or formats are not those of method {plan.method}; make it anew")
+    return method
 
 
 def depth_method(step: PruneStep) -> DepthMethod:
@@ -82,7 +89,7 @@ def needs_calibration(recipe: Recipe) -> bool:
     """Whether any step of the recipe looks at data."""
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
-            needed = quantization_method(step).needs_statistics
+            needed = quantization_method(step).needs_statistics or bool(step.tune)
         elif step.what == "depth":
             needed = True
         else:

@@ -29,6 +29,7 @@ from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.runtime.packed import PackedModule, count_parameters
+from hf_shrink.tuning import Teacher, Tuning, tune
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_DATA = CalibrationData(batches=[], description="no calibration data")
@@ -141,6 +142,7 @@ class Job:
             assert isinstance(self.asked, Plan)
             method, spec = plan_method(self.asked), CalibrationSpec()
             needed = (method is not None and method.needs_statistics) or (self.asked.refit and self.asked.prunes)
+            needed = needed or bool(self.asked.tune)
         if not needed:
             return NO_DATA
         if not isinstance(self.model, PreTrainedModel):
@@ -161,6 +163,14 @@ class Job:
         assert self.recipe is not None
         return plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show)
 
+    def _teacher(self, tuning: Tuning | None, data: CalibrationData) -> Teacher | None:
+        """What the dense model says, before anything is changed; None without tuning."""
+        if tuning is None:
+            return None
+        if not isinstance(self.model, PreTrainedModel) or not data.batches:
+            raise CalibrationError("tune works on transformers models with calibration data")
+        return Teacher(self.model, data.batches, self.show)
+
     def run(self, data: CalibrationData) -> ShrinkRecord:
         """Plan and apply; returns the record of it."""
         started = time.perf_counter()
@@ -175,7 +185,15 @@ class Job:
         report.notes += planned.notes
         if self.recipe is not None and self.recipe.dtype != "keep":
             model.to(getattr(torch, self.recipe.dtype))
-        apply_plan(model, find_binding(model), planned.plan, plan_method(planned.plan), data.batches, report, self.show)
+        tuning = Tuning.from_options(planned.plan.tune)
+        teacher = self._teacher(tuning, data)
+        method = plan_method(planned.plan)
+        apply_plan(model, find_binding(model), planned.plan, method, data.batches, report, self.show, self.seed)
+        if tuning is not None and teacher is not None:
+            assert isinstance(model, PreTrainedModel)
+            since = time.perf_counter()
+            report.notes += tune(model, teacher, len(data.batches), tuning, self.seed, self.show)
+            report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)
             report.not_portable_because = model_portability(model)

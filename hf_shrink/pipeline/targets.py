@@ -30,6 +30,21 @@ class Resolved:
     notes: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Selected:
+    """The weights that a quantize step means.
+
+    Attributes:
+        paths: of the modules, in the model's order; for each the key of the override that it falls under, or None.
+        named: those that were asked for by path or regex, not by class or default.
+        notes: what the user should know.
+    """
+
+    paths: dict[str, str | None]
+    named: frozenset[str]
+    notes: list[str]
+
+
 def matches(path: str, module: nn.Module, target: str) -> bool:
     """Whether a target (exact path, "re:" regex from the start of the path, or class name) means this module."""
     if target.startswith("re:"):
@@ -63,40 +78,14 @@ def resolve_schemes(
     Raises:
         RecipeError: nothing is left to quantize, a target or override matches nothing, or `portable` cannot be kept.
     """
-    _check_patterns(model, step)
-    # Subclasses of Embedding compute something of their own (a scale, positions), which a packed one would lose.
-    candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
-    if binding is not None and binding.towers and isinstance(model, PreTrainedModel):
-        # A regex that names a tower means its matrices, not its table of positions.
-        candidates = {p: m for p, m in candidates.items() if is_matrix(m) or m is model.get_input_embeddings()}
-    inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
-    spared = _spared(model, candidates, inside) if step.ignore is None else set()
-    before_text = _outside_text(model, binding, candidates, inside)
-    spared -= _named_apart(model, before_text, inside, step.targets or ())
-    chosen: dict[str, Scheme] = {}
-    by_name: set[str] = set()
-    for path, module in candidates.items():
-        override = _override(path, module, step.overrides)
-        named = override is not None and override != class_of(module)
-        if step.ignore is not None and any(matches(path, module, t) for t in step.ignore):
-            continue
-        wanted = path in inside if step.targets is None else any(matches(path, module, t) for t in step.targets)
-        if not (named or (wanted and path not in spared)):
-            continue
-        base = step.base_scheme() if override is None else step.scheme_with(step.overrides[override])
-        chosen[path] = base
-        if named or any(t != class_of(module) and matches(path, module, t) for t in step.targets or ()):
-            by_name.add(path)
-    notes = _keep_ties(model, chosen, by_name)
-    if left := [p for p in before_text & spared if any(matches(p, candidates[p], t) for t in step.targets or ())]:
-        notes.append(
-            f"{min(left)} and what else of the image side the targets match stays as it is, because they mean the text "
-            "blocks too; to quantize it, add a target that matches nothing else"
-        )
-    if not chosen:
-        raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
+    selected = select(model, binding, step)
+    chosen = {
+        path: step.base_scheme() if key is None else step.scheme_with(step.overrides[key])
+        for path, key in selected.paths.items()
+    }
+    notes = selected.notes
     chosen = _agree_on_ties(model, chosen)
-    widths = {path: _width(candidates[path]) for path in chosen} | dict(narrowed or {})
+    widths = {path: _width(model.get_submodule(path)) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
     if portable and isinstance(model, PreTrainedModel):
         schemes = _one_scheme_where_needed(model, schemes, widths, notes)
@@ -107,6 +96,46 @@ def resolve_schemes(
             )
     notes[:0] = _group_notes(chosen, schemes)
     return Resolved(schemes, tuple(notes))
+
+
+def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Selected:
+    """The weights that the step's targets, ignore and overrides mean, as `resolve_schemes` says.
+
+    Raises:
+        RecipeError: none is left, or a pattern is not valid or matches nothing.
+    """
+    _check_patterns(model, step)
+    # Subclasses of Embedding compute something of their own (a scale, positions), which a packed one would lose.
+    candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
+    if binding is not None and binding.towers and isinstance(model, PreTrainedModel):
+        # A regex that names a tower means its matrices, not its table of positions.
+        candidates = {p: m for p, m in candidates.items() if is_matrix(m) or m is model.get_input_embeddings()}
+    inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
+    spared = _spared(model, candidates, inside) if step.ignore is None else set()
+    before_text = _outside_text(model, binding, candidates, inside)
+    spared -= _named_apart(model, before_text, inside, step.targets or ())
+    chosen: dict[str, str | None] = {}
+    by_name: set[str] = set()
+    for path, module in candidates.items():
+        override = _override(path, module, step.overrides)
+        named = override is not None and override != class_of(module)
+        if step.ignore is not None and any(matches(path, module, t) for t in step.ignore):
+            continue
+        wanted = path in inside if step.targets is None else any(matches(path, module, t) for t in step.targets)
+        if not (named or (wanted and path not in spared)):
+            continue
+        chosen[path] = override
+        if named or any(t != class_of(module) and matches(path, module, t) for t in step.targets or ()):
+            by_name.add(path)
+    notes = _keep_ties(model, chosen, by_name)
+    if left := [p for p in before_text & spared if any(matches(p, candidates[p], t) for t in step.targets or ())]:
+        notes.append(
+            f"{min(left)} and what else of the image side the targets match stays as it is, because they mean the text "
+            "blocks too; to quantize it, add a target that matches nothing else"
+        )
+    if not chosen:
+        raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
+    return Selected(chosen, frozenset(by_name & chosen.keys()), notes)
 
 
 def _width(module: nn.Module) -> int:
@@ -181,7 +210,7 @@ def weight_holders(model: nn.Module) -> dict[int, list[str]]:
     return holders
 
 
-def _keep_ties(model: nn.Module, chosen: dict[str, Scheme], by_name: set[str]) -> list[str]:
+def _keep_ties(model: nn.Module, chosen: dict[str, str | None], by_name: set[str]) -> list[str]:
     """Take out weights chosen by class name only whose tied partner stays dense: untied, they would add bytes."""
     notes = []
     for paths in weight_holders(model).values():

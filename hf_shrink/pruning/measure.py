@@ -13,9 +13,9 @@ from torch.nn import functional as F
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.calibration.capture import first_output, model_inputs, split_hidden
+from hf_shrink.calibration.predictions import Predictions, divergence, keep, predictions_of, token_mask
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback
-from hf_shrink.pruning.predictions import Predictions, divergence, keep, predictions_of, token_mask
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
 from hf_shrink.surgery.depth import without_blocks

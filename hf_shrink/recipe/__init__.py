@@ -13,6 +13,7 @@ import yaml
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.recipe.effort import expand
+from hf_shrink.recipe.formats import GRID_KEYS, check_formats
 from hf_shrink.recipe.specs import METRICS, CalibrationSpec, EvaluationSpec
 from hf_shrink.recipe.steps import PRUNE_KINDS, PruneStep, QuantizeStep, Step
 from hf_shrink.registry import did_you_mean
@@ -90,8 +91,12 @@ class Recipe:
         """The form that `from_dict` reads."""
         steps: list[dict[str, Any]] = []
         for step in self.steps:
-            body = {k: v for k, v in asdict(step).items() if k != "options" and v not in (None, {}, ())}
+            body = {k: v for k, v in asdict(step).items() if k != "options" and v not in (None, {})}
+            if not body.get("transforms"):
+                body.pop("transforms", None)
             body.update(step.options)
+            if isinstance(step, QuantizeStep) and step.format is not None:
+                body = {key: value for key, value in body.items() if key not in GRID_KEYS}
             for key in ("targets", "ignore", "transforms"):
                 if key in body:
                     body[key] = list(body[key])
@@ -180,6 +185,7 @@ def _step(data: Any) -> Step:
     body = dict(_mapping({} if body is None else body, kind))
     if kind == "quantize":
         body = expand(body)
+        check_formats(body)
     own = {f.name for f in fields(cls)} - {"options"}
     options = {k: body.pop(k) for k in list(body) if k not in own}
     if kind == "prune":

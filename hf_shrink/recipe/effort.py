@@ -5,14 +5,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import yaml
+
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
 
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
-    "fast": {"method": "rtn"},  # no data
+    "fast": {"method": "rtn"},  # no data; its search beats hqq on SmolLM2 (see quantization/rtn.py)
     "balanced": {"method": "gptq"},
     "best": {"method": "gptq", "tune": {"steps": 100}},
 }
+CHOICES = ("method", "transforms", "tune")  # what an effort stands for; where it names none, there is none
 
 
 def expand(step: Mapping[str, Any]) -> dict[str, Any]:
@@ -27,7 +30,15 @@ def expand(step: Mapping[str, Any]) -> dict[str, Any]:
     if effort not in EFFORTS:
         raise RecipeError(f"unknown effort {effort!r}; {did_you_mean(str(effort), EFFORTS)}")
     chosen = EFFORTS[effort]
-    for key in ("method", *chosen):
-        if key in step and step[key] != chosen.get(key):
-            raise RecipeError(f"effort: {effort} chooses {key} ({chosen.get(key)!r}); give either effort or {key}")
+    for key in CHOICES:
+        if key in step and (step[key] or None) != chosen.get(key):
+            raise RecipeError(
+                f"effort: {effort} stands for {{{written_out(chosen)}}} and decides {key}; give either effort or {key}"
+            )
     return {**chosen, **step}
+
+
+def written_out(chosen: Mapping[str, Any]) -> str:
+    """What an effort stands for, as it would be written in a recipe: "method: gptq, tune: {steps: 100}"."""
+    flow = yaml.safe_dump(dict(chosen), default_flow_style=True, sort_keys=False, width=float("inf"))
+    return flow.strip().removeprefix("{").removesuffix("}")

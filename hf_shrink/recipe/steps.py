@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import STRATEGIES, Scheme, Strategy
+from hf_shrink.recipe.formats import FORMAT_METHOD, check_formats, format_of
 from hf_shrink.registry import did_you_mean
 
 PRUNE_KINDS = ("depth", "width")
@@ -50,6 +51,8 @@ class QuantizeStep:
     """Store weights in few bits.
 
     Attributes:
+        scheme: W2A16 to W8A16; with method bitsandbytes NF4, FP4 or LLM.int8, which leave no other key but targets,
+            ignore and the method's options.
         targets: class names ("Linear", "Embedding"), exact module paths, or "re:" regexes (matched from the start of
             the path, as in compressed-tensors). None: every Linear inside the blocks.
         ignore: the same forms; None: output head, task heads, routers, tied weights. `[]`: nothing is ignored.
@@ -87,11 +90,21 @@ class QuantizeStep:
                 object.__setattr__(self, name, tuple(value))
         if self.strategy not in STRATEGIES:
             raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(str(self.strategy), STRATEGIES)}")
+        standard = {f.name: f.default for f in fields(self)}
+        check_formats({k: v for k, v in vars(self).items() if k in ("method", "scheme") or v != standard[k]})
+        if self.format is not None:
+            object.__setattr__(self, "scheme", self.format)
+            return
         self.base_scheme()
         for target, override in self.overrides.items():
             if not isinstance(override, Mapping):
                 raise RecipeError(f"quantize.overrides[{target!r}] must be a mapping such as {{scheme: W8A16}}")
             self.scheme_with(override)
+
+    @property
+    def format(self) -> str | None:
+        """The other library's format that the step asks for; None where it asks for a scheme of ours."""
+        return format_of(self.scheme) if self.method == FORMAT_METHOD else None
 
     def base_scheme(self) -> Scheme:
         return self.scheme_with({})

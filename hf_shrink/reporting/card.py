@@ -50,7 +50,7 @@ def model_card(
         f"# {name}",
         _opening(record),
         _results(record.report),
-        _loading(record.report, task, name),
+        _loading(record.report, task, name, bool(record.plan.formats)),
         _done(record),
         _completions(record.report),
         _limits(record, inherited),
@@ -81,7 +81,7 @@ def _metadata(record: Record, name: str, task: Task, inherited: Mapping[str, Any
     if is_hub_id(record.source):
         kept["base_model"] = record.source
         # The Hub knows quantized, finetune, adapter and merge; a pruned model is nearest to a finetune.
-        kept["base_model_relation"] = "quantized" if plan.schemes else "finetune"
+        kept["base_model_relation"] = "quantized" if plan.bits else "finetune"
     return ModelCardData(
         model_name=name,
         library_name="transformers",
@@ -93,9 +93,9 @@ def _metadata(record: Record, name: str, task: Task, inherited: Mapping[str, Any
 
 def _tags(plan: Plan) -> list[str]:
     tags = ["hf_shrink"]
-    if plan.schemes:
-        tags += ["quantized", "compressed-tensors"]
-        tags += [f"{bits}-bit" for bits in sorted({scheme.bits for scheme in plan.schemes.values()})]
+    if plan.bits:
+        tags += ["quantized", "bitsandbytes" if plan.formats else "compressed-tensors"]
+        tags += [f"{bits}-bit" for bits in sorted(set(plan.bits.values()))]
     if plan.prunes:
         tags.append("pruned")
     return tags
@@ -144,7 +144,7 @@ def _results(report: ShrinkReport) -> str:
     return "\n".join(lines)
 
 
-def _loading(report: ShrinkReport, task: Task, name: str) -> str:
+def _loading(report: ShrinkReport, task: Task, name: str, bitsandbytes: bool) -> str:
     lines = ["## How to load it", "", "```python"]
     if not report.portable:
         lines.append("import hf_shrink  # teaches transformers this checkpoint's format")
@@ -155,7 +155,9 @@ def _loading(report: ShrinkReport, task: Task, name: str) -> str:
         "```",
         "",
     ]
-    if report.portable:
+    if bitsandbytes:
+        lines.append("It loads in stock transformers with bitsandbytes installed; hf_shrink is not needed.")
+    elif report.portable:
         lines.append("It loads in stock transformers; hf_shrink is not needed.")
     else:
         lines.append("It does not load without `import hf_shrink`, because:")

@@ -163,10 +163,10 @@ class BitGrid:
 def bit_grids(plan: Plan) -> list[BitGrid]:
     """One grid a stack, from the module paths alone: stack path, block number, path inside the block."""
     found: dict[str, dict[tuple[str, int], int]] = {}
-    for path, scheme in plan.schemes.items():
+    for path, weight_bits in plan.bits.items():
         match = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", path)
         if match:
-            found.setdefault(match[1], {})[match[3], int(match[2])] = scheme.bits
+            found.setdefault(match[1], {})[match[3], int(match[2])] = weight_bits
     grids = []
     for stack, cells in found.items():
         blocks = tuple(sorted({block for _, block in cells}))
@@ -178,4 +178,4 @@ def bit_grids(plan: Plan) -> list[BitGrid]:
 
 def bits_outside_blocks(plan: Plan) -> dict[str, int]:
     """Bits by path of the quantized weights that belong to no block, such as embeddings."""
-    return {path: s.bits for path, s in plan.schemes.items() if not re.fullmatch(r".+?\.\d+\..+", path)}
+    return {path: bits for path, bits in plan.bits.items() if not re.fullmatch(r".+?\.\d+\..+", path)}

@@ -64,7 +64,10 @@ class Progress:
         now = time.monotonic()
         if done >= total or now - self._printed >= LINE_EVERY:
             self._printed = now
-            print(f"{what}: {done}/{total} ({now - self._started:.0f} s)", file=self._file, flush=True)
+            gone = now - self._started
+            left = gone / done * (total - done) if done else 0.0
+            rest = f", about {left / 60:.0f} min left" if left >= 60 else ""
+            print(f"{what}: {done}/{total} ({gone:.0f} s{rest})", file=self._file, flush=True)
 
 
 @contextmanager

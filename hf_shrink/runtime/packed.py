@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from hf_shrink.ops.grid import Grid
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
-from hf_shrink.runtime.packing import pack, pack_zero_point, unpack_weight, unpack_zero_point
+from hf_shrink.runtime.packing import pack, pack_zero_point, unpack, unpack_weight, unpack_zero_point
 
 
 class PackedModule(nn.Module):
@@ -69,6 +71,14 @@ class PackedModule(nn.Module):
         """dtype of `weight`, without unpacking it."""
         return self.compute_dtype or self.weight_scale.dtype
 
+    def unpacked(self) -> tuple[Tensor, Grid]:
+        """The integers, int8 (rows, columns), and their grid: what a method once chose."""
+        values = unpack(self.weight_packed, self.scheme.bits, self._columns)
+        zero_point = self._zero_point()
+        shape = (1, 1) if self.scheme.strategy == "tensor" else self.weight_scale.shape
+        zero_point = None if zero_point is None else zero_point.view(shape)
+        return values, Grid(self.scheme, self.weight_scale.view(shape), zero_point)
+
     def _zero_point(self) -> Tensor | None:
         if self.scheme.symmetric or self.weight_zero_point is None:
             return None
@@ -102,4 +112,10 @@ class PackedModule(nn.Module):
 def count_parameters(model: nn.Module) -> int:
     """Logical parameters: every parameter once, and a packed weight's unpacked elements."""
     packed = {id(m.weight_packed): m.numel for m in model.modules() if isinstance(m, PackedModule)}
-    return sum(p.numel() for p in model.parameters()) + sum(packed.values())
+    return sum(map(_elements, model.parameters())) + sum(packed.values())
+
+
+def _elements(parameter: nn.Parameter) -> int:
+    """Elements of a parameter; of the weight behind it where bitsandbytes holds it in 4 bits."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()

@@ -10,7 +10,7 @@ from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.surgery.depth import remove_blocks, without_blocks
 from hf_shrink.surgery.sizes import build_skeleton, is_uneven, module_shape, resize_skeleton, settle_config
-from hf_shrink.surgery.units import check_units, consumer_cuts, cut_block
+from hf_shrink.surgery.units import check_units, consumer_cuts, cut_block, cut_shapes
 
 __all__ = [
     "apply_structure",
@@ -18,6 +18,7 @@ __all__ = [
     "check_plan",
     "consumer_cuts",
     "cut_block",
+    "cut_shapes",
     "is_uneven",
     "module_shape",
     "remove_blocks",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp
-from hf_shrink.architectures.linears import cut
+from hf_shrink.architectures.linears import cut, matrix
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan
 
@@ -60,6 +60,25 @@ def consumer_cuts(block: BoundBlock, plan: BlockPlan) -> dict[str, Tensor]:
             path = part.slot(role).path
             cuts[path] = part.cuts(units)[path, "in"]
     return cuts
+
+
+def cut_shapes(block: BoundBlock, plan: BlockPlan) -> dict[str, tuple[int, int]]:
+    """(out_features, in_features) after `plan` of every matrix that it cuts, by path."""
+    shapes = {}
+    for part, units in (
+        (block.attention, plan.query_heads),
+        (block.cross_attention, plan.cross_heads),
+        (block.mlp, plan.channels),
+    ):
+        cuts = part.cuts(units) if part is not None and units is not None else {}
+        for path in {path for path, _ in cuts}:
+            assert part is not None
+            rows, columns = matrix(part.modules[path]).shape
+            shapes[path] = (
+                cuts[path, "out"].numel() if (path, "out") in cuts else rows,
+                cuts[path, "in"].numel() if (path, "in") in cuts else columns,
+            )
+    return shapes
 
 
 def check_units(kept: Sequence[int], count: int, path: str, what: str) -> None:

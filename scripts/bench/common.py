@@ -27,6 +27,15 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("hf_shrink", "torch", "transformers", "compressed-tensors", "datasets", "accelerate", "numpy")
 
 
+def today() -> str:
+    return time.strftime("%Y-%m-%d")
+
+
+def about() -> dict[str, Any]:
+    """Date, commit, versions and hardware of what is measured in this environment."""
+    return {"date": today(), "commit": git_commit(), "versions": versions(), "hardware": hardware()}
+
+
 def versions() -> dict[str, str]:
     """Installed versions of what decides a result, and of Python."""
     found = {"python": platform.python_version()}
@@ -52,11 +61,12 @@ def hardware() -> dict[str, Any]:
 
 
 def git_commit() -> str:
-    """The commit that was measured, with "+" when the working tree differs from it."""
+    """The commit that was measured, with "+" when the working tree differs from it outside the results folder."""
     head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
     if head.returncode:
         return "unknown"
-    dirty = subprocess.run(["git", "status", "--porcelain"], cwd=ROOT, capture_output=True, text=True).stdout
+    status = ["git", "status", "--porcelain", "--", ".", ":!scripts/bench/results"]
+    dirty = subprocess.run(status, cwd=ROOT, capture_output=True, text=True).stdout
     return head.stdout.strip() + ("+" if dirty.strip() else "")
 
 
@@ -84,8 +94,8 @@ def peak_memory_mb() -> float:
 
 
 def folder_bytes(folder: Path) -> int:
-    """Bytes of the weights in a checkpoint folder."""
-    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    """Bytes of the weights in a checkpoint folder and below it."""
+    return sum(file.stat().st_size for file in folder.rglob("*.safetensors"))
 
 
 def windows(tokenizer: Any, path: Path, count: int, length: int) -> torch.Tensor:
@@ -123,6 +133,7 @@ def run_fresh(command: Sequence[str], threads: int) -> dict[str, Any]:
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",
+        "PYTHONUTF8": "1",  # texts are read without naming an encoding
         "TOKENIZERS_PARALLELISM": "false",
     }
     done = subprocess.run(list(command), env=environment, stdout=subprocess.PIPE, text=True)
@@ -137,11 +148,5 @@ def write_results(name: str, content: dict[str, Any], output: Path | None = None
     """Write `content` with date, commit, versions and hardware to results/NAME.json or `output`; returns the path."""
     path = output or RESULTS / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    about = {
-        "date": time.strftime("%Y-%m-%d"),
-        "commit": git_commit(),
-        "versions": versions(),
-        "hardware": hardware(),
-    }
-    path.write_text(json.dumps({**about, **content}, indent=1) + "\n")
+    path.write_text(json.dumps({**about(), **content}, indent=1) + "\n")
     return path

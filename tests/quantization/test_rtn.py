@@ -73,3 +73,25 @@ def test_bad_numbers_are_named():
     weight[0, 0] = float("nan")
     with pytest.raises(CalibrationError, match="weight holds NaN"):
         rtn.solve(weight, SCHEMES[0], None, scale_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s.bits < 8], ids=str)
+def test_cubes_are_what_the_search_without_data_makes_small(scheme):
+    weight, _ = case()
+    weight = weight * torch.where(torch.rand(weight.shape) < 0.03, 4.0, 1.0)  # outliers, on which the two differ
+    cubed, squared = (
+        METHODS.build("rtn", {"power": power}).solve(weight, scheme, None, scale_dtype=torch.float32)
+        for power in (3, 2)
+    )
+    assert METHODS.build("rtn", {}).power == 3
+
+    def errors(result, power):
+        error = (weight.double() - result.dequantized().double()).abs() ** power
+        return error.reshape(result.grid.scale.numel(), -1).sum(1)
+
+    assert (errors(cubed, 3) <= errors(squared, 3) * (1 + 1e-5)).all()
+    assert (errors(squared, 2) <= errors(cubed, 2) * (1 + 1e-5)).all()
+    if scheme.strategy != "tensor":
+        assert errors(cubed, 3).sum() < 0.99 * errors(squared, 3).sum()
+    with pytest.raises(RecipeError, match="power must be 2 or 3"):
+        METHODS.build("rtn", {"power": 2.5})

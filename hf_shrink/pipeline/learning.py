@@ -1,0 +1,133 @@
+"""Give a method that learns the block it works on: targets from the dense model, weights opened for training."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from hf_shrink.architectures.linears import matrix
+from hf_shrink.calibration.capture import first_output
+from hf_shrink.calibration.shelf import Shelf
+from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.ops.precision import fast_precision
+from hf_shrink.quantization.base import LearningMethod, Learnt
+from hf_shrink.runtime.linear import CompressedLinear
+from hf_shrink.runtime.trainable import TrainableLinear
+
+
+@dataclass
+class DenseStream:
+    """What the dense model's blocks put out, one block ahead of the compression.
+
+    Attributes:
+        walk: over the same blocks and batches, only ever advanced through dense blocks.
+    """
+
+    walk: StackWalk
+    _shelf: Shelf = field(default_factory=Shelf)
+
+    def advance(self) -> None:
+        """Run the current block, which must still be dense, on every batch; its outputs are the targets."""
+        for batch in range(len(self.walk.hidden)):
+            self._shelf.give_back(batch)
+        self.walk.advance()
+        for batch, hidden in enumerate(self.walk.hidden):
+            self._shelf.take(batch, [hidden])
+
+    def target(self, batch: int) -> Tensor:
+        """The dense block's output for one batch, (batch, sequence, width)."""
+        self._shelf.give_back(batch)
+        return self.walk.hidden[batch]
+
+    def put_away(self, batch: int) -> None:
+        """Nobody reads the batch's target for a while."""
+        self._shelf.take(batch, [self.walk.hidden[batch]])
+
+
+class _Problem:
+    """See `quantization.base.BlockProblem`."""
+
+    def __init__(self, walk: StackWalk, dense: DenseStream, weights: Sequence[TrainableLinear]) -> None:
+        self.batches = len(walk.hidden)
+        self.weights = weights
+        self._walk, self._dense = walk, dense
+
+    def loss(self, batch: int) -> Tensor:
+        inputs, mask = self._walk.hidden[batch], self._walk.mask(batch)
+        with fast_precision(inputs.device):
+            output = first_output(self._walk.run(batch))
+        target = self._dense.target(batch)
+        lost, added = output.float() - target, target - inputs
+        if mask is not None and mask.shape == target.shape[:2]:
+            lost, added = lost[mask], added[mask]
+        found = lost.square().sum() / added.square().sum().clamp_min(1e-30)
+        self._dense.put_away(batch)
+        return found
+
+
+@dataclass
+class Learning:
+    """Learned rounding over a whole model, and what came of it."""
+
+    model: nn.Module
+    method: LearningMethod
+    seed: int
+    seconds: list[float] = field(default_factory=list)
+    gains: list[Learnt] = field(default_factory=list)
+
+    def block(
+        self,
+        walk: StackWalk,
+        dense: DenseStream,
+        paths: Sequence[str],
+        pack: Callable[[], object],
+        further: bool,
+        timed: Callable[[str], AbstractContextManager[None]],
+    ) -> Passed:
+        """Pack the current block's matrices, improve them together, and go on to the next block (if `further`)."""
+        originals = {path: matrix(self.model.get_submodule(path)).detach() for path in paths}
+        with timed("calibrate"):
+            pack()
+        with timed("learn"):
+            self._learn(walk, dense, originals)
+        before = dense.target(0)
+        with timed("calibrate"):
+            if further:
+                walk.advance()
+            return Passed(before, walk.hidden[0] if further else walk.outputs(1)[0])
+
+    def _learn(self, walk: StackWalk, dense: DenseStream, originals: dict[str, Tensor]) -> None:
+        """Let the method improve the packed Linears at the paths of `originals`, the weights that were rounded."""
+        since = time.perf_counter()
+        opened: dict[str, tuple[TrainableLinear, CompressedLinear]] = {}
+        for path, weight in originals.items():
+            packed = self.model.get_submodule(path)
+            if type(packed) is CompressedLinear:
+                linear = TrainableLinear(packed, rounding=True, dense=weight)
+                opened[path] = linear, packed
+                self.model.set_submodule(path, linear)
+        try:
+            if opened:
+                problem = _Problem(walk, dense, [linear for linear, _ in opened.values()])
+                with torch.enable_grad():
+                    self.gains.append(self.method.learn(problem, self.seed))
+        finally:
+            for path, (linear, _) in opened.items():
+                self.model.set_submodule(path, linear.packed())
+        self.seconds.append(time.perf_counter() - since)
+
+    def note(self) -> str:
+        """One line for the report."""
+        if not self.gains:
+            return "learned rounding found nothing to learn"
+        before = sum(gain.before for gain in self.gains) / len(self.gains)
+        after = sum(gain.after for gain in self.gains) / len(self.gains)
+        return (
+            f"learned rounding took the blocks' mean relative output error on held-out batches from {before:.4g} to "
+            f"{after:.4g} in {sum(self.seconds):.0f} s"
+        )

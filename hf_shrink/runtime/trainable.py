@@ -1,0 +1,117 @@
+"""A packed Linear laid open for training: its scales, zero points and, where asked, its rounding.
+
+The forward pass computes with exactly the weight that would be stored now. Gradients pass through every rounding as if
+it were not there (straight-through estimator, Bengio et al., arXiv 1308.3432).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from hf_shrink.ops.grid import Grid, integer_range, stored_scale
+from hf_shrink.ops.quantized import QuantizedWeight
+from hf_shrink.runtime.linear import CompressedLinear
+
+_INSIDE = 0.25  # of a step: how far from its integer a rounding may start, so that it does not turn at once
+
+
+class TrainableLinear(nn.Module):
+    """y = x W^T + b with W = (q - zero_point) * scale, all of it float32 parameters of a few kinds.
+
+    Attributes:
+        log_scale: (rows, groups, 1) float32 parameter a; the scale is (start of training) * exp(a).
+        zero: (rows, groups, 1) float32 parameter that is rounded to an integer; None for symmetric schemes.
+        steps: (rows, groups, columns in a group) float32 parameter that is rounded and clamped to integers; a buffer
+            of integers, int8, when the rounding is not trained.
+        bias: the packed module's, or None.
+
+    Args:
+        packed: what to start from. Is not changed.
+        rounding: whether the integers are trained.
+        dense: (out, in): the weight that was rounded. Given, a weight whose rounding is trained starts on its side of
+            the integer that it has; otherwise on the integer.
+    """
+
+    steps: Tensor
+    initial_scale: Tensor
+
+    def __init__(self, packed: CompressedLinear, *, rounding: bool = False, dense: Tensor | None = None) -> None:
+        super().__init__()
+        self.scheme, self.scale_dtype = packed.scheme, packed.weight_scale.dtype
+        self.in_features, self.out_features = packed.in_features, packed.out_features
+        self.bias = packed.bias
+        self._lowest, self._highest = integer_range(self.scheme.bits)
+        values, grid = packed.unpacked()
+        rows = 1 if self.scheme.strategy == "tensor" else self.out_features
+        layout = (self.out_features, self.scheme.scale_columns(self.in_features), -1)
+        scale = grid.scale.float().view(rows, -1, 1)
+        self.register_buffer("initial_scale", scale)
+        self.log_scale = nn.Parameter(torch.zeros_like(scale))
+        self.zero = None if grid.zero_point is None else nn.Parameter(grid.zero_point.float().view(rows, -1, 1))
+        if not rounding:
+            self.register_buffer("steps", values.view(layout))
+            return
+        steps = values.view(layout).float()
+        if dense is not None:
+            wanted = dense.detach().float().view(layout) / scale
+            wanted = wanted if self.zero is None else wanted + self.zero.detach()
+            steps += _INSIDE * (wanted - steps).clamp(-1, 1)
+        self.steps = nn.Parameter(steps)
+
+    @property
+    def weight(self) -> Tensor:
+        """(out, in) float32, with gradients to the parameters."""
+        steps: Tensor = self._integers() if self.steps.is_floating_point() else self.steps.float()
+        if self.zero is not None:
+            steps = steps - self._zero_point()
+        return (steps * self._scale()).view(self.out_features, self.in_features)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """As nn.Linear, on (..., in_features)."""
+        return F.linear(input, self.weight.to(input.dtype), self.bias)
+
+    def quantized(self) -> QuantizedWeight:
+        """The weight as it is now, to be packed."""
+        with torch.no_grad():
+            integers = self._integers() if self.steps.is_floating_point() else self.steps
+            scale = stored_scale(self.initial_scale * self.log_scale.exp(), self.scale_dtype)
+            rows = 1 if self.scheme.strategy == "tensor" else self.out_features
+            zero = None if self.zero is None else self._zero_point().to(torch.int8).view(rows, -1)
+            grid = Grid(self.scheme, scale.view(rows, -1), zero)
+            values = integers.to(torch.int8).view(self.out_features, self.in_features)
+        return QuantizedWeight(values, grid, 0.0)
+
+    def packed(self) -> CompressedLinear:
+        """A packed module with the weight as it is now and the same bias."""
+        return CompressedLinear.from_quantized(self.quantized(), self.bias)
+
+    def _scale(self) -> Tensor:
+        scale = self.initial_scale * self.log_scale.exp()
+        if self.scale_dtype == torch.float32:
+            return scale
+        return scale + (stored_scale(scale.detach(), self.scale_dtype).float() - scale.detach())
+
+    def _zero_point(self) -> Tensor:
+        assert self.zero is not None
+        rounded: Tensor = _Round.apply(self.zero, self._lowest, self._highest)  # type: ignore[no-untyped-call]
+        return rounded
+
+    def _integers(self) -> Tensor:
+        rounded: Tensor = _Round.apply(self.steps, self._lowest, self._highest)  # type: ignore[no-untyped-call]
+        return rounded
+
+
+class _Round(torch.autograd.Function):
+    """Round and clamp; the gradient passes as it is, so that what was clamped can come back."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, lowest: int, highest: int) -> Tensor:
+        return value.round().clamp_(lowest, highest)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return gradient, None, None

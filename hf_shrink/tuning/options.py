@@ -1,0 +1,53 @@
+"""The options of tuning: the keys of a recipe's `quantize: {tune: {...}}`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+from hf_shrink.errors import RecipeError
+from hf_shrink.registry import did_you_mean
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the model is tuned after rounding.
+
+    Attributes:
+        steps: optimizer steps, each on one calibration batch.
+        learning_rate: of the logarithms of scales, and of norms and biases relative to their size; zero points and
+            roundings move by `rounding_rate`.
+        rounding: also train which way every weight is rounded. Takes 16 bytes a weight.
+        rounding_rate: in steps of the grid.
+        held_out: fraction of the calibration batches that is not trained on and decides whether tuning is kept.
+    """
+
+    steps: int
+    learning_rate: float = 1e-3
+    rounding: bool = False
+    rounding_rate: float = 0.01
+    held_out: float = 0.125
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
+            raise RecipeError(f"tune.steps must be a whole number of at least 1, not {self.steps!r}")
+        if not isinstance(self.rounding, bool):
+            raise RecipeError(f"tune.rounding must be true or false, not {self.rounding!r}")
+        for name in ("learning_rate", "rounding_rate", "held_out"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float) or not 0 < value < 1:
+                raise RecipeError(f"tune.{name} must be above 0 and below 1, not {value!r}")
+
+    @classmethod
+    def from_options(cls, options: Mapping[str, Any]) -> Tuning | None:
+        """From a recipe's mapping; None when that is empty. Raises RecipeError naming the nearest valid key."""
+        if not options:
+            return None
+        valid = [field.name for field in fields(cls)]
+        for key in options:
+            if key not in valid:
+                raise RecipeError(f"unknown key {key!r} in quantize.tune; {did_you_mean(key, valid)}")
+        if "steps" not in options:
+            raise RecipeError("quantize.tune needs steps, for example {steps: 100}")
+        return cls(**options)

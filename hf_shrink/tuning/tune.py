@@ -1,0 +1,119 @@
+"""The tuning loop: end-to-end distillation of the quantized model, as the second phase of EfficientQAT
+(Chen et al., arXiv 2407.11062), against the dense model's predictions instead of the next token."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+
+from hf_shrink.architectures.binding import bind
+from hf_shrink.errors import CalibrationError
+from hf_shrink.progress import ProgressCallback
+from hf_shrink.tuning.opened import open_model
+from hf_shrink.tuning.options import Tuning
+from hf_shrink.tuning.teacher import Teacher
+
+WARMUP = 0.05  # of the steps
+RERUN_FROM = 500_000_000  # dense parameters
+
+
+def tune(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    batches: int,
+    options: Tuning,
+    seed: int,
+    progress: ProgressCallback,
+) -> list[str]:
+    """Tune a quantized model in place; returns what the user should know.
+
+    The last batches are held out: when they are not nearer to the dense model afterwards, with everything rounded to
+    what is stored, the model goes back to what it was.
+
+    Args:
+        teacher: of the dense model, on `batches` batches.
+        seed: of the batches' order.
+
+    Raises:
+        CalibrationError: fewer than two batches, or a loss that is not finite.
+    """
+    if batches < 2:
+        raise CalibrationError(
+            "tune needs 2 batches of calibration data or more, one of them held out; give more samples"
+        )
+    held = max(1, round(batches * options.held_out))
+    training, held_out = range(batches - held), range(batches - held, batches)
+    before = _mean_loss(model, teacher, held_out)
+    opened = open_model(model, options.rounding)
+    try:
+        with torch.enable_grad(), _rerunning_blocks(model):
+            _train(model, teacher, training, opened.parameter_groups(options), options, seed, progress)
+    except BaseException:
+        opened.undo()
+        raise
+    opened.close()
+    after = _mean_loss(model, teacher, held_out)
+    if not after < before:
+        opened.undo()
+        return [f"tuning was taken back: {teacher.unit} on held-out batches {before:.4g} before, {after:.4g} after"]
+    return [f"tuning took the {teacher.unit} on held-out batches from {before:.4g} to {after:.4g}"]
+
+
+def _train(
+    model: PreTrainedModel,
+    teacher: Teacher,
+    batches: Sequence[int],
+    groups: list[dict[str, object]],
+    options: Tuning,
+    seed: int,
+    progress: ProgressCallback,
+) -> None:
+    """Adam with a short warm-up and a cosine down to zero."""
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    for step in range(options.steps):
+        if not order:
+            order = torch.randperm(len(batches), generator=generator).tolist()
+        loss = teacher.loss(model, batches[order.pop()])
+        if not torch.isfinite(loss):
+            raise CalibrationError(f"tuning came to a loss that is not finite in step {step}; lower tune.learning_rate")
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        progress("tuning", step + 1, options.steps)
+
+
+def _rate(step: int, steps: int) -> float:
+    warm = max(1, round(steps * WARMUP))
+    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+
+
+def _mean_loss(model: PreTrainedModel, teacher: Teacher, batches: Sequence[int]) -> float:
+    with torch.no_grad():
+        return sum(float(teacher.loss(model, index)) for index in batches) / len(batches)
+
+
+@contextmanager
+def _rerunning_blocks(model: PreTrainedModel) -> Iterator[None]:
+    """Of large models, keep only what goes into a block and run the block again in the backward pass."""
+    blocks = [block.module for block in bind(model).blocks] if model.num_parameters() >= RERUN_FROM else []
+    before = [block.__dict__.get("forward") for block in blocks]
+    for block in blocks:
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    try:
+        yield
+    finally:
+        for block, forward in zip(blocks, before, strict=True):
+            if forward is None:
+                del block.forward
+            else:
+                block.forward = forward
