@@ -134,7 +134,13 @@ class Stack:
 
 @dataclass(frozen=True)
 class Family:
-    """All that is known of one kind of model, by its `config.model_type`s."""
+    """All that is known of one kind of model, by its `config.model_type`s.
+
+    Attributes:
+        towers: the ends of the paths of modules that run before the stacks and feed them (an image encoder). Their
+            blocks are found by search, have no roles, and are quantized only where a recipe asks for them.
+    """
 
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...]
+    towers: tuple[str, ...] = ()

@@ -67,11 +67,11 @@ def find_feeds(block: BoundBlock, spec: Stack | None, config: PretrainedConfig) 
     """Every feed of a block whose matrices are still dense.
 
     Args:
-        spec: the block's stack; None for a family without a role table, where nothing is found.
+        spec: the block's stack; None for a tower and a family without a role table, where nothing is found.
         config: the model's.
     """
     if spec is None:
-        return Feeds((), (("all", f"model type {config.model_type!r} has no role table"),))
+        return Feeds((), (("all", f"the table of model type {config.model_type!r} has no roles for them"),))
     found: list[Feed] = []
     refused: list[tuple[str, str]] = []
     wanted: list[tuple[str, str | tuple[str, ...] | None, BoundAttention | BoundMlp, tuple[str, ...]]] = []

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.checkpoint.packed import arguments_of
 from hf_shrink.checkpoint.portability import needs_dequantize, portability
-from hf_shrink.checkpoint.targets import targets_by_group
+from hf_shrink.checkpoint.targets import stored_names, targets_by_group
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Scheme
 from hf_shrink.surgery.sizes import RECORD_FORMAT
@@ -46,7 +46,9 @@ def quantization_config(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -
     plain = [path for path in kept if "." not in path]  # written as everybody writes lm_head
     inner = [path for path in kept if "." in path]
     others = [path for path in modules if path not in schemes and path not in set(inner)]
-    *targets, ignored = targets_by_group([*by_scheme.values(), inner], others, model.base_model_prefix)
+    *targets, ignored = targets_by_group(
+        [*by_scheme.values(), inner], others, model.base_model_prefix, stored_names(model, schemes)
+    )
     config = QuantizationConfig(
         config_groups={
             f"group_{index}": QuantizationScheme(targets=targets[index], weights=arguments_of(scheme))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,22 +15,23 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.architectures.bound import BoundBlock, BoundStack
 from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
+from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
 from hf_shrink.pipeline.learning import DenseStream, Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.pipeline.recipes import plan_transforms
+from hf_shrink.pipeline.towers import tower_batches, towers_with
 from hf_shrink.pipeline.transforming import BlockScaler, rotate
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.refit import refit_columns
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
-from hf_shrink.surgery import check_plan, consumer_cuts, cut_block, is_uneven, remove_blocks, settle_config
-
-T = TypeVar("T")
+from hf_shrink.surgery import consumer_cuts, cut_block, is_uneven, settle_config
 
 
 def apply_plan(
@@ -50,20 +51,28 @@ def apply_plan(
         method: stores the plan's weights; None when it has none.
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
-    stacks = _remove_blocks(model, binding, plan) if binding is not None else []
-    schemes, formats = _present(plan.schemes, stacks), _present(plan.formats, stacks)
+    towers = towers_with(binding, plan.schemes)
+    solves = method is not None and method.needs_statistics
+    reaching = tower_batches(model, towers, batches) if solves else {}
+    stacks = remove_planned(model, binding, plan) if binding is not None else []
+    schemes, formats = present(plan.schemes, stacks), present(plan.formats, stacks)
     whole = method if isinstance(method, ModelMethod) else None
     method = None if isinstance(method, ModelMethod) else method
     untie(model, tied_partner_missing(model, schemes))
     transforms = plan_transforms(plan)
     report.notes += rotate(model, [s.stack for s in stacks], transforms)
-    inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
+    blocks = [block.path for stack in (*towers, *(s.stack for s in stacks)) for block in stack.blocks]
+    inside = {path for path in schemes if any(path.startswith(block + ".") for block in blocks)}
     outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
-    scaler = BlockScaler(model, transforms, schemes, weighted=method is not None and method.needs_statistics)
-    total = sum(len(s.kept) for s in stacks)
-    run = _Run(model, plan, schemes, method, scaler, batches, report, progress, total)
+    scaler = BlockScaler(model, transforms, schemes, weighted=solves)
+    run = _Run(model, plan, schemes, method, scaler, batches, report, progress, total=len(blocks))
     if isinstance(method, LearningMethod):
         run.learning = Learning(model, method, seed)
+    for tower in towers:
+        run.stack(whole_stack(tower), (), reaching.get(tower.path))
+    if binding is not None and binding.towers:
+        for path in run.between(stacks[0].stack, list(outer)):
+            del outer[path]
     statistics: dict[str, InputStatistics] = {}
     for position, stack in enumerate(stacks):
         heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
@@ -85,41 +94,6 @@ def apply_plan(
             )
         with run.timed("solve"):
             whole.convert(model, formats)
-
-
-@dataclass(frozen=True)
-class _Stack:
-    """A stack after whole blocks were removed, and the source index of each block left."""
-
-    stack: BoundStack
-    kept: tuple[int, ...]
-    plan: StackPlan
-
-
-def _remove_blocks(model: nn.Module, binding: Binding, plan: Plan) -> list[_Stack]:
-    check_plan(binding, plan)
-    plans = {s.name: plan.stacks.get(s.name, StackPlan(tuple(range(len(s.blocks))))) for s in binding.stacks}
-    for stack in binding.stacks:
-        if len(plans[stack.name].kept) < len(stack.blocks):
-            remove_blocks(model, stack, plans[stack.name].kept)
-    return [_Stack(stack, plans[stack.name].kept, plans[stack.name]) for stack in bind(model).stacks]
-
-
-def _present(by_path: Mapping[str, T], stacks: Sequence[_Stack]) -> dict[str, T]:
-    """What a plan says of modules, by present path: it names them as in the source, where blocks had other numbers."""
-    renamed = {}
-    for path, value in by_path.items():
-        for s in stacks:
-            for block, source in zip(s.stack.blocks, s.kept, strict=True):
-                old = f"{s.stack.path}.{source}."
-                if path.startswith(old):
-                    path = f"{block.path}.{path.removeprefix(old)}"
-                    break
-            else:
-                continue
-            break
-        renamed[path] = value
-    return renamed
 
 
 def _dtype(module: nn.Module) -> torch.dtype:
@@ -147,18 +121,42 @@ class _Run:
     phases: list[str] = field(default_factory=list)
     since: float = 0.0
 
-    def stack(self, stack: _Stack, heads: Sequence[str]) -> dict[str, InputStatistics]:
-        """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it."""
-        solves = bool(self.schemes) and self.method is not None and self.method.needs_statistics
+    @property
+    def solves(self) -> bool:
+        """Whether anything is quantized by a method that needs statistics."""
+        return bool(self.schemes) and self.method is not None and self.method.needs_statistics
+
+    def between(self, stack: BoundStack, paths: Iterable[str]) -> list[str]:
+        """Compress the matrices that run before `stack` outside the towers (a projector); returns their paths."""
+        matrices = {p: module for p in paths if is_matrix(module := self.model.get_submodule(p))}
+        if not matrices or not self.solves:
+            return []
+        with self.timed("calibrate"):
+            found = statistics_before(self.model, stack.blocks[0].module, self.batches, matrices)
+        for path, statistics in found.items():
+            self._pack({path: statistics}, _dtype(matrices[path]))
+        return list(found)
+
+    def stack(
+        self, stack: KeptStack, heads: Sequence[str], batches: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, InputStatistics]:
+        """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it.
+
+        Args:
+            batches: a tower's, those that come to it; None: all.
+        """
+        solves = self.solves and (bool(heads) or any(path.startswith(stack.stack.path + ".") for path in self.schemes))
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
-        self.walk = self.dense = None
+        self.walk, self.dense, self.moved = None, None, None
         stack = self._cut_tied_heads(stack)
         blocks = stack.stack.blocks
-        if solves or refits or self.scaler.scalings:
+        scales = bool(self.scaler.scalings) and stack.stack.spec is not None
+        if solves or refits or scales:
+            given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                self.walk = StackWalk(self.model, [b.module for b in blocks], self.batches)
+                self.walk = StackWalk(self.model, modules, given, padded=batches is None)
                 if self.learning is not None:
-                    self.dense = DenseStream(StackWalk(self.model, [b.module for b in blocks], self.batches))
+                    self.dense = DenseStream(StackWalk(self.model, modules, given, padded=batches is None))
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -173,7 +171,7 @@ class _Run:
         with self.timed("calibrate"):
             return self.walk.statistics_after(self.model, {p: self.model.get_submodule(p) for p in heads})
 
-    def _cut_tied_heads(self, stack: _Stack) -> _Stack:
+    def _cut_tied_heads(self, stack: KeptStack) -> KeptStack:
         """Cut heads that all blocks must have alike (they share a position bias) before any block runs."""
         bound = stack.stack
         if bound.spec is None or not any(
@@ -191,7 +189,7 @@ class _Run:
             self.report.notes.append(
                 f"heads of the {bound.name} were cut without refit: blocks share a position bias and lose them at once"
             )
-        return _Stack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
+        return KeptStack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
 
     def _block(self, stack: BoundStack, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
@@ -201,14 +199,14 @@ class _Run:
         if not plan.keeps_all:
             self._cut(block, plan)
         paths = [path for path in self.schemes if path.startswith(block.path + ".")]
-        if self.walk is None:
-            self._pack(dict.fromkeys(paths), stored)
-            return
-        inputs = self.walk.hidden[0]
         if self.scaler.scalings and paths:
             cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
             with self.timed("transform"):
                 self.scaler.scale(self.walk, stack.spec, cut, stored)
+        if self.walk is None:
+            self._pack(dict.fromkeys(paths), stored)
+            return
+        inputs = self.walk.hidden[0]
         passed: Passed | None
         if self.learning is not None and self.dense is not None and paths:
             walk = self.walk

@@ -62,11 +62,11 @@ class BlockScaler:
     def scalings(self) -> list[Scaling]:
         return [transform for transform in self.transforms if isinstance(transform, Scaling)]
 
-    def scale(self, walk: StackWalk, spec: Stack | None, block: BoundBlock, stored: torch.dtype) -> None:
+    def scale(self, walk: StackWalk | None, spec: Stack | None, block: BoundBlock, stored: torch.dtype) -> None:
         """Fold the scales of every scaling transform into a dense block, each from one pass of the walk's batches.
 
         Args:
-            walk: in front of the block.
+            walk: in front of the block; None where there is no `spec`, so that nothing can be scaled.
             stored: dtype in which the block will be kept.
 
         Raises:
@@ -75,7 +75,7 @@ class BlockScaler:
         found = find_feeds(block, spec, self.model.config)  # type: ignore[arg-type]
         self.refused.update(found.refused)
         feeds = [feed for feed in found.found if any(path in self.schemes for path in feed.readers)]
-        if not feeds:
+        if not feeds or walk is None:
             return
         for transform in self.scalings:
             first = {feed.readers[0]: self.model.get_submodule(feed.readers[0]) for feed in feeds}

@@ -63,11 +63,6 @@ FAMILIES = [
     # Of this kind's first generation: norms store their weight minus 1, and that is all.
     Family(("gemma",), (dataclasses.replace(STACK, norm_offset=1.0),)),
     Family(("gemma2", "gemma3_text"), (FOUR_NORMS,)),
-    # The text half; the image tower in front of it stays as it is.
-    Family(
-        ("gemma3",),
-        (dataclasses.replace(FOUR_NORMS, name="text", blocks="language_model.layers", config="text_config"),),
-    ),
     Family(("smollm3",), (dataclasses.replace(STACK, block_lists=("layer_types", "no_rope_layers")),)),
     Family(("phi3",), (dataclasses.replace(STACK, attention=FUSED_ATTENTION, mlp=FUSED_MLP),)),
 ]

@@ -1,0 +1,58 @@
+"""The stacks of a model once a plan's blocks are out, and where the modules are then that the plan names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import nn
+
+from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.architectures.bound import BoundStack
+from hf_shrink.plan import Plan, StackPlan
+from hf_shrink.surgery import check_plan, remove_blocks
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class KeptStack:
+    """A stack after whole blocks were removed, and the source index of each block left."""
+
+    stack: BoundStack
+    kept: tuple[int, ...]
+    plan: StackPlan
+
+
+def whole_stack(stack: BoundStack) -> KeptStack:
+    """A stack that loses no blocks."""
+    kept = tuple(range(len(stack.blocks)))
+    return KeptStack(stack, kept, StackPlan(kept))
+
+
+def remove_planned(model: nn.Module, binding: Binding, plan: Plan) -> list[KeptStack]:
+    """Take out the blocks that the plan removes, in place; the stacks that are left. Raises as `check_plan`."""
+    check_plan(binding, plan)
+    plans = {s.name: plan.stacks.get(s.name, StackPlan(tuple(range(len(s.blocks))))) for s in binding.stacks}
+    for stack in binding.stacks:
+        if len(plans[stack.name].kept) < len(stack.blocks):
+            remove_blocks(model, stack, plans[stack.name].kept)
+    return [KeptStack(stack, plans[stack.name].kept, plans[stack.name]) for stack in bind(model).stacks]
+
+
+def present(by_path: Mapping[str, T], stacks: Sequence[KeptStack]) -> dict[str, T]:
+    """What a plan says of modules, by present path: it names them as in the source, where blocks had other numbers."""
+    renamed = {}
+    for path, value in by_path.items():
+        for s in stacks:
+            for block, source in zip(s.stack.blocks, s.kept, strict=True):
+                old = f"{s.stack.path}.{source}."
+                if path.startswith(old):
+                    path = f"{block.path}.{path.removeprefix(old)}"
+                    break
+            else:
+                continue
+            break
+        renamed[path] = value
+    return renamed
