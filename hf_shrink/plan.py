@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -11,10 +10,22 @@ from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
+from hf_shrink.scheme import BITS, KINDS, STRATEGIES, Kind, Scheme, Strategy
 
-Strategy = Literal["tensor", "channel", "group"]
-STRATEGIES = ("tensor", "channel", "group")
-BITS = tuple(range(2, 9))
+__all__ = [
+    "BITS",
+    "FORMATS",
+    "KINDS",
+    "PLAN_FORMAT",
+    "STRATEGIES",
+    "BlockPlan",
+    "Kind",
+    "Plan",
+    "Scheme",
+    "StackPlan",
+    "Strategy",
+]
+
 PLAN_FORMAT = 1
 # Formats of other libraries, and the bits that they take for a weight.
 FORMATS: Mapping[str, int] = {"NF4": 4, "FP4": 4, "LLM.int8": 8}
@@ -30,73 +41,6 @@ def split_transform(spec: TransformSpec) -> tuple[str, Mapping[str, Any]]:
         if isinstance(name, str) and isinstance(options, Mapping):
             return name, options
     raise RecipeError(f"a transform is a name, or a name with options such as {{awq: {{grid: 40}}}}, not {spec!r}")
-
-
-@dataclass(frozen=True)
-class Scheme:
-    """How a weight is stored: integers of `bits`, with a scale for the tensor, each row, or each group of columns.
-
-    `group_size` is set exactly when `strategy` is "group". Activations stay in 16 bits or more ("A16").
-    """
-
-    bits: int
-    symmetric: bool = True
-    strategy: Strategy = "group"
-    group_size: int | None = 128
-
-    def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise RecipeError(
-                f"weights can have 2 to 8 bits, not {self.bits}; did you mean {min(max(self.bits, 2), 8)}?"
-            )
-        if self.strategy not in STRATEGIES:
-            raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(self.strategy, STRATEGIES)}")
-        if (self.strategy == "group") != (self.group_size is not None):
-            raise RecipeError(f"group_size goes with strategy 'group' only (strategy {self.strategy!r})")
-        if self.group_size is not None and self.group_size < 1:
-            raise RecipeError(f"group_size must be at least 1, not {self.group_size}")
-
-    @property
-    def name(self) -> str:
-        """For example W4A16."""
-        return f"W{self.bits}A16"
-
-    @staticmethod
-    def bits_of(name: str) -> int:
-        """The weight bits of a scheme's name, such as 4 of "W4A16". Raises RecipeError naming the nearest valid one."""
-        match = re.fullmatch(r"[Ww](\d+)[Aa]16", name)
-        if match is None or int(match[1]) not in BITS:
-            nearest = f"W{min(max(int(match[1]), 2), 8)}A16" if match else None
-            hint = f"did you mean {nearest!r}?" if nearest else did_you_mean(name.upper(), [f"W{b}A16" for b in BITS])
-            raise RecipeError(f"unknown scheme {name!r}; {hint}")
-        return int(match[1])
-
-    def for_width(self, in_features: int) -> Scheme:
-        """This scheme with a group size that divides `in_features`.
-
-        A group size that does not becomes the largest of 128, 64, 32 not above it that does, else the largest divisor.
-        """
-        if self.group_size is None or in_features % self.group_size == 0:
-            return self
-        for size in (128, 64, 32):
-            if size <= self.group_size and in_features % size == 0:
-                return Scheme(self.bits, self.symmetric, self.strategy, size)
-        size = max(d for d in range(1, min(self.group_size, in_features) + 1) if in_features % d == 0)
-        return Scheme(self.bits, self.symmetric, self.strategy, size)
-
-    def scale_columns(self, in_features: int) -> int:
-        """How many scales a row has (1 unless grouped)."""
-        return in_features // self.group_size if self.group_size else 1
-
-    def stored_bytes(self, out_features: int, in_features: int, scale_bytes: int = 2) -> int:
-        """Bytes of the packed weight, its scales, zero points and shape in a checkpoint."""
-        rows = 1 if self.strategy == "tensor" else out_features
-        columns = self.scale_columns(in_features)
-        packed = out_features * -(-in_features * self.bits // 32) * 4
-        zero_points = 0
-        if not self.symmetric:
-            zero_points = columns if self.strategy == "tensor" else -(-rows * self.bits // 32) * 4 * columns
-        return packed + rows * columns * scale_bytes + zero_points + 16
 
 
 @dataclass(frozen=True)
@@ -145,6 +89,7 @@ class Plan:
         options: the method's options.
         transforms: names, or {name: options}, of what is folded into the weights before they are rounded, in order.
         tune: options of the tuning after rounding; empty: none.
+        starved_experts: what happens to experts that saw too few calibration tokens: an error, or rounding to nearest.
         effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
@@ -158,6 +103,7 @@ class Plan:
     options: Mapping[str, Any] = field(default_factory=dict)
     transforms: tuple[TransformSpec, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
+    starved_experts: Literal["error", "rtn"] = "error"
     effort: str | None = None
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
@@ -228,7 +174,8 @@ class Plan:
         for scheme, count in by_scheme.items():
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
-            lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}")
+            inputs = "" if scheme.activation_bits == 16 else f", inputs in int{scheme.activation_bits} per token"
+            lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}{inputs}")
         for kind in dict.fromkeys(self.formats.values()):
             count = sum(found == kind for found in self.formats.values())
             lines.append(f"{count} weights {kind} by {self.method}")

@@ -15,6 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_shrink"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("registry",),
+    ("scheme",),
     ("plan", "report", "resources", "progress"),
     ("recipe",),
     ("ops",),

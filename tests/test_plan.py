@@ -97,3 +97,41 @@ def test_stored_bytes_equal_the_packed_tensors(bits: int, symmetric: bool, strat
 def test_impossible_bits(bits: int) -> None:
     with pytest.raises(RecipeError, match="2 to 8 bits"):
         Scheme(bits)
+
+
+def test_names_of_schemes_both_ways():
+    for name in ("W2A16", "W8A16", "W8A8", "FP8A16"):
+        kind = Scheme.kind_of(name.lower())
+        form = ("channel", None) if kind.by_channel else ("group", 16)
+        assert Scheme(kind.bits, True, *form, kind.type, kind.activation_bits).name == name
+    assert Scheme.bits_of("W8A8") == Scheme.bits_of("FP8A16") == 8
+    for wrong, near in (("W9A16", "W8A16"), ("W8A4", "W8A"), ("FP8", "FP8A16"), ("FP8A8", "FP8A16")):
+        with pytest.raises(RecipeError, match=f"did you mean '{near}"):
+            Scheme.kind_of(wrong)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"bits": 4, "activation_bits": 8}, "no scheme has 4-bit int weights with 8-bit"),
+        ({"bits": 8, "type": "float", "activation_bits": 8}, "no scheme"),
+        ({"bits": 8, "type": "float"}, "FP8A16 is symmetric with one scale per channel"),
+        ({"bits": 8, "activation_bits": 8, "strategy": "tensor", "group_size": None}, "W8A8 is symmetric"),
+        ({"bits": 8, "activation_bits": 8, "strategy": "channel", "group_size": None, "symmetric": False}, "W8A8 is"),
+    ],
+)
+def test_forms_that_do_not_exist(fields, said):
+    with pytest.raises(RecipeError, match=said):
+        Scheme(**fields)
+
+
+def test_plans_with_every_type_survive_json_and_old_ones_still_load():
+    int8 = Scheme(8, True, "channel", None, "int", 8)
+    plan = Plan("llama", schemes={"a": int8, "b": Scheme(8, True, "channel", None, "float")}, method="rtn")
+    assert Plan.from_json(plan.to_json()) == plan
+    assert "1 weights W8A8 per channel symmetric by rtn, inputs in int8 per token" in plan.summary()
+    assert "FP8A16 per channel" in plan.summary()
+    old = json.loads(plan.to_json())
+    old["schemes"] = {"a": {"bits": 4, "symmetric": True, "strategy": "group", "group_size": 32}}
+    assert Plan.from_json(old).schemes == {"a": Scheme(4, True, "group", 32)}
+    assert int8.stored_bytes(10, 48) == 10 * 48 + 10 * 2

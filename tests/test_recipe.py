@@ -97,3 +97,33 @@ def test_unreadable_yaml_is_one_clear_error(tmp_path: Path) -> None:
         Recipe.from_yaml(path)
     with pytest.raises(RecipeError, match="cannot read"):
         Recipe.from_yaml(tmp_path / "absent.yaml")
+
+
+def _quantize(**step: object) -> Recipe:
+    return Recipe.from_dict({"steps": [{"quantize": step}]})
+
+
+@pytest.mark.parametrize("name", ["W8A8", "FP8A16"])
+def test_by_channel_schemes_pass_over_the_default_group_size(name: str) -> None:
+    for step in ({}, {"group_size": 128}, {"group_size": None}, {"strategy": "channel"}):
+        recipe = _quantize(scheme=name, **step)
+        scheme = recipe.quantize.base_scheme()
+        assert (scheme.name, scheme.strategy, scheme.symmetric, scheme.group_size) == (name, "channel", True, None)
+        assert Recipe.from_dict(recipe.to_dict()).quantize.base_scheme() == scheme
+        assert not {"strategy", "group_size", "symmetric"} & recipe.to_dict()["steps"][0]["quantize"].keys()
+    for wrong in ({"group_size": 64}, {"strategy": "tensor"}, {"symmetric": False}):
+        with pytest.raises(RecipeError, match=f"{name} has .*take out {next(iter(wrong))}"):
+            _quantize(scheme=name, **wrong)
+
+
+def test_overrides_between_grouped_and_by_channel_schemes() -> None:
+    grouped = _quantize(scheme="W4A16", group_size=32, overrides={"a": {"scheme": "W8A8"}, "b": {"scheme": "W8A16"}})
+    schemes = [grouped.quantize.scheme_with(grouped.quantize.overrides[k]) for k in "ab"]
+    assert [(s.name, s.group_size) for s in schemes] == [("W8A8", None), ("W8A16", 32)]
+    with pytest.raises(RecipeError, match="one scale per channel; take out group_size: 128"):
+        _quantize(scheme="W4A16", overrides={"a": {"scheme": "W8A8", "group_size": 128}})
+    by_channel = _quantize(scheme="W8A8", overrides={"a": {"scheme": "W4A16"}})
+    again = Recipe.from_dict(by_channel.to_dict()).quantize
+    assert again.scheme_with(again.overrides["a"]) == by_channel.quantize.scheme_with({"scheme": "W4A16"})
+    assert again.scheme_with(again.overrides["a"]).group_size == 128
+    assert by_channel.with_overrides(["quantize.scheme=W4A16"]).quantize.base_scheme().group_size == 128

@@ -93,6 +93,32 @@ LAYER_NORM = "LayerNorm subtracts the mean, which a rotation does not keep"
 
 
 @dataclass(frozen=True)
+class Experts:
+    """Where a block's mixture keeps its experts: one module with two 3D parameters. Paths are relative to the block.
+
+    The module is called with hidden states (tokens, width), indices and weights (tokens, experts of a token); the index
+    after the last expert means none. An expert gives `down(activation(gate(x)) * up(x))`.
+
+    Attributes:
+        module: the module that holds the parameters `fused` and `down_fused`, and the activation.
+        gate, up, down: what the Linears of one expert are called in a checkpoint.
+        fused: parameter (experts, 2 * channels, width), every expert's [gate; up].
+        down_fused: parameter (experts, width, channels).
+        activation: attribute of `module`.
+        routers: modules that decide which experts a token goes to, or how much they count; always left dense.
+    """
+
+    module: str = "mlp.experts"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+    fused: str = "gate_up_proj"
+    down_fused: str = "down_proj"
+    activation: str = "act_fn"
+    routers: tuple[str, ...] = ("mlp.gate",)
+
+
+@dataclass(frozen=True)
 class Stack:
     """One row of blocks.
 
@@ -104,6 +130,8 @@ class Stack:
         attention, cross_attention, mlp: the roles; None where blocks have none. Of several forms of `mlp` the first
             whose paths a block has is bound; `cross_attention` is bound in the blocks that have its module (in a BERT
             only when it is a decoder).
+        experts: the mixture of the blocks that have its module; such blocks may have an MLP beside it (a shared
+            expert), or none.
         block_lists: config keys with one entry a block (layer types and the like).
         first_is_special: the first block differs from the rest by construction, so it is never removed.
         cached: blocks write a KV cache.
@@ -120,6 +148,7 @@ class Stack:
     attention: Attention | None
     mlp: Mlp | tuple[Mlp, ...] | None
     cross_attention: Attention | None = None
+    experts: Experts | None = None
     depth: str = "num_hidden_layers"
     config: str = ""
     block_lists: tuple[str, ...] = ()

@@ -14,6 +14,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from hf_shrink.architectures import families
 from hf_shrink.architectures.base import Attention, Family, Mlp, Stack
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, BoundStack, Slot
+from hf_shrink.architectures.experts import bind_experts, routers_of
 from hf_shrink.architectures.linears import is_matrix, shape
 from hf_shrink.errors import ArchitectureError
 
@@ -120,18 +121,26 @@ def _bind_block(spec: Stack, path: str, index: int, block: nn.Module) -> BoundBl
     attention = _bind_attention(spec.attention, path, block) if spec.attention else None
     has_cross = spec.cross_attention is not None and _has(block, spec.cross_attention.module)
     cross = _bind_attention(spec.cross_attention, path, block) if spec.cross_attention and has_cross else None
-    mlp = _bind_mlp(_mlp_form(spec.mlp, block), path, block) if spec.mlp else None
+    experts = bind_experts(spec.experts, path, block) if spec.experts else None
+    form = _mlp_form(spec.mlp, block, needed=experts is None) if spec.mlp else None
+    mlp = _bind_mlp(form, path, block) if form else None
+    routers = routers_of(spec.experts, path, block) if spec.experts else ()
     roles: dict[str, list[str]] = {}
     for part in (part for part in (attention, cross, mlp) if part is not None):
         for slot in part.slots:
             roles.setdefault(slot.path, []).append(slot.role)
+    if experts is not None and experts.separate:
+        roles.update({matrix: [role] for matrix, role in experts.matrices.items()})
+    roles.update({router: ["router"] for router in routers if is_matrix(block.get_submodule(router[len(path) + 1 :]))})
     for name, module in block.named_modules():
         full = f"{path}.{name}"
         if is_matrix(module) and full not in roles:
             if name not in spec.ignored:
                 raise ArchitectureError(f"{full} has no role in the table of {spec.name} blocks and is not ignored")
             roles[full] = []
-    return BoundBlock(path, index, block, attention, cross, mlp, {k: tuple(v) for k, v in roles.items()})
+    return BoundBlock(
+        path, index, block, attention, cross, mlp, {k: tuple(v) for k, v in roles.items()}, experts, routers
+    )
 
 
 def _submodule(block: nn.Module, path: str, relative: str, role: str) -> nn.Module:
@@ -208,13 +217,13 @@ def _has(block: nn.Module, relative: str) -> bool:
     return any(name == relative for name, _ in block.named_modules())
 
 
-def _mlp_form(forms: Mlp | tuple[Mlp, ...], block: nn.Module) -> Mlp:
-    """The first form whose paths the block has; the last when it has none, so that binding names what is missing."""
+def _mlp_form(forms: Mlp | tuple[Mlp, ...], block: nn.Module, *, needed: bool) -> Mlp | None:
+    """The first form whose paths the block has; else the last if `needed`, so that binding names what is missing."""
     alternatives = forms if isinstance(forms, tuple) else (forms,)
     for form in alternatives:
         if all(_has(block, path) for path in (form.up, form.down, form.gate) if path is not None):
             return form
-    return alternatives[-1]
+    return alternatives[-1] if needed else None
 
 
 def _bind_mlp(spec: Mlp, path: str, block: nn.Module) -> BoundMlp:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from hf_shrink.architectures.base import Attention, Mlp, Quantity, Stack
+from hf_shrink.architectures.base import Attention, Experts, Mlp, Quantity, Stack
 from hf_shrink.architectures.linears import shape
 from hf_shrink.errors import ArchitectureError
 
@@ -154,6 +154,34 @@ class BoundMlp:
 
 
 @dataclass(frozen=True)
+class BoundExperts:
+    """Experts of one block, in 3D parameters or taken apart into one Linear a matrix.
+
+    Attributes:
+        path: of the module.
+        separate: whether they are taken apart.
+        shapes: (out_features, in_features) of an expert's matrices, by role (gate, up, down).
+    """
+
+    spec: Experts
+    path: str
+    module: nn.Module
+    separate: bool
+    count: int
+    shapes: dict[str, tuple[int, int]]
+
+    @property
+    def names(self) -> dict[str, str]:
+        """What an expert's matrices are called, by role."""
+        return {"gate": self.spec.gate, "up": self.spec.up, "down": self.spec.down}
+
+    @property
+    def matrices(self) -> dict[str, str]:
+        """The role of every matrix of every expert, by the path that it has once the experts are taken apart."""
+        return {f"{self.path}.{e}.{name}": role for e in range(self.count) for role, name in self.names.items()}
+
+
+@dataclass(frozen=True)
 class BoundBlock:
     """One block. `roles`: for every matrix inside it, by full path, the roles it plays (none: ignored)."""
 
@@ -164,6 +192,8 @@ class BoundBlock:
     cross_attention: BoundAttention | None
     mlp: BoundMlp | None
     roles: dict[str, tuple[str, ...]]
+    experts: BoundExperts | None = None
+    routers: tuple[str, ...] = ()  # full paths
 
     @property
     def parts(self) -> tuple[BoundAttention | BoundMlp, ...]:

@@ -84,7 +84,8 @@ def find_feeds(block: BoundBlock, spec: Stack | None, config: PretrainedConfig) 
         refused.append(("key and value of the cross attention", "every block reads the same encoder output"))
     if block.mlp is not None:
         into: tuple[str, ...] = ("up",) if block.mlp.spec.gate is None else ("gate", "up")
-        wanted.append((", ".join(into), block.mlp.spec.norm, block.mlp, into))
+        norm = block.mlp.spec.norm if block.experts is None else None  # it feeds the experts and their router too
+        wanted.append((", ".join(into), norm, block.mlp, into))
     readers: dict[str, list[str]] = {}
     for what, norms, part, roles in wanted:
         path = _first(block, norms)
@@ -97,15 +98,19 @@ def find_feeds(block: BoundBlock, spec: Stack | None, config: PretrainedConfig) 
         source = NormSource(f"{block.path}.{path}", spec.norm_offset)
         found.append(Feed(source, _once(matrices), torch.arange(width)))
     for attention in (block.attention, block.cross_attention):
-        if attention is not None:
+        if attention is not None and not _clips(stack_config(config, spec)):
             found.append(_value_to_output(attention))
+        elif attention is not None:
+            refused.append(("output", "values are clipped, at bounds that are the same for every scale"))
     if block.mlp is not None:
         reason = _not_homogeneous(block.mlp, stack_config(config, spec))
         if reason is None:
             found.append(_up_to_down(block.mlp))
         else:
             refused.append(("down", reason))
-    if block.mlp is None:
+    if block.experts is not None:
+        refused.append(("the experts", "what feeds them also decides which of them a token goes to"))
+    elif block.mlp is None:
         refused.append(("the MLP", "its roles are not known"))
     return Feeds(tuple(found), tuple(refused))
 
@@ -144,6 +149,12 @@ def _up_to_down(mlp: BoundMlp) -> Feed:
     unit = torch.empty(mlp.channels, dtype=torch.long)
     unit[down.index.reshape(-1)] = torch.arange(mlp.channels)
     return Feed(RowSource(up.path, up.index.reshape(-1)), (down.path,), unit)
+
+
+def _clips(config: PretrainedConfig) -> bool:
+    """Whether the attention clips queries, keys and values."""
+    owners = (config, getattr(config, "attn_config", None))
+    return any(getattr(owner, "clip_qkv", None) for owner in owners)
 
 
 def _not_homogeneous(mlp: BoundMlp, config: PretrainedConfig) -> str | None:

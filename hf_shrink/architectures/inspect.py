@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import bind
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundStack
+from hf_shrink.architectures.experts import expert_rows
 from hf_shrink.architectures.linears import is_matrix, shape
 from hf_shrink.architectures.portable import mlp_keys, portable_head_counts, stack_config
 
@@ -47,7 +48,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Block:
-    """One block. `heads`, `cross_heads` and `channels` are None where it has none, or where roles are unknown."""
+    """One block. What it has none of, or whose roles are unknown, is None; `experts` is their number."""
 
     index: int
     matrices: tuple[Matrix, ...]
@@ -56,11 +57,12 @@ class Block:
     heads: Heads | None = None
     cross_heads: Heads | None = None
     channels: int | None = None
+    experts: int | None = None
 
     @property
     def form(self) -> tuple[object, ...]:
         """Equal for blocks of the same sizes."""
-        return self.matrices, self.parameters, self.bytes, self.heads, self.cross_heads, self.channels
+        return self.matrices, self.parameters, self.bytes, self.heads, self.cross_heads, self.channels, self.experts
 
 
 @dataclass(frozen=True)
@@ -204,7 +206,11 @@ def _describe_stack(model: PreTrainedModel, stack: BoundStack, seen: set[int]) -
 def _describe_block(block: BoundBlock, seen: set[int]) -> Block:
     parameters = list(block.module.parameters())
     matrices = []
+    if block.experts is not None:
+        matrices += [Matrix(*row) for row in expert_rows(block.experts, block.path)]
     for path, roles in block.roles.items():
+        if block.experts is not None and path in block.experts.matrices:
+            continue
         relative = path.removeprefix(f"{block.path}.")
         matrices.append(_matrix(block.module.get_submodule(relative), relative, roles, seen))
     return Block(
@@ -215,6 +221,7 @@ def _describe_block(block: BoundBlock, seen: set[int]) -> Block:
         heads=_heads(block.attention),
         cross_heads=_heads(block.cross_attention),
         channels=block.mlp.channels if block.mlp is not None else None,
+        experts=block.experts.count if block.experts is not None else None,
     )
 
 
@@ -263,11 +270,14 @@ def _removable(stack: Stack) -> list[str]:
         heads, channels = blocks[0].heads, blocks[0].channels
         has = [f"{heads.kv_groups} KV groups of {heads.per_group} query heads of {heads.size}"] if heads else []
         has += [f"{channels} channels"] if channels else []
+        has += [f"{blocks[0].experts} experts"] if blocks[0].experts else []
         lines.append(f"{_span(blocks)}: {', '.join(has) or 'no units'}")
     if stack.depth_fixed is not None:
         lines.append(f"no block can be removed: {stack.depth_fixed}")
     else:
         lines.append("blocks: any but the first" if stack.first_stays else "blocks: any, at least one stays")
+    if any(block.experts for block in stack.blocks):
+        return [*lines, "no heads, channels or experts can be removed: a mixture of experts"]
     if stack.heads_fixed is not None:
         lines.append(f"no heads can be removed: {stack.heads_fixed}")
     elif stack.blocks[0].heads is not None:

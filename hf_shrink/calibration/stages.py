@@ -9,15 +9,15 @@ what the compressed earlier ones give (true-sequential), and nothing is computed
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
 from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
-from hf_shrink.calibration.memory import release_free_memory
 from hf_shrink.calibration.shelf import Shelf
 
 Run = Callable[[int], Any]  # the block's forward on one batch
@@ -56,7 +56,7 @@ class Found(NamedTuple):
     """How a block runs on the first batch.
 
     Attributes:
-        stages: the paths of the matrices that get the same tensor, in the order they run.
+        stages: the paths of the matrices that get the same tensor, or are of one phase, in the order they run.
         output: the block's.
         largest: bytes of the largest input of a matrix.
     """
@@ -66,8 +66,13 @@ class Found(NamedTuple):
     largest: int
 
 
-def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> Found | None:
-    """The stages of a block; None when a matrix runs twice or not at all: it cannot be stopped in between then."""
+def find_stages(
+    matrices: Mapping[str, nn.Module], run: Run, phase: Callable[[str], object | None] = lambda path: None
+) -> Found | None:
+    """The stages of a block; None when a matrix runs twice or not at all: it cannot be stopped in between then.
+
+    `phase`: equal, and not None, for matrices that get different tensors but are to be one stage (of all experts).
+    """
     inputs: list[Tensor] = []
     stages: list[list[str]] = []
     seen: list[str] = []
@@ -76,7 +81,7 @@ def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> Found | None:
         def note(_: nn.Module, args: tuple[Any, ...]) -> None:
             seen.append(path)
             for known, stage in zip(inputs, stages, strict=True):
-                if known is args[0]:
+                if known is args[0] or (phase(path) is not None and phase(path) == phase(stage[0])):
                     stage.append(path)
                     return
             inputs.append(args[0])
@@ -92,65 +97,90 @@ def find_stages(matrices: Mapping[str, nn.Module], run: Run) -> Found | None:
             handle.remove()
     if sorted(seen) != sorted(matrices):
         return None
-    return Found(stages, output, max(x.nbytes for x in inputs))
+    return Found(stages, output, max(x.untyped_storage().nbytes() for x in inputs))
 
 
-def run_in_stages(
-    matrices: Mapping[str, nn.Module],
-    stages: Sequence[Sequence[str]],
-    batches: int,
-    run: Run,
-    seen: Callable[[int, int, Tensor], None],
-    settle: Callable[[int], None],
-    current: Callable[[str], nn.Module],
-    block: nn.Module | None = None,
-) -> Generator[Any]:
-    """Take all batches through the block, stage by stage; yields its output for each batch.
+class StagedRun:
+    """All batches on their way through a block, each stopped in front of one stage after the other.
+
+    A context manager: inside, the matrices wait for their stages and gradients are off; at its end no batch is left
+    waiting, whatever was raised.
 
     Args:
         matrices: the block's, by path, before any is replaced.
         stages: from `find_stages`.
+        batches: how many.
         run: the block's forward on one batch.
-        seen: called with (stage, batch, input) when a batch comes to a stage.
-        settle: called with a stage once all batches have come to it; may replace its matrices in the model.
         current: the module that is at a path now.
         block: whose forward `run` runs. What its modules were given on the way, and is still held somewhere on the
-            way, is put on a shelf while the batch waits, since nobody reads it then.
-
-    Raises:
-        What the forward, `seen` or `settle` raise; no batch is left waiting then.
+            way, is put on a shelf while the batch rests, since nobody reads it then.
     """
-    passages = [_Passage(batch, run) for batch in range(batches)]
-    # No forward may set the grad mode on its way in and another restore it on its way out: off for all, all the time.
-    with torch.no_grad(), _waiting(matrices, stages, current), _noting_inputs(block), Shelf() as shelf:
 
-        def go(passage: _Passage) -> None:
-            shelf.give_back(passage.batch)
-            passage.go()
+    def __init__(
+        self,
+        matrices: Mapping[str, nn.Module],
+        stages: Sequence[Sequence[str]],
+        batches: int,
+        run: Run,
+        current: Callable[[str], nn.Module],
+        block: nn.Module | None = None,
+    ) -> None:
+        self._passages = [_Passage(batch, run) for batch in range(batches)]
+        self._contexts = ExitStack()
+        self._setting = (matrices, stages, current, block)
 
-        try:
-            for stage in range(len(stages)):
-                for passage in passages:
-                    while not passage.dead and passage.stage < stage:
-                        go(passage)
-                    if passage.input is None:
-                        continue
-                    if passage.stage == stage:
-                        shelf.give_back(passage.batch)  # it may have come here while an earlier stage was due
-                        seen(stage, passage.batch, passage.input)
-                    shelf.take(passage.batch, passage.held())
-                release_free_memory()
-                settle(stage)
-            for passage in passages:
-                while not passage.dead:
-                    go(passage)
-                yield passage.output
-                passage.output = None
-        finally:
-            for passage in passages:
-                shelf.give_back(passage.batch)
-                if passage:  # started and not ended
-                    passage.throw()
+    def __enter__(self) -> StagedRun:
+        matrices, stages, current, block = self._setting
+        # No forward may set the grad mode on its way in and another restore it on its way out: off for all, all the
+        # time.
+        self._contexts.enter_context(torch.no_grad())
+        self._contexts.enter_context(_waiting(matrices, stages, current))
+        self._contexts.enter_context(_noting_inputs(block))
+        self._shelf = self._contexts.enter_context(Shelf())
+        self._contexts.callback(self._end)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._contexts.__exit__(kind, error, trace)
+
+    def reach(self, batch: int, stage: int) -> Tensor | None:
+        """Let a batch run until it waits in front of `stage`; returns its input there.
+
+        None when it does not come by there: it is past it, or at its end.
+        """
+        passage = self._passages[batch]
+        while not passage.dead and passage.stage < stage:
+            self._go(passage)
+        if passage.stage != stage or passage.input is None:
+            return None
+        self._shelf.give_back(batch)  # it may have come here while an earlier stage was due
+        return passage.input
+
+    def rest(self, batch: int) -> None:
+        """Nobody looks at the batch for a while."""
+        passage = self._passages[batch]
+        if passage.input is not None:
+            self._shelf.take(batch, passage.held())
+
+    def finish(self, batch: int) -> Any:
+        """Let a batch run to its end; returns the block's output, which is not kept."""
+        passage = self._passages[batch]
+        while not passage.dead:
+            self._go(passage)
+        output, passage.output = passage.output, None
+        return output
+
+    def _go(self, passage: _Passage) -> None:
+        self._shelf.give_back(passage.batch)
+        passage.go()
+
+    def _end(self) -> None:
+        for passage in self._passages:
+            self._shelf.give_back(passage.batch)
+            if passage:  # started and not ended
+                passage.throw()
 
 
 @contextmanager

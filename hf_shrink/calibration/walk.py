@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, closing, suppress
-from typing import Any, NamedTuple
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.capture import Call, capture, first_output, run_with_outputs
-from hf_shrink.calibration.stages import find_stages, run_in_stages
+from hf_shrink.calibration.collect import Collector, LastInputSeen
+from hf_shrink.calibration.experts import ExpertTokens, refuse_starved
+from hf_shrink.calibration.memory import release_free_memory
+from hf_shrink.calibration.stages import StagedRun, find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
+from hf_shrink.runtime.experts import watching
 
-
-class _LastInputSeen(Exception):
-    """The last matrix of the block has its input; the rest of the block's forward is not needed."""
-
+if TYPE_CHECKING:
+    from hf_shrink.calibration.dense_stream import DenseStream, Follower
 
 MOST_WAITING = 16 << 30  # bytes of batches that wait inside a block, most of them in a file
 
@@ -38,6 +40,7 @@ class StackWalk:
         hidden: inputs of the current block, one (batch, sequence, width) tensor a batch.
         position: index of the current block.
         reference: the current block's output for the first batch when statistics were first taken; None before that.
+        starved: experts of all blocks so far that saw too few tokens, by path, and how many they saw.
 
     Args:
         model: the whole model; blocks before this stack may already be compressed.
@@ -45,6 +48,7 @@ class StackWalk:
         batches: model inputs; their sizes decide the order of summation, so they decide the bytes of the result.
         compute_dtype: dtype of the hidden states; blocks must be in it when they run (see `computing`).
         padded: whether `attention_mask` is about this stack's tokens (False in a tower: it is about the text's).
+        starved_experts: "error", or "rtn": their matrices get no statistics.
     """
 
     def __init__(
@@ -54,6 +58,7 @@ class StackWalk:
         batches: Sequence[Mapping[str, Any]],
         compute_dtype: torch.dtype = torch.float32,
         padded: bool = True,
+        starved_experts: Literal["error", "rtn"] = "error",
     ) -> None:
         found = capture(model, blocks, batches)
         self._blocks = list(blocks)
@@ -68,6 +73,9 @@ class StackWalk:
         self.hidden = [h.to(compute_dtype) for h in found.hidden]
         self.position = 0
         self.reference: Tensor | None = None
+        self.starved: dict[str, int] = {}
+        self._refuses_starved = starved_experts == "error"
+        self._experts = ExpertTokens(model)
         self._handed: list[dict[tuple[int, int], Any]] = [{} for _ in batches]
 
     @property
@@ -87,7 +95,9 @@ class StackWalk:
         """As `call`, with gradients where they are enabled."""
         args, kwargs = self._arguments(batch)
         self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        return self._blocks[self.position](self.hidden[batch], *args, **kwargs)
+        with watching(self._masks[batch]) as watch:
+            self._experts.watches[batch] = watch
+            return self._blocks[self.position](self.hidden[batch], *args, **kwargs)
 
     def mask(self, batch: int) -> Tensor | None:
         """bool (batch, sequence) of the real tokens; None when nothing is padded."""
@@ -101,79 +111,118 @@ class StackWalk:
         """Second moments of the inputs of the current block's matrices, by path.
 
         Matrices that get the very same tensor (query, key and value; gate and up) share one object. Once the order of
-        the calls is known, a batch ends when the last matrix has its input.
+        the calls is known, a batch ends when the last matrix has its input. Matrices of experts that saw too few tokens
+        are absent where `starved_experts` is "rtn".
 
         Raises:
-            CalibrationError: a matrix saw no tokens, or not finite ones.
+            CalibrationError: a matrix saw no tokens, or not finite ones; an expert saw too few.
         """
-        collector = _Collector(matrices)
+        collector = Collector(matrices)
         for batch in range(len(self.hidden)):
-            with collector.listening(self._real_tokens(batch)), suppress(_LastInputSeen):
+            with collector.listening(self.real_tokens(batch)), suppress(LastInputSeen):
                 output = first_output(self.call(batch))
                 # Only the first batch gets here: it runs to the end, to learn which matrix comes last.
                 self.reference = output if self.reference is None else self.reference
-        return collector.finish()
+        starved = self._find_starved(matrices)
+        return collector.finish(without=lambda path: path.rpartition(".")[0] in starved)
+
+    def _find_starved(self, matrices: Mapping[str, nn.Module]) -> dict[str, int]:
+        """Experts that saw too few tokens. Raises CalibrationError unless these may go without statistics."""
+        found = self._experts.starved(matrices)
+        if self._refuses_starved:
+            refuse_starved(found, matrices)
+        self.starved.update(found)
+        return found
 
     def advance(self) -> None:
         """Send all batches through the current block, as it is now, and step to the next."""
         for batch in range(len(self.hidden)):
-            self._take(batch, self.call(batch))
-        self._step()
+            self.take(batch, self.call(batch))
+        self.step()
 
     def advance_in_stages(
         self,
         matrices: Mapping[str, nn.Module],
-        solve: Callable[[dict[str, InputStatistics]], None],
+        solve: Callable[[dict[str, InputStatistics | None]], None],
         current: Callable[[str], nn.Module],
         *,
         further: bool = True,
+        dense: DenseStream | None = None,
     ) -> Passed | None:
         """Statistics, replacement and advance in one pass: see `stages.py`.
 
         Args:
             matrices: of the current block, by path.
-            solve: called for each stage with its matrices' statistics, by path; may replace them in the model.
+            solve: called for each stage with its matrices' statistics, by path; may replace them in the model. None
+                stands for experts that saw too few tokens.
             current: the module that is at a path now.
             further: False when nothing comes after this block, so that its outputs are not needed; the walk then stays.
+            dense: in front of this block too: it goes along, so that statistics have a `drift`, and to the next block.
 
         Returns:
             The block's outputs for the first batch. None, with nothing done, when the block cannot be stopped
             in between (a matrix runs twice or not at all) or its waiting batches would be larger than MOST_WAITING.
 
         Raises:
-            CalibrationError: a matrix saw no tokens, or numbers are not finite.
+            CalibrationError: a matrix saw no tokens, or numbers are not finite; an expert saw too few, which is
+                found before any expert of the block is solved.
         """
-        found = find_stages(matrices, self.call)
+        found = find_stages(matrices, self.call, self._experts.phase)
         # A waiting batch holds about three more tensors like its hidden states. Decided by sizes alone, never by what
         # memory there is, since the two ways to walk do not give the same bytes.
         if found is None or len(self.hidden) * (found.largest + 3 * self.hidden[0].nbytes) > MOST_WAITING:
             return None
         stages = found.stages
         before = first_output(found.output) if self.reference is None else self.reference
-        collected: dict[int, InputStatistics] = {}
+        collected: dict[str, InputStatistics] = {}
 
-        def seen(stage: int, batch: int, x: Tensor) -> None:
-            if stage not in collected:
-                collected[stage] = InputStatistics.empty(x.shape[-1], x.device)
-            collected[stage].add(self._real_tokens(batch)(x))
+        def seen(stage: int, batch: int, x: Tensor, follower: Follower | None) -> None:
+            for paths, given in self._experts.inputs(batch, stages[stage], x):
+                if paths[0] not in collected:
+                    collected.update(dict.fromkeys(paths, InputStatistics.empty(given.shape[-1], given.device)))
+                real = self.real_tokens(batch)(given)
+                collected[paths[0]].add(real)
+                dense_input = follower.real_input(batch, stage) if follower is not None else None
+                if follower is not None and dense_input is not None:
+                    collected[paths[0]].add_drift(real, dense_input, held_out=follower.is_held_out(batch))
 
         def settle(stage: int) -> None:
-            paths = stages[stage]
-            statistics = collected.pop(stage, None) or InputStatistics.empty(1)
-            statistics.finish(paths[0])
-            solve(dict.fromkeys(paths, statistics))
+            found: dict[str, InputStatistics | None] = {}
+            starved = self._find_starved(matrices) if self._experts.phase(stages[stage][0]) else {}
+            for path in stages[stage]:
+                statistics = collected.pop(path, None) or InputStatistics.empty(1)
+                expert_starved = path.rpartition(".")[0] in starved
+                if not expert_starved and not any(statistics is other for other in found.values()):
+                    statistics.finish(path)
+                found[path] = None if expert_starved else statistics
+            solve(found)
 
         block = self._blocks[self.position]
-        outputs = run_in_stages(matrices, stages, len(self.hidden), self.call, seen, settle, current, block)
-        with closing(outputs):
-            first = first_output(next(outputs) if not further else self._take(0, next(outputs)))
-            if further:
-                for batch, output in enumerate(outputs, 1):
-                    self._take(batch, output)
-                self._step()
+        if dense is not None and any(self._experts.phase(path) for path in matrices):
+            dense.advance()  # tokens of an expert here and there are not the same ones
+            dense = None
+        with ExitStack() as stack:
+            # Before the block's modules are made to wait, which a copy of them must not.
+            follower = None if dense is None else stack.enter_context(dense.following(block, matrices, stages))
+            own = stack.enter_context(StagedRun(matrices, stages, len(self.hidden), self.call, current, block))
+            for stage in range(len(stages)):
+                for batch in range(len(self.hidden)):
+                    x = own.reach(batch, stage)
+                    if x is not None:
+                        seen(stage, batch, x, follower)
+                    own.rest(batch)
+                    if follower is not None:
+                        follower.rest(batch)
+                release_free_memory()
+                settle(stage)
+            first = first_output(own.finish(0) if not further else self.take(0, own.finish(0)))
+            for batch in range(1, len(self.hidden)) if further else ():
+                self.take(batch, own.finish(batch))
+        if further:
+            self.step()
         return Passed(before, first)
 
-    def _take(self, batch: int, output: Any) -> Any:
+    def take(self, batch: int, output: Any) -> Any:
         """Make a block's output the batch's hidden states; returns it."""
         hidden = first_output(output)
         if not torch.isfinite(hidden).all():
@@ -188,7 +237,12 @@ class StackWalk:
         self._calls[batch][self.position] = Call((), {})
         return output
 
-    def _step(self) -> None:
+    def stand_in(self, block: nn.Module) -> None:
+        """Run another module in the place of the current block."""
+        self._blocks[self.position] = block
+
+    def step(self) -> None:
+        """Go on to the next block, once `take` was called for every batch."""
         self.position += 1
         self.reference = None
 
@@ -196,14 +250,14 @@ class StackWalk:
         """Second moments of the inputs of matrices that come after the stack, once every block was advanced."""
         if self.position != len(self._blocks):
             raise ValueError("statistics_after comes after the last advance")
-        collector = _Collector(matrices)
+        collector = Collector(matrices)
         self._given = [[] for _ in self._batches]
         for batch, inputs in enumerate(self._batches):
-            with collector.listening(self._real_tokens(batch)), suppress(_LastInputSeen):
+            with collector.listening(self.real_tokens(batch)), suppress(LastInputSeen):
                 run_with_outputs(model, self._blocks, inputs, self.hidden[batch])
         return collector.finish()
 
-    def _real_tokens(self, batch: int) -> Callable[[Tensor], Tensor]:
+    def real_tokens(self, batch: int) -> Callable[[Tensor], Tensor]:
         """From a matrix's input to its rows that are not padding, of the encoder where cross attention reads that."""
 
         def real(x: Tensor) -> Tensor:
@@ -234,66 +288,8 @@ class StackWalk:
 
 def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
     """The rows of a matrix's input that are not padding; some blocks merge batch and sequence before their MLP."""
-    if mask is not None and x.shape[:2] == mask.shape:
+    if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
         return x[mask]
     if mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
         return x[mask.reshape(-1)]
     return x
-
-
-class _Collector:
-    """Adds up the inputs of a block's matrices while it runs."""
-
-    def __init__(self, matrices: Mapping[str, nn.Module]) -> None:
-        self._matrices = dict(matrices)
-        self._shared: dict[str, str] = {}  # path -> the path whose statistics it uses
-        self._statistics: dict[str, InputStatistics] = {}
-        self._order: list[str] = []
-        self._last: str | None = None
-
-    def listening(self, real_tokens: Callable[[Tensor], Tensor]) -> ExitStack:
-        seen: list[tuple[Tensor, str]] = []
-        stack = ExitStack()
-        first = self._last is None
-
-        def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
-            def add(_: nn.Module, args: tuple[Any, ...]) -> None:
-                x = args[0]
-                if first:
-                    self._join(path, x, seen)
-                owner = self._shared[path]
-                if owner == path:
-                    self._statistics[path].add(real_tokens(x))
-                if path == self._last:
-                    raise _LastInputSeen
-
-            return add
-
-        for path, module in self._matrices.items():
-            stack.callback(module.register_forward_pre_hook(hook(path)).remove)
-        stack.callback(self._settle)
-        return stack
-
-    def _join(self, path: str, x: Tensor, seen: list[tuple[Tensor, str]]) -> None:
-        if path in self._shared:  # a matrix that runs twice in one forward adds to what it has
-            return
-        self._order.append(path)
-        for other, owner in seen:
-            if other is x:
-                self._shared[path] = owner
-                return
-        self._shared[path] = path
-        self._statistics[path] = InputStatistics.empty(x.shape[-1], x.device)
-        seen.append((x, path))
-
-    def _settle(self) -> None:
-        if self._last is None and self._order:
-            self._last = self._order[-1]
-
-    def finish(self) -> dict[str, InputStatistics]:
-        silent = [path for path in self._matrices if path not in self._shared]
-        if silent:
-            raise CalibrationError(f"{silent[0]} saw no calibration tokens; give more or other calibration data")
-        for path, statistics in self._statistics.items():
-            statistics.finish(path)
-        return {path: self._statistics[owner] for path, owner in self._shared.items()}

@@ -2,9 +2,11 @@
 
 Every row has a test in a process without hf_shrink (tests/checkpoint/test_stock_loading.py):
 
-- symmetric schemes, mixed or not, and asymmetric ones with one scale per tensor, on Linears: loaded packed;
+- symmetric schemes, mixed or not, W8A8 and FP8A16 among them, and asymmetric ones with one scale per tensor, on
+  Linears: loaded packed;
 - one scheme for everything, of any kind and on embeddings too: loaded when the block carries `"dequantize": true`,
   which turns the weights dense;
+- experts of a mixture: all of them packed by one symmetric scheme (see checkpoint/experts.py);
 - everything else is not portable.
 """
 
@@ -18,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.checkpoint.experts import expert_reasons
 from hf_shrink.checkpoint.ties import can_untie
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import PackedModule
@@ -48,9 +51,13 @@ def portability(
     other = [path for path, kind in kinds.items() if not issubclass(kind, nn.Linear | nn.Embedding | Conv1D)]
     if other:
         reasons.append(f"{_few(other)}: neither Linear nor Embedding, which is all that compressed-tensors knows")
-    if len(set(schemes.values())) > 1:
-        for what, paths in _dense_in_stock(model, schemes, kinds).items():
+    reasons += expert_reasons(model, schemes)
+    rounded = [path for path, scheme in schemes.items() if scheme.activation_bits < 16]
+    for what, paths in _dense_in_stock(model, schemes, kinds).items():
+        if len(set(schemes.values())) > 1:
             reasons.append(f"{_few(paths)}: {what}, which stock loads only when all weights share one scheme")
+        elif rounded:
+            reasons.append(f"{_few(paths)}: {what}, which stock loads only dense, and then rounds no inputs to int8")
     return reasons
 
 
@@ -101,7 +108,7 @@ def _initialised_by_parents(model: PreTrainedModel, schemes: Mapping[str, Scheme
     """
     skeleton = build_skeleton(model)
     modules = dict(skeleton.named_modules())
-    packed = [path for path in schemes if isinstance(modules.get(path), nn.Linear)]
+    packed = [path for path, s in schemes.items() if s.packed and isinstance(modules.get(path), nn.Linear)]
     for path in packed:
         del modules[path].weight
     for tensor in (*skeleton.parameters(), *skeleton.buffers()):

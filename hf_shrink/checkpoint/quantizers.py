@@ -13,6 +13,7 @@ from typing import Any, cast
 
 import torch
 from transformers import CompressedTensorsConfig, PreTrainedModel
+from transformers.core_model_loading import WeightRenaming
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
 from transformers.quantizers.quantizer_compressed_tensors import CompressedTensorsHfQuantizer
@@ -20,12 +21,14 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_shrink.checkpoint.experts import without_merging
 from hf_shrink.checkpoint.format import NEEDS_HF_SHRINK, OWN_KEY, PRUNED_METHOD
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.save import bind
-from hf_shrink.checkpoint.skeleton import check_loaded, marker, pack, resize, targeted, unpack
-from hf_shrink.checkpoint.ties import Pair, hold_ties, saved_state, tie_buffers
+from hf_shrink.checkpoint.skeleton import check_loaded, marker, pack, resize, take_experts_apart, targeted, unpack
+from hf_shrink.checkpoint.ties import Pair, hold_ties, saved_state, stored_names, tie_buffers
 from hf_shrink.errors import CheckpointError
+from hf_shrink.runtime.experts import separate_modules
 from hf_shrink.surgery.sizes import RECORD_FORMAT
 
 logger = logging.get_logger(__name__)
@@ -114,17 +117,31 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             return
         self._to_dense, self.quantization_config.dequantize = self.quantization_config.dequantize, False
         resize(model)
+        take_experts_apart(model, self.quantization_config.quantization_config)
         pack(model, targeted(model, self.quantization_config.quantization_config))
         self._ties = hold_ties(model)
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
         if not self._ours:
             return cast(PreTrainedModel, super()._process_model_after_weight_loading(model, **kwargs))
+        # Saving writes the checkpoint's names already.
+        conversions = vars(model).get("_weight_conversions") or []
+        vars(model)["_weight_conversions"] = [c for c in conversions if not isinstance(c, _StoredNames)]
         for pair in self._ties:
             tie_buffers(model, pair)
         check_loaded(model)
         bind(model, _record_beside(model))
         return model.dequantize() if self._to_dense else model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        # Stock unpacks experts while it merges them into 3D parameters, and takes all of them for packed. Here they are
+        # apart and stored as they are, or dense.
+        if self._ours:
+            kept = without_merging(weight_conversions, model) if separate_modules(model) else weight_conversions
+            names = stored_names(model)
+            return [*kept, _StoredNames(names, model.base_model_prefix)] if names else kept
+        updated: list[Any] = super().update_weight_conversions(weight_conversions, model)  # type: ignore[no-untyped-call]
+        return updated
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         # transformers lets this replace the state dict that it was given, so that it has to be the right one.
@@ -138,6 +155,20 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             return cast(PreTrainedModel, super()._dequantize(model, dtype=dtype))  # type: ignore[no-untyped-call]
         unpack(model, dtype or model.dtype)
         return model
+
+
+class _StoredNames(WeightRenaming):
+    """From a checkpoint's names of tensors to those of our buffers, with or without the base model's prefix."""
+
+    def __init__(self, names: dict[str, str], prefix: str) -> None:
+        super().__init__(list(names), list(names.values()))
+        self._names, self._prefix = names, f"{prefix}."
+
+    def rename_source_key(self, source_key: str) -> tuple[str, str | None]:
+        for form in (source_key, source_key.removeprefix(self._prefix), self._prefix + source_key):
+            if form in self._names:
+                return self._names[form], form
+        return source_key, None
 
 
 def _record_beside(model: PreTrainedModel) -> ShrinkRecord | None:

@@ -12,12 +12,14 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.architectures import bind
 from hf_shrink.checkpoint.packed import packed_modules, scheme_of
 from hf_shrink.checkpoint.portability import stock_kinds
 from hf_shrink.checkpoint.ties import packed_buffers, ties_to_weights
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import CompressedEmbedding, CompressedLinear, PackedModule
+from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
 from hf_shrink.surgery import module_shape, resize_skeleton
 
 
@@ -60,8 +62,15 @@ def targeted(model: nn.Module, config: QuantizationConfig) -> dict[str, Scheme]:
     for path, module in model.named_modules():
         for group in config.config_groups.values():
             if module_shape(module) is not None and is_match(path, module, group.targets, config.ignore or ()):
-                found[path] = scheme_of(group.weights)
+                found[path] = scheme_of(group.weights, group.input_activations)
     return found
+
+
+def take_experts_apart(model: PreTrainedModel, config: QuantizationConfig) -> None:
+    """Give experts one Linear a matrix where the block targets any of these, in place."""
+    undo = separate_experts(model)
+    if separate_modules(model) and not packs_experts(bind(model), targeted(model, config)):
+        undo()
 
 
 def pack(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> None:
@@ -107,17 +116,21 @@ def check_loaded(model: nn.Module) -> None:
             # transformers marks what it loaded, leaves the rest as it is in memory, and only warns; moving a model
             # over several devices loses the marks.
             if not dispatched and not getattr(buffer, "_is_hf_initialized", False):
-                raise CheckpointError(f"the checkpoint lacks {path}.{name}; download or save it again")
-        if module.weight_shape.is_meta:
+                lost = module.checkpoint_names.get(name, name)
+                raise CheckpointError(f"the checkpoint lacks {path}.{lost}; download or save it again")
+        if module.weight_scale.is_meta:
             continue
-        stored = [int(n) for n in module.weight_shape]
-        if stored != list(module_shape(module) or ()):
+        stored = None if module.weight_shape is None else [int(n) for n in module.weight_shape]
+        if stored is not None and stored != list(module_shape(module) or ()):
             raise CheckpointError(
                 f"{path}.weight_shape is {stored} where {module_shape(module)} is due; the checkpoint is damaged or "
                 "incomplete: download it again"
             )
-        if not bool(torch.isfinite(module.weight_scale).all()):
-            raise CheckpointError(f"{path}.weight_scale holds NaN or Inf; the checkpoint is damaged: download it again")
+        damaged = [] if torch.isfinite(module.weight_scale).all() else ["weight_scale"]
+        if module.scheme.type == "float" and module.weight_packed.float().isnan().any():
+            damaged.append("weight")
+        for name in damaged:
+            raise CheckpointError(f"{path}.{name} holds NaN or Inf; the checkpoint is damaged: download it again")
 
 
 def unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:

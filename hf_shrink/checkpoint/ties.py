@@ -108,7 +108,18 @@ def saved_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) 
         place = (tensor.untyped_storage().data_ptr(), tensor.storage_offset(), *tensor.shape)
         if seen.setdefault(place, name) != name:
             state[name] = tensor.clone()
-    return state
+    names = {own: stored for stored, own in stored_names(model).items()}
+    return {names.get(name, name): tensor for name, tensor in state.items()}
+
+
+def stored_names(model: nn.Module) -> dict[str, str]:
+    """A tensor's name in a checkpoint to its name in the model's state dict, of packed modules where they differ."""
+    return {
+        f"{path}.{stored}": f"{path}.{own}"
+        for path, module in model.named_modules()
+        if isinstance(module, PackedModule)
+        for own, stored in module.checkpoint_names.items()
+    }
 
 
 def _packed_pairs(model: PreTrainedModel) -> list[Pair]:

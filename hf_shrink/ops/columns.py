@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_shrink.ops.grid import Grid, integer_range
+from hf_shrink.ops.grid import Grid, nearest_, value_dtype
 
 # Output features are padded to whole cache lines: each then takes the same vectorised path, so that a row's result does
 # not depend on the rows it is solved with.
@@ -15,7 +15,7 @@ ROW_MULTIPLE = 16
 class GridColumns:
     """The columns of a grid in a given order.
 
-    Integers are held as *steps*: float32 (in_features, padded out_features) of q - zero_point, so that a weight is
+    Values are held as *steps*: float32 (in_features, padded out_features) of q - zero_point, so that a weight is
     steps * scale.
 
     Args:
@@ -28,7 +28,6 @@ class GridColumns:
         self.out_features = out_features
         self.order = order
         self.group_of = (order // (grid.scheme.group_size or len(order))).tolist()
-        self.lowest, self.highest = integer_range(grid.scheme.bits)
         self.scale = self._spread(grid.scale, fill=1.0)  # (groups, padded out_features)
         self.inverse = self.scale.reciprocal()
         self.zero = None if grid.zero_point is None else self._spread(grid.zero_point, fill=0.0)
@@ -46,22 +45,18 @@ class GridColumns:
         return placed
 
     def steps(self, values: Tensor) -> Tensor:
-        """The steps that int8 values (out_features, in_features) stand for."""
+        """The steps that values (out_features, in_features) stand for."""
         steps = self.place(values)
         return steps if self.zero is None else steps.sub_(self.zero[self.group_of])
 
     def values(self, steps: Tensor) -> Tensor:
-        """The int8 values (out_features, in_features) of steps."""
+        """The values (out_features, in_features) of steps, in the dtype of the grid's scheme."""
         if self.zero is not None:
             steps = steps + self.zero[self.group_of]
-        values = torch.empty_like(steps, dtype=torch.int8)
-        values[self.order] = steps.to(torch.int8)
+        values = torch.empty_like(steps, dtype=value_dtype(self.grid.scheme))
+        values[self.order] = steps.to(values.dtype)
         return values[:, : self.out_features].T.contiguous()
 
     def round_(self, steps: Tensor, j: int) -> Tensor:
         """Round column j's fractional steps, in place, to the nearest that the grid has."""
-        steps.round_()
-        if self.zero is None:
-            return steps.clamp_(self.lowest, self.highest)
-        zero = self.zero[self.group_of[j]]
-        return steps.clamp_(self.lowest - zero, self.highest - zero)
+        return nearest_(steps, self.grid.scheme, None if self.zero is None else self.zero[self.group_of[j]])

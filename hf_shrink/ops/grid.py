@@ -1,8 +1,8 @@
-"""Affine integer grids: the values a quantized weight can take, how they are chosen, and rounding onto them.
+"""Grids: the values a quantized weight can take, how they are chosen, and rounding onto them.
 
-A weight w is stored as q in [-2^(bits-1), 2^(bits-1)-1] with w ~ (q - zero_point) * scale, as in compressed-tensors.
-Zero is always exactly on the grid. Scales are rounded to the dtype they are stored in before any weight is rounded,
-so what is stored is what was used.
+A weight w is stored as q with w ~ (q - zero_point) * scale, as in compressed-tensors: q is an integer in
+[-2^(bits-1), 2^(bits-1)-1], or a float8_e4m3fn (then without zero point). Zero is always exactly on the grid. Scales
+are rounded to the dtype they are stored in before any weight is rounded, so what is stored is what was used.
 """
 
 from __future__ import annotations
@@ -21,6 +21,9 @@ SMALLEST_RATIO = {2: 0.25, 3: 0.35, 4: 0.45, 5: 0.55, 6: 0.65, 7: 0.75, 8: 0.85}
 RATIO_COUNT = 20
 # Elements of the weight worked on at once by the search: three float32 buffers of this size stay in the L2 cache.
 CHUNK_ELEMENTS = 1 << 16
+FLOAT8 = torch.float8_e4m3fn
+# Spacing is relative in float8, so scales from one octave tell all alignments apart; larger ones clip nothing.
+FLOAT8_RATIOS = (1.0, *torch.linspace(0.9, 1.9, RATIO_COUNT - 1).tolist())
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,28 @@ def integer_range(bits: int) -> tuple[int, int]:
     return -(1 << bits - 1), (1 << bits - 1) - 1
 
 
+def value_range(scheme: Scheme) -> tuple[float, float]:
+    """The lowest and highest value that a scheme stores."""
+    if scheme.type == "float":
+        return torch.finfo(FLOAT8).min, torch.finfo(FLOAT8).max
+    return integer_range(scheme.bits)
+
+
+def value_dtype(scheme: Scheme) -> torch.dtype:
+    """The dtype of a scheme's values, unpacked."""
+    return FLOAT8 if scheme.type == "float" else torch.int8
+
+
+def nearest_(values: Tensor, scheme: Scheme, zero_point: Tensor | None = None) -> Tensor:
+    """Round float32 steps (q - zero_point), in place, to the nearest that a scheme has, never beyond its range."""
+    lowest, highest = value_range(scheme)
+    if scheme.type == "float":
+        return values.copy_(values.clamp_(lowest, highest).to(FLOAT8))
+    if zero_point is None:
+        return values.round_().clamp_(lowest, highest)
+    return values.round_().clamp_(lowest - zero_point, highest - zero_point)
+
+
 def min_max_grid(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Grid:
     """The grid that spans each group's range, as compressed-tensors' observers choose it.
 
@@ -66,7 +91,7 @@ def min_max_grid(weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Gr
     scheme = scheme.for_width(weight.shape[1])
     low, high = _range_of_groups(_as_groups(weight.detach().float(), scheme), scheme)
     shape = _grid_shape(weight, scheme)
-    lowest, highest = integer_range(scheme.bits)
+    lowest, highest = value_range(scheme)
     if scheme.symmetric:
         scale = torch.maximum(-low, high) / ((highest - lowest) / 2)
         return Grid(scheme, stored_scale(scale, scale_dtype).view(shape))
@@ -81,7 +106,8 @@ def search_grid(
 
     Minimises sum_c |importance_c^(1/2) (w_c - dequantized_c)|^power for each group (row, tensor) over `RATIO_COUNT`
     ratios of its range. Symmetric grids are tried with the extra integer on either side of zero. Asymmetric grids
-    shrink both ends alike, and with 2 or 3 bits also try the zero points next to the obvious one.
+    shrink both ends alike, and with 2 or 3 bits also try the zero points next to the obvious one. float8 grids are
+    widened as well.
 
     Args:
         weight: (out_features, in_features), any float dtype.
@@ -105,7 +131,7 @@ def search_grid(
     for start in range(0, len(groups), step):
         rows = slice(None) if shared else slice(start, start + step)
         grids = [(scale[rows], None if zero is None else zero[rows]) for scale, zero in candidates]
-        errors = _rounding_errors(groups[start : start + step], roots, grids, scheme.bits, power)
+        errors = _rounding_errors(groups[start : start + step], roots, grids, scheme, power)
         if shared:
             losses += errors.sum(1, keepdim=True, dtype=torch.float64)
         else:
@@ -119,16 +145,16 @@ def search_grid(
 
 
 def quantize(weight: Tensor, grid: Grid) -> Tensor:
-    """The nearest integers: int8 of the weight's shape (out_features, in_features)."""
+    """The nearest values: int8 or float8_e4m3fn of the weight's shape (out_features, in_features)."""
     groups = _as_groups(weight.detach().float(), grid.scheme)
     values = groups / grid.scale.float().view(-1, 1)
     if grid.zero_point is not None:
         values += grid.zero_point.view(-1, 1)
-    return values.round_().clamp_(*integer_range(grid.scheme.bits)).to(torch.int8).view(weight.shape)
+    return nearest_(values, grid.scheme).to(value_dtype(grid.scheme)).view(weight.shape)
 
 
 def dequantize(values: Tensor, grid: Grid) -> Tensor:
-    """The weights that int8 `values` (out_features, in_features) stand for, in float32."""
+    """The weights that `values` (out_features, in_features) stand for, in float32."""
     groups = _as_groups(values.float(), grid.scheme)
     if grid.zero_point is not None:
         groups = groups - grid.zero_point.view(-1, 1)
@@ -159,7 +185,10 @@ def _candidates(
     low: Tensor, high: Tensor, scheme: Scheme, scale_dtype: torch.dtype
 ) -> list[tuple[Tensor, Tensor | None]]:
     """Scales and zero points, each (scales, 1), for every ratio (and sign) that the search compares."""
-    lowest, highest = integer_range(scheme.bits)
+    lowest, highest = value_range(scheme)
+    if scheme.type == "float":
+        span = torch.maximum(-low, high) / highest
+        return [(stored_scale(span * ratio, scale_dtype), None) for ratio in FLOAT8_RATIOS]
     ratios = torch.linspace(1.0, SMALLEST_RATIO[scheme.bits], RATIO_COUNT).tolist()
     if scheme.symmetric:
         span = torch.maximum(-low, high) / highest
@@ -174,20 +203,15 @@ def _candidates(
 
 
 def _rounding_errors(
-    groups: Tensor, roots: Tensor, grids: list[tuple[Tensor, Tensor | None]], bits: int, power: int
+    groups: Tensor, roots: Tensor, grids: list[tuple[Tensor, Tensor | None]], scheme: Scheme, power: int
 ) -> Tensor:
     """(candidates, groups): sum over columns of |root * (w - dequantized)|^power."""
-    lowest, highest = integer_range(bits)
     errors = torch.empty(len(grids), len(groups), device=groups.device)
     buffer = torch.empty_like(groups)
     for index, (stored, zero_point) in enumerate(grids):
         scale = stored.float()
-        torch.mul(groups, scale.reciprocal(), out=buffer).round_()
-        if zero_point is None:
-            buffer.clamp_(lowest, highest)
-        else:
-            zero = zero_point.float()
-            buffer.clamp_(lowest - zero, highest - zero)
+        torch.mul(groups, scale.reciprocal(), out=buffer)
+        nearest_(buffer, scheme, None if zero_point is None else zero_point.float())
         torch.addcmul(groups, buffer, scale, value=-1, out=buffer)
         buffer.view(-1, *roots.shape).mul_(roots)
         if power == 3:

@@ -14,7 +14,7 @@ class QuantizedWeight:
     """A weight on its grid.
 
     Attributes:
-        values: int8 (out_features, in_features).
+        values: int8, or float8_e4m3fn for float schemes, (out_features, in_features).
         grid: the scales and zero points that the values refer to.
         error: relative squared error of the Linear's outputs, tr(D H D^T) / tr(W H W^T) with D = W - dequantized;
             without statistics H is the identity. Of the whole weight that was solved, also after `rows`.

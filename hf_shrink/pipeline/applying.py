@@ -14,24 +14,27 @@ from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.architectures.bound import BoundBlock, BoundStack
-from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
+from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.calibration.before import statistics_before
+from hf_shrink.calibration.dense_stream import DenseStream
+from hf_shrink.calibration.experts import starved_note
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
 from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
-from hf_shrink.pipeline.learning import DenseStream, Learning
+from hf_shrink.pipeline.learning import Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.pipeline.recipes import plan_transforms
 from hf_shrink.pipeline.towers import tower_batches, towers_with
 from hf_shrink.pipeline.transforming import BlockScaler, rotate
-from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
+from hf_shrink.plan import BlockPlan, Plan, Scheme
 from hf_shrink.progress import ProgressCallback
-from hf_shrink.pruning.refit import refit_columns
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
-from hf_shrink.surgery import consumer_cuts, cut_block, is_uneven, settle_config
+from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
+from hf_shrink.surgery import is_uneven, settle_config
 
 
 def apply_plan(
@@ -55,6 +58,8 @@ def apply_plan(
     solves = method is not None and method.needs_statistics
     reaching = tower_batches(model, towers, batches) if solves else {}
     stacks = remove_planned(model, binding, plan) if binding is not None else []
+    if binding is not None and packs_experts(binding, plan.schemes):
+        separate_experts(model)
     schemes, formats = present(plan.schemes, stacks), present(plan.formats, stacks)
     whole = method if isinstance(method, ModelMethod) else None
     method = None if isinstance(method, ModelMethod) else method
@@ -82,6 +87,8 @@ def apply_plan(
         with run.timed("solve"):
             tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
             report.notes += solve_and_pack(model, tasks, method)
+    for experts in separate_modules(model).values():
+        experts.own_weights()
     if run.learning is not None:
         report.notes.append(run.learning.note())
     if isinstance(model, PreTrainedModel) and binding is not None:
@@ -126,6 +133,11 @@ class _Run:
         """Whether anything is quantized by a method that needs statistics."""
         return bool(self.schemes) and self.method is not None and self.method.needs_statistics
 
+    @property
+    def follows(self) -> bool:
+        """Whether the method corrects for how far inputs have drifted from the dense model's."""
+        return bool(getattr(self.method, "follows_dense", False))
+
     def between(self, stack: BoundStack, paths: Iterable[str]) -> list[str]:
         """Compress the matrices that run before `stack` outside the towers (a projector); returns their paths."""
         matrices = {p: module for p in paths if is_matrix(module := self.model.get_submodule(p))}
@@ -148,15 +160,18 @@ class _Run:
         solves = self.solves and (bool(heads) or any(path.startswith(stack.stack.path + ".") for path in self.schemes))
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
         self.walk, self.dense, self.moved = None, None, None
-        stack = self._cut_tied_heads(stack)
+        stack, notes = cut_tied_heads(self.model, stack)
+        self.report.notes += notes
         blocks = stack.stack.blocks
         scales = bool(self.scaler.scalings) and stack.stack.spec is not None
         if solves or refits or scales:
             given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                self.walk = StackWalk(self.model, modules, given, padded=batches is None)
-                if self.learning is not None:
-                    self.dense = DenseStream(StackWalk(self.model, modules, given, padded=batches is None))
+                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts, "padded": batches is None}
+                self.walk = StackWalk(self.model, modules, given, **settings)
+                if solves and (self.learning is not None or self.follows):
+                    everything = self.learning is not None
+                    self.dense = DenseStream(self.model, modules, given, everything=everything, **settings)
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -166,39 +181,23 @@ class _Run:
                 self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
             self.done += 1
             self.progress("compressing blocks", self.done, self.total)
+        if self.walk is not None and self.walk.starved:
+            self.report.notes.append(starved_note(self.walk.starved))
         if not (heads and solves and self.walk is not None):
             return {}
         with self.timed("calibrate"):
             return self.walk.statistics_after(self.model, {p: self.model.get_submodule(p) for p in heads})
 
-    def _cut_tied_heads(self, stack: KeptStack) -> KeptStack:
-        """Cut heads that all blocks must have alike (they share a position bias) before any block runs."""
-        bound = stack.stack
-        if bound.spec is None or not any(
-            part is not None and part.spec.tied for b in bound.blocks for part in (b.attention, b.cross_attention)
-        ):
-            return stack
-        plans = dict(stack.plan.blocks)
-        for block, source in zip(bound.blocks, stack.kept, strict=True):
-            plan = plans.get(source, BlockPlan())
-            if plan.query_heads is None and plan.cross_heads is None:
-                continue
-            cut_block(block, BlockPlan(query_heads=plan.query_heads, cross_heads=plan.cross_heads))
-            plans[source] = BlockPlan(channels=plan.channels)
-        if plans != stack.plan.blocks:
-            self.report.notes.append(
-                f"heads of the {bound.name} were cut without refit: blocks share a position bias and lose them at once"
-            )
-        return KeptStack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
-
     def _block(self, stack: BoundStack, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
-        if self.dense is not None:
+        paths = [path for path in self.schemes if path.startswith(block.path + ".")]
+        goes_along = self.follows and plan.keeps_all and bool(paths)  # through the block's stages, see `DenseStream`
+        if self.dense is not None and not goes_along:
             with self.timed("calibrate"):
                 self.dense.advance()
         if not plan.keeps_all:
-            self._cut(block, plan)
-        paths = [path for path in self.schemes if path.startswith(block.path + ".")]
+            walk = self.walk if self.plan.refit else None
+            cut_and_refit(self.model, block, plan, walk, self.timed)
         if self.scaler.scalings and paths:
             cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
             with self.timed("transform"):
@@ -214,27 +213,34 @@ class _Run:
                 walk,
                 self.dense,
                 paths,
-                lambda: self._pack_on_the_way(walk, paths, stored, further=False),
+                lambda: self._pack_on_the_way(walk, paths, stored, False, goes_along),
                 further,
                 self.timed,
             )
         else:
             with self.timed("calibrate"):
-                passed = self._pack_on_the_way(self.walk, paths, stored, further)
+                passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
         self.moved = None if passed is None else _relative_error(passed, inputs)
 
     def _pack_on_the_way(
-        self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool
+        self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool, goes_along: bool
     ) -> Passed | None:
         """Pack a block's matrices and go on to the next block; None when nobody looked at the block's output before."""
         modules = {path: self.model.get_submodule(path) for path in paths}
         if paths and self.method is not None and self.method.needs_statistics:
             passed = walk.advance_in_stages(
-                modules, lambda found: self._pack(found, stored), self.model.get_submodule, further=further
+                modules,
+                lambda found: self._pack(found, stored),
+                self.model.get_submodule,
+                further=further,
+                dense=self.dense if goes_along else None,
             )
             if passed is not None:
                 return passed
-            self._pack(walk.statistics(modules), stored)
+            if self.dense is not None and goes_along:
+                self.dense.advance()
+            statistics = walk.statistics(modules)
+            self._pack({path: statistics.get(path) for path in modules}, stored)
         else:
             self._pack(dict.fromkeys(paths), stored)
         before = walk.reference
@@ -243,21 +249,6 @@ class _Run:
         if before is None:
             return None
         return Passed(before, walk.hidden[0] if further else walk.outputs(1)[0])
-
-    def _cut(self, block: BoundBlock, plan: BlockPlan) -> None:
-        refitted: dict[str, Tensor] = {}
-        consumers = consumer_cuts(block, plan)
-        if self.plan.refit and self.walk is not None and consumers:
-            modules = {path: self.model.get_submodule(path) for path in consumers}
-            with self.timed("calibrate"):
-                statistics = self.walk.statistics(modules)
-            with self.timed("solve"):
-                for path, kept in consumers.items():
-                    refitted[path] = refit_columns(matrix(modules[path]).float(), statistics[path], kept)
-        cut_block(block, plan)
-        for path, weight in refitted.items():
-            module = self.model.get_submodule(path)
-            set_matrix(module, weight, module.bias.data if isinstance(module.bias, nn.Parameter) else None)
 
     def _pack(self, statistics: Mapping[str, InputStatistics | None], stored: torch.dtype) -> None:
         """Pack the matrices at the paths of `statistics`."""

@@ -12,41 +12,12 @@ from torch import Tensor, nn
 
 from hf_shrink.architectures.linears import matrix
 from hf_shrink.calibration.capture import first_output
-from hf_shrink.calibration.shelf import Shelf
+from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.ops.precision import fast_precision
 from hf_shrink.quantization.base import LearningMethod, Learnt
 from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.runtime.trainable import TrainableLinear
-
-
-@dataclass
-class DenseStream:
-    """What the dense model's blocks put out, one block ahead of the compression.
-
-    Attributes:
-        walk: over the same blocks and batches, only ever advanced through dense blocks.
-    """
-
-    walk: StackWalk
-    _shelf: Shelf = field(default_factory=Shelf)
-
-    def advance(self) -> None:
-        """Run the current block, which must still be dense, on every batch; its outputs are the targets."""
-        for batch in range(len(self.walk.hidden)):
-            self._shelf.give_back(batch)
-        self.walk.advance()
-        for batch, hidden in enumerate(self.walk.hidden):
-            self._shelf.take(batch, [hidden])
-
-    def target(self, batch: int) -> Tensor:
-        """The dense block's output for one batch, (batch, sequence, width)."""
-        self._shelf.give_back(batch)
-        return self.walk.hidden[batch]
-
-    def put_away(self, batch: int) -> None:
-        """Nobody reads the batch's target for a while."""
-        self._shelf.take(batch, [self.walk.hidden[batch]])
 
 
 class _Problem:

@@ -22,6 +22,7 @@ from hf_shrink.pruning.plan_depth import plan_depth
 from hf_shrink.pruning.plan_width import plan_width
 from hf_shrink.quantization.base import ModelMethod
 from hf_shrink.recipe import QuantizeStep, Recipe
+from hf_shrink.runtime.experts import separate_experts
 from hf_shrink.surgery import consumer_cuts, cut_shapes, without_blocks
 
 
@@ -58,6 +59,11 @@ def plan_recipe(
                 "only transformers models can be pruned; this module can be quantized (method: rtn)"
             )
         binding.require_roles()
+    if width and binding is not None and (sparse := [b.path for b in binding.blocks if b.experts is not None]):
+        raise ArchitectureError(
+            f"{sparse[0]} is a mixture of experts, whose heads, channels and experts cannot be pruned yet; "
+            "use prune: {what: depth}, a quantize step, or both"
+        )
     if depth:
         assert binding is not None
         found = plan_depth(
@@ -99,6 +105,7 @@ def plan_recipe(
             options=dict(quantize.options),
             transforms=quantize.transforms,
             tune=dict(quantize.tune),
+            starved_experts=quantize.starved_experts,
             effort=quantize.effort,
         )
         notes += [*found_notes, *transform_notes(plan)]
@@ -113,7 +120,8 @@ def _resolve(
     """Schemes or formats of the weights that the step quantizes, and notes. `plan`: what is removed before it."""
     method = quantization_method(step)
     if not isinstance(method, ModelMethod):
-        resolved = resolve_schemes(model, binding, step, recipe.portable, _narrowed(binding, plan))
+        with _experts_apart(model) as apart:
+            resolved = resolve_schemes(model, apart, step, recipe.portable, _narrowed(binding, plan))
         return resolved.schemes, {}, resolved.notes
     if plan.prunes and not recipe.portable:
         raise RecipeError(
@@ -121,6 +129,16 @@ def _resolve(
         )
     formats, notes = resolve_formats(model, binding, step, method, _cut(binding, plan))
     return {}, formats, notes
+
+
+@contextmanager
+def _experts_apart(model: nn.Module) -> Iterator[Binding | None]:
+    """The model with its experts as Linears that look into the 3D parameters: its binding. As it was afterwards."""
+    undo = separate_experts(model)
+    try:
+        yield find_binding(model)
+    finally:
+        undo()
 
 
 @contextmanager

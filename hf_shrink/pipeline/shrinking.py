@@ -31,6 +31,7 @@ from hf_shrink.pipeline.recipes import (
     plan_method,
     plan_transforms,
 )
+from hf_shrink.pipeline.targets import check_inputs
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
@@ -168,6 +169,7 @@ class Job:
 
     def plan(self, data: CalibrationData) -> Planned:
         if isinstance(self.asked, Plan):
+            check_inputs(self.model, self.asked.schemes)
             return Planned(self.asked, ())
         assert self.recipe is not None
         return plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show)

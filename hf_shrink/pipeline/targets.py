@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.linears import is_matrix
+from hf_shrink.checkpoint.experts import expert_matrices
 from hf_shrink.checkpoint.portability import needs_dequantize, portability
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Scheme
@@ -85,17 +86,32 @@ def resolve_schemes(
     }
     notes = selected.notes
     chosen = _agree_on_ties(model, chosen)
+    check_inputs(model, chosen)
     widths = {path: _width(model.get_submodule(path)) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
     if portable and isinstance(model, PreTrainedModel):
-        schemes = _one_scheme_where_needed(model, schemes, widths, notes)
+        experts = [path for path in expert_matrices(model) if path in schemes]
+        schemes |= _one_group_size({path: schemes[path] for path in experts}, widths, "experts", notes)
+        if needs_dequantize(model, schemes):
+            schemes = _one_group_size(schemes, widths, "weights of this kind", notes)
         if reasons := portability(model, schemes, {}):
             raise RecipeError(
-                f"not portable: {'; '.join(reasons)}. Use one scheme, or set portable: false (--set portable=false): "
-                "the result then loads after `import hf_shrink`"
+                f"not portable: {'; '.join(reasons)}. Use one scheme (W8A8 aside), or set portable: false "
+                "(--set portable=false): the result then loads after `import hf_shrink`"
             )
     notes[:0] = _group_notes(chosen, schemes)
     return Resolved(schemes, tuple(notes))
+
+
+def check_inputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
+    """Raises RecipeError where a scheme rounds the input of an embedding, which is indices."""
+    for path, module in model.named_modules():
+        scheme = schemes.get(path)
+        if scheme is not None and scheme.activation_bits < 16 and isinstance(module, nn.Embedding):
+            raise RecipeError(
+                f"{path} is an embedding: its input is indices, which {scheme.name} cannot round. Take it out of "
+                "targets, or override it (and a head tied to it) with W8A16 or FP8A16, and set portable: false"
+            )
 
 
 def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Selected:
@@ -111,7 +127,7 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         # A regex that names a tower means its matrices, not its table of positions.
         candidates = {p: m for p, m in candidates.items() if is_matrix(m) or m is model.get_input_embeddings()}
     inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
-    spared = _spared(model, candidates, inside) if step.ignore is None else set()
+    spared = _spared(model, binding, candidates, inside) if step.ignore is None else set()
     before_text = _outside_text(model, binding, candidates, inside)
     spared -= _named_apart(model, before_text, inside, step.targets or ())
     chosen: dict[str, str | None] = {}
@@ -127,7 +143,7 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         chosen[path] = override
         if named or any(t != class_of(module) and matches(path, module, t) for t in step.targets or ()):
             by_name.add(path)
-    notes = _keep_ties(model, chosen, by_name)
+    notes = _keep_ties(model, chosen, by_name) + _unknown_experts(binding, step)
     if left := [p for p in before_text & spared if any(matches(p, candidates[p], t) for t in step.targets or ())]:
         notes.append(
             f"{min(left)} and what else of the image side the targets match stays as it is, because they mean the text "
@@ -172,18 +188,39 @@ def _override(path: str, module: nn.Module, overrides: Mapping[str, object]) -> 
     return class_of(module) if class_of(module) in overrides else None
 
 
-def _spared(model: nn.Module, candidates: Mapping[str, nn.Module], inside: set[str]) -> set[str]:
+def _spared(
+    model: nn.Module, binding: Binding | None, candidates: Mapping[str, nn.Module], inside: set[str]
+) -> set[str]:
     """The default `ignore`: output head, task heads (any matrix outside the blocks), routers, tied weights."""
     head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
     config = getattr(model, "config", None)
-    experts = {getattr(config, key, None) for key in _EXPERT_COUNTS} - {None}
+    routers = {path for block in binding.blocks for path in block.routers} if binding is not None else set()
+    # Without a table of roles: what has as many outputs as there are experts.
+    known = binding is not None and binding.family is not None
+    experts = set() if known else {getattr(config, key, None) for key in _EXPERT_COUNTS} - {None}
     spared = {path for paths in weight_holders(model).values() if len(paths) > 1 for path in paths}
     for path, module in candidates.items():
         outside = path not in inside and is_matrix(module)
-        router = is_matrix(module) and getattr(module, "out_features", None) in experts
+        router = path in routers or (is_matrix(module) and getattr(module, "out_features", None) in experts)
         if module is head or router or (outside and isinstance(model, PreTrainedModel)):
             spared.add(path)
     return spared
+
+
+def _unknown_experts(binding: Binding | None, step: QuantizeStep) -> list[str]:
+    """Matrices in 3D parameters that no table says how to take apart stay as they are: say so."""
+    if binding is None or step.targets is not None:
+        return []
+    stacked = [
+        f"{block.path}.{path}.{name}"
+        for block in binding.blocks
+        for path, module in block.module.named_modules()
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and not type(module).__module__.startswith("torch.")  # a convolution's
+    ]
+    if not stacked:
+        return []
+    return [f"{stacked[0]} and its like stay dense: matrices in 3D parameters that nothing says how to take apart"]
 
 
 def _outside_text(model: nn.Module, binding: Binding | None, candidates: Iterable[str], inside: set[str]) -> set[str]:
@@ -228,18 +265,18 @@ def _agree_on_ties(model: nn.Module, chosen: dict[str, Scheme]) -> dict[str, Sch
     return {path: first.setdefault(id(model.get_submodule(path).weight), scheme) for path, scheme in chosen.items()}
 
 
-def _one_scheme_where_needed(
-    model: PreTrainedModel, schemes: dict[str, Scheme], widths: Mapping[str, int], notes: list[str]
+def _one_group_size(
+    schemes: dict[str, Scheme], widths: Mapping[str, int], what: str, notes: list[str]
 ) -> dict[str, Scheme]:
-    """Where stock reads these weights only when everything shares one scheme, agree on a group size."""
+    """Agree on a group size where that is all in which the schemes differ: stock reads these weights only so."""
     kinds = {replace(s, group_size=None if s.group_size is None else 1) for s in schemes.values()}
     sizes = {s.group_size for s in schemes.values()}
-    if len(kinds) > 1 or len(sizes) == 1 or not needs_dequantize(model, schemes):
+    if len(kinds) != 1 or len(sizes) == 1:
         return schemes
     common = math.gcd(*(widths[p] for p in schemes))
     smallest = min(s for s in sizes if s is not None)
     size = max(d for d in range(1, smallest + 1) if common % d == 0)
-    notes.append(f"one group size, {size}, for all weights: stock transformers loads this kind of scheme only so")
+    notes.append(f"one group size, {size}, for all {what}: stock transformers loads them only so")
     return {path: replace(scheme, group_size=size) for path, scheme in schemes.items()}
 
 

@@ -20,7 +20,10 @@ if TYPE_CHECKING:
 
 
 class QuantizationMethod(Protocol):
-    """A frozen dataclass whose fields are the options a recipe may set."""
+    """A frozen dataclass whose fields are the options a recipe may set.
+
+    One that also has a true `follows_dense` gets statistics with a `drift` where the dense model can be followed.
+    """
 
     needs_statistics: ClassVar[bool]
 

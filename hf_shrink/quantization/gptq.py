@@ -18,6 +18,7 @@ from hf_shrink.ops.linalg import damped_inverse_factor, dead_channels, relative_
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizedWeight
 from hf_shrink.quantization.descent import descend
+from hf_shrink.quantization.drift import corrected
 
 if TYPE_CHECKING:
     from hf_shrink.calibration.statistics import InputStatistics
@@ -33,12 +34,15 @@ class GPTQ:
         act_order: round the columns with the largest second moment first.
         block_size: columns after which the errors are applied to all later columns; changes speed only.
         refinements: rounds of coordinate descent on integers and scales after GPTQ's own pass.
+        asymmetric: aim at the dense model's outputs on the compressed model's inputs, as far as held-out tokens gain
+            by it; see `drift.py`.
     """
 
     damping: float = 0.01
     act_order: bool = True
     block_size: int = 64
     refinements: int = 1
+    asymmetric: bool = True
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
@@ -48,6 +52,11 @@ class GPTQ:
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
                 raise ValueError(f"{name} must be a whole number of at least {least}, not {getattr(self, name)!r}")
 
+    @property
+    def follows_dense(self) -> bool:
+        """Statistics should have a drift."""
+        return self.asymmetric
+
     def solve(
         self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
     ) -> QuantizedWeight:
@@ -55,6 +64,8 @@ class GPTQ:
         if statistics is None or statistics.tokens == 0:
             raise CalibrationError("GPTQ has seen no inputs of this Linear; use more calibration data, or method: rtn")
         weight, hessian = weight.detach(), statistics.mean.to(weight.device)
+        if self.asymmetric:
+            weight, _ = corrected(weight, statistics, self.damping)
         diagonal = hessian.diagonal()
         order = diagonal.argsort(descending=True, stable=True)
         if not self.act_order:

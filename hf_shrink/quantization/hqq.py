@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
-from hf_shrink.ops.grid import Grid, dequantize, integer_range, min_max_grid, quantize, search_grid, stored_scale
+from hf_shrink.ops.grid import (
+    Grid,
+    dequantize,
+    integer_range,
+    min_max_grid,
+    nearest_,
+    quantize,
+    search_grid,
+    stored_scale,
+)
 from hf_shrink.ops.linalg import relative_error
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizedWeight
@@ -124,10 +133,9 @@ class _Lines:
         return cls(scale, zero.float(), grid.scheme)
 
     def steps(self, groups: Tensor) -> Tensor:
-        """The nearest whole steps from zero."""
-        lowest, highest = integer_range(self.scheme.bits)
-        steps = torch.div(groups, self.scale.float()).round_()
-        return torch.minimum(torch.maximum(steps, lowest - self.zero), highest - self.zero)
+        """The nearest steps from zero that the grid has."""
+        steps = torch.div(groups, self.scale.float())
+        return nearest_(steps, self.scheme, None if self.scheme.symmetric else self.zero)
 
     def moved(self, target: Tensor, steps: Tensor, fit_scale: bool) -> _Lines:
         """The zero point, then the scale, that put the integers of `steps` nearest to `target` by least squares."""

@@ -54,6 +54,11 @@ class Learned:
         if start is Learned or issubclass(start, ModelMethod):
             raise ValueError("start must be a method that solves single weights, such as gptq or rtn")
 
+    @property
+    def follows_dense(self) -> bool:
+        """As of the method that it starts from."""
+        return bool(getattr(METHODS.build(self.start, {}), "follows_dense", False))
+
     def solve(
         self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
     ) -> QuantizedWeight:

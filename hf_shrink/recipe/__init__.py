@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.plan import Scheme
 from hf_shrink.recipe.effort import expand
 from hf_shrink.recipe.formats import GRID_KEYS, check_formats
 from hf_shrink.recipe.specs import METRICS, CalibrationSpec, EvaluationSpec
@@ -95,7 +96,8 @@ class Recipe:
             if not body.get("transforms"):
                 body.pop("transforms", None)
             body.update(step.options)
-            if isinstance(step, QuantizeStep) and step.format is not None:
+            if isinstance(step, QuantizeStep) and (step.format is not None or Scheme.kind_of(step.scheme).by_channel):
+                # Defaults, or what the scheme's name says anyway.
                 body = {key: value for key, value in body.items() if key not in GRID_KEYS}
             for key in ("targets", "ignore", "transforms"):
                 if key in body:

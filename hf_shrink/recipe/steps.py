@@ -13,6 +13,7 @@ from hf_shrink.registry import did_you_mean
 
 PRUNE_KINDS = ("depth", "width")
 UNITS = ("all", "attention", "mlp")
+STARVED = ("error", "rtn")
 
 
 @dataclass(frozen=True)
@@ -51,19 +52,23 @@ class QuantizeStep:
     """Store weights in few bits.
 
     Attributes:
-        scheme: W2A16 to W8A16; with method bitsandbytes NF4, FP4 or LLM.int8, which leave no other key but targets,
-            ignore and the method's options.
+        scheme: W2A16 to W8A16, W8A8 or FP8A16; with method bitsandbytes NF4, FP4 or LLM.int8, which leave no other key
+            but targets, ignore and the method's options.
         targets: class names ("Linear", "Embedding"), exact module paths, or "re:" regexes (matched from the start of
             the path, as in compressed-tensors). None: every Linear inside the blocks.
         ignore: the same forms; None: output head, task heads, routers, tied weights. `[]`: nothing is ignored.
         overrides: by target, any of scheme, symmetric, strategy, group_size. Exact path before regexes in written
             order before class names.
+        scheme, symmetric, strategy, group_size: W8A8 and FP8A16 are symmetric with one scale per channel; the default
+            group size does not apply to them, another one is an error.
         effort: in place of method, transforms and tune: "fast", "balanced" or "best"; see `recipe/effort.py`. Already
             expanded when a step was read from a recipe; kept to be shown.
         transforms: transforms that are folded into the weights before they are rounded, in their order; each a name,
             or {name: options}.
         tune: options of the tuning of scales, zero points and norms after rounding, for example {steps: 100}; empty:
             no tuning.
+        starved_experts: what happens to experts that saw too few calibration tokens for statistics of their own:
+            "error", or "rtn": they are rounded to nearest without data.
         options: the fields of the method's own dataclass.
     """
 
@@ -78,6 +83,7 @@ class QuantizeStep:
     effort: str | None = None
     transforms: tuple[TransformSpec, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
+    starved_experts: Literal["error", "rtn"] = "error"
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -91,6 +97,9 @@ class QuantizeStep:
                 object.__setattr__(self, name, tuple(value))
         for transform in self.transforms:
             split_transform(transform)
+        if self.starved_experts not in STARVED:
+            hint = did_you_mean(str(self.starved_experts), STARVED)
+            raise RecipeError(f"unknown quantize.starved_experts {self.starved_experts!r}; {hint}")
         if self.strategy not in STRATEGIES:
             raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(str(self.strategy), STRATEGIES)}")
         standard = {f.name: f.default for f in fields(self)}
@@ -118,14 +127,27 @@ class QuantizeStep:
         for key in override:
             if key not in valid:
                 raise RecipeError(f"unknown key {key!r} in quantize.overrides; {did_you_mean(key, valid)}")
-        strategy = override.get("strategy", self.strategy)
-        group_size = override.get("group_size", self.group_size) if strategy == "group" else None
-        return Scheme(
-            bits=Scheme.bits_of(str(override.get("scheme", self.scheme))),
-            symmetric=bool(override.get("symmetric", self.symmetric)),
-            strategy=strategy,
-            group_size=group_size,
-        )
+        name = str(override.get("scheme", self.scheme))
+        kind = Scheme.kind_of(name)
+        form: dict[str, Any] = {"symmetric": True, "strategy": "group", "group_size": 128}
+        if kind.by_channel == Scheme.kind_of(self.scheme).by_channel:  # else what the step says is not meant for it
+            form = {key: getattr(self, key) for key in form}
+        form.update((key, override[key]) for key in form if key in override)
+        if kind.by_channel:
+            _check_by_channel(name, form, (None,) if "group_size" in override else (None, 128))
+            return Scheme(kind.bits, True, "channel", None, kind.type, kind.activation_bits)
+        strategy = form["strategy"]
+        return Scheme(kind.bits, bool(form["symmetric"]), strategy, form["group_size"] if strategy == "group" else None)
+
+
+def _check_by_channel(name: str, form: Mapping[str, Any], group_sizes: tuple[int | None, ...]) -> None:
+    """Raises RecipeError where a scheme with one scale per channel is asked to be anything else than by default."""
+    if not form["symmetric"]:
+        raise RecipeError(f"{name} has no zero points; take out symmetric: {form['symmetric']}")
+    allowed = {"strategy": ("channel", "group"), "group_size": group_sizes}
+    for key, values in allowed.items():
+        if form[key] not in values:
+            raise RecipeError(f"{name} has one scale per channel; take out {key}: {form[key]}")
 
 
 Step = PruneStep | QuantizeStep

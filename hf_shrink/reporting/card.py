@@ -96,6 +96,8 @@ def _tags(plan: Plan) -> list[str]:
     if plan.bits:
         tags += ["quantized", "bitsandbytes" if plan.formats else "compressed-tensors"]
         tags += [f"{bits}-bit" for bits in sorted(set(plan.bits.values()))]
+        names = {scheme.name for scheme in plan.schemes.values()}
+        tags += [tag for name, tag in (("W8A8", "w8a8"), ("FP8A16", "fp8")) if name in names]
     if plan.prunes:
         tags.append("pruned")
     return tags

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from hf_shrink.errors import RecipeError
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime.packed import PackedModule
@@ -28,6 +29,10 @@ class CompressedEmbedding(PackedModule):
         dtype: torch.dtype,
         device: torch.device | str | None = None,
     ) -> None:
+        if scheme.activation_bits < 16:
+            raise RecipeError(
+                f"the input of an embedding is indices, which {scheme.name} cannot round; use W8A16 for it"
+            )
         super().__init__(scheme, num_embeddings, embedding_dim, dtype, device)
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
 
@@ -51,7 +56,6 @@ class CompressedEmbedding(PackedModule):
         grid = quantized.grid
         embedding = cls(grid.scheme, rows, columns, padding_idx, grid.scale.dtype, "meta")
         embedding._fill(quantized)
-        embedding.weight_shape = torch.tensor([rows, columns], device=quantized.values.device)
         return embedding
 
     def forward(self, input: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""A Linear whose weight stays packed: unpacked for one product at a time, in the forward and in the backward pass."""
+"""A Linear whose weight stays packed: unpacked for one product at a time, in the forward and in the backward pass.
+
+Under W8A8 the forward pass multiplies the int8 weight as it is.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +13,14 @@ from torch.nn import functional as F
 
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
+from hf_shrink.runtime.int8 import int8_linear
 from hf_shrink.runtime.packed import PackedModule
 
 
 class CompressedLinear(PackedModule):
     """y = x W^T + b with W packed. Its state dict is what a compressed-tensors checkpoint holds for a Linear.
+
+    With 8-bit activations x is rounded to int8 first, with a scale for each token.
 
     Attributes:
         in_features, out_features: as of nn.Linear.
@@ -54,17 +60,24 @@ class CompressedLinear(PackedModule):
         grid = quantized.grid
         linear = cls(grid.scheme, columns, rows, False, grid.scale.dtype, "meta")
         linear._fill(quantized)
-        linear.weight_shape = torch.tensor([rows, columns], device=quantized.values.device)
         if bias is not None:
             linear.bias = nn.Parameter(bias.detach(), requires_grad=bias.requires_grad)
         return linear
 
     def forward(self, input: Tensor) -> Tensor:
-        """As nn.Linear, on (..., in_features), in the dtype of the input. Gradients reach the input and the bias."""
+        """As nn.Linear, on (..., in_features), in the dtype of the input. Gradients reach the input and the bias.
+
+        Rounding of the input passes gradients through as if it were not there.
+        """
         bias = self.bias if self.bias is None or self.bias.dtype == input.dtype else self.bias.to(input.dtype)
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
             output: Tensor = _PackedProduct.apply(input, bias, self)  # type: ignore[no-untyped-call]
             return output
+        return self._product(input, bias)
+
+    def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        if self.scheme.activation_bits == 8:
+            return int8_linear(input, self.weight_packed, self.weight_scale, bias)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
     def extra_repr(self) -> str:
@@ -80,7 +93,7 @@ class _PackedProduct(torch.autograd.Function):
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, linear: CompressedLinear) -> Tensor:
         ctx.linear = linear
         ctx.dtype = input.dtype
-        return F.linear(input, linear.weight.to(input.dtype), bias)
+        return linear._product(input, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable

@@ -12,7 +12,15 @@ from torch import Tensor, nn
 from hf_shrink.ops.grid import Grid
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
-from hf_shrink.runtime.packing import pack, pack_zero_point, unpack, unpack_weight, unpack_zero_point
+from hf_shrink.runtime.packing import (
+    pack,
+    pack_zero_point,
+    stored_dtype,
+    stored_shape,
+    unpack,
+    unpack_weight,
+    unpack_zero_point,
+)
 
 
 class PackedModule(nn.Module):
@@ -21,16 +29,17 @@ class PackedModule(nn.Module):
     Attributes:
         scheme: bits, symmetry, strategy, group size.
         compute_dtype: dtype of `weight`; None means the scale's. Casting the module sets it back to None.
-        weight_packed: int32 (rows, ceil(columns * bits / 32)).
+        weight_packed: int32 (rows, ceil(columns * bits / 32)). Schemes that are not packed (W8A8, FP8A16): int8 or
+            float8_e4m3fn (rows, columns); a checkpoint calls this one `weight`, see `checkpoint_names`.
         weight_scale: (rows, groups), (rows, 1) per channel, (1,) per tensor.
         weight_zero_point: asymmetric schemes only: int32 (ceil(rows * bits / 32), groups); per tensor int8 (1,).
-        weight_shape: int64 (2,).
+        weight_shape: int64 (2,); None for schemes that are not packed.
     """
 
     weight_packed: Tensor
     weight_scale: Tensor
     weight_zero_point: Tensor | None
-    weight_shape: Tensor
+    weight_shape: Tensor | None
 
     def __init__(
         self, scheme: Scheme, rows: int, columns: int, dtype: torch.dtype, device: torch.device | str | None = None
@@ -39,17 +48,17 @@ class PackedModule(nn.Module):
         self.scheme = scheme
         self.compute_dtype: torch.dtype | None = None
         self._rows, self._columns = rows, columns
-        words = -(-columns * scheme.bits // 32)
         groups = scheme.scale_columns(columns)
         scale_shape = (1,) if scheme.strategy == "tensor" else (rows, groups)
-        self.register_buffer("weight_packed", torch.zeros(rows, words, dtype=torch.int32, device=device))
+        stored = torch.zeros(stored_shape(scheme, rows, columns), dtype=stored_dtype(scheme), device=device)
+        self.register_buffer("weight_packed", stored)
         self.register_buffer("weight_scale", torch.zeros(scale_shape, dtype=dtype, device=device))
         if not scheme.symmetric:
             packed_rows = -(-rows * scheme.bits // 32)
             per_tensor = torch.zeros(1, dtype=torch.int8, device=device)
             packed = torch.zeros(packed_rows, groups, dtype=torch.int32, device=device)
             self.register_buffer("weight_zero_point", per_tensor if scheme.strategy == "tensor" else packed)
-        self.register_buffer("weight_shape", torch.tensor([rows, columns], device=device))
+        self.register_buffer("weight_shape", torch.tensor([rows, columns], device=device) if scheme.packed else None)
 
     @property
     def weight(self) -> Tensor:
@@ -71,9 +80,15 @@ class PackedModule(nn.Module):
         """dtype of `weight`, without unpacking it."""
         return self.compute_dtype or self.weight_scale.dtype
 
+    @property
+    def checkpoint_names(self) -> dict[str, str]:
+        """What a compressed-tensors checkpoint calls a buffer, where that is not its own name."""
+        return {} if self.scheme.packed else {"weight_packed": "weight"}
+
     def unpacked(self) -> tuple[Tensor, Grid]:
-        """The integers, int8 (rows, columns), and their grid: what a method once chose."""
-        values = unpack(self.weight_packed, self.scheme.bits, self._columns)
+        """The values, int8 or float8_e4m3fn (rows, columns), and their grid: what a method once chose."""
+        stored = self.weight_packed
+        values = unpack(stored, self.scheme.bits, self._columns) if self.scheme.packed else stored
         zero_point = self._zero_point()
         shape = (1, 1) if self.scheme.strategy == "tensor" else self.weight_scale.shape
         zero_point = None if zero_point is None else zero_point.view(shape)
@@ -91,14 +106,23 @@ class PackedModule(nn.Module):
     def _fill(self, quantized: QuantizedWeight) -> None:
         """Take over a method's result."""
         grid, bits = quantized.grid, self.scheme.bits
-        self.weight_packed = pack(quantized.values, bits)
+        if self.scheme.packed:
+            self.weight_packed = pack(quantized.values, bits)
+            self.weight_shape = torch.tensor([self._rows, self._columns], device=quantized.values.device)
+        else:
+            self.weight_packed = quantized.values.contiguous()
         self.weight_scale = grid.scale.reshape(self.weight_scale.shape).contiguous()
         if grid.zero_point is not None:
             self.weight_zero_point = pack_zero_point(grid.zero_point, self.scheme)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        before = self.weight_scale.dtype
-        result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        before, stored = self.weight_scale.dtype, self.weight_packed
+        if stored.is_floating_point():  # a cast is meant for the scales: float8 values move as octets, and stay
+            self.weight_packed = octets = stored.view(torch.uint8)
+            result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self.weight_packed = stored if self.weight_packed is octets else self.weight_packed.view(stored.dtype)
+        else:
+            result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         if self.weight_scale.dtype != before:
             self.compute_dtype = None
         return result

@@ -11,10 +11,21 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
+from hf_shrink.ops.grid import value_dtype
 from hf_shrink.plan import Scheme
 
 # Values unpacked at once, so that intermediate results stay in the cache.
 CHUNK_VALUES = 1 << 18
+
+
+def stored_shape(scheme: Scheme, rows: int, columns: int) -> tuple[int, int]:
+    """The shape of a weight (rows, columns) as it is held: int32 words where it is packed, else its values."""
+    return (rows, -(-columns * scheme.bits // 32)) if scheme.packed else (rows, columns)
+
+
+def stored_dtype(scheme: Scheme) -> torch.dtype:
+    """int32 where the values are packed, else int8 or float8_e4m3fn."""
+    return torch.int32 if scheme.packed else value_dtype(scheme)
 
 
 def pack(values: Tensor, bits: int) -> Tensor:
@@ -58,7 +69,7 @@ def unpack_weight(
     """The dense weight (rows, columns) in `dtype`.
 
     Args:
-        packed: int32 (rows, words).
+        packed: int32 (rows, words); int8 or float8_e4m3fn (rows, columns) for schemes that are not packed.
         scale: as stored, (rows, groups) or (1,).
         zero_point: int8 (rows, groups) or (1,), unpacked; None when symmetric.
         scheme: bits, strategy and group size.
@@ -74,7 +85,8 @@ def unpack_weight(
     step = max(1, CHUNK_VALUES // max(columns, 1))
     for start in range(0, len(packed), step):
         rows = slice(start, start + step)
-        values = unpack(packed[rows], scheme.bits, columns).reshape(groups).to(wide)
+        values = unpack(packed[rows], scheme.bits, columns) if scheme.packed else packed[rows]
+        values = values.reshape(groups).to(wide)
         if zero is not None:
             values -= zero[rows]
         target = weight[rows].view(groups)

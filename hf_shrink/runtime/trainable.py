@@ -12,8 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_shrink.ops.grid import Grid, integer_range, stored_scale
+from hf_shrink.ops.grid import Grid, nearest_, stored_scale, value_dtype
 from hf_shrink.ops.quantized import QuantizedWeight
+from hf_shrink.plan import Scheme
+from hf_shrink.runtime.int8 import quantize_tokens
 from hf_shrink.runtime.linear import CompressedLinear
 
 _INSIDE = 0.25  # of a step: how far from its integer a rounding may start, so that it does not turn at once
@@ -25,8 +27,9 @@ class TrainableLinear(nn.Module):
     Attributes:
         log_scale: (rows, groups, 1) float32 parameter a; the scale is (start of training) * exp(a).
         zero: (rows, groups, 1) float32 parameter that is rounded to an integer; None for symmetric schemes.
-        steps: (rows, groups, columns in a group) float32 parameter that is rounded and clamped to integers; a buffer
-            of integers, int8, when the rounding is not trained.
+        steps: (rows, groups, columns in a group) float32 parameter that is rounded and clamped to the scheme's values;
+            a buffer of these, int8 or float8_e4m3fn, when the rounding is not trained. float8 values, far apart where
+            they are large, hardly turn: what is learned under FP8A16 are the scales.
         bias: the packed module's, or None.
 
     Args:
@@ -44,7 +47,6 @@ class TrainableLinear(nn.Module):
         self.scheme, self.scale_dtype = packed.scheme, packed.weight_scale.dtype
         self.in_features, self.out_features = packed.in_features, packed.out_features
         self.bias = packed.bias
-        self._lowest, self._highest = integer_range(self.scheme.bits)
         values, grid = packed.unpacked()
         rows = 1 if self.scheme.strategy == "tensor" else self.out_features
         layout = (self.out_features, self.scheme.scale_columns(self.in_features), -1)
@@ -56,7 +58,7 @@ class TrainableLinear(nn.Module):
             self.register_buffer("steps", values.view(layout))
             return
         steps = values.view(layout).float()
-        if dense is not None:
+        if dense is not None and self.scheme.type == "int":
             wanted = dense.detach().float().view(layout) / scale
             wanted = wanted if self.zero is None else wanted + self.zero.detach()
             steps += _INSIDE * (wanted - steps).clamp(-1, 1)
@@ -65,24 +67,26 @@ class TrainableLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """(out, in) float32, with gradients to the parameters."""
-        steps: Tensor = self._integers() if self.steps.is_floating_point() else self.steps.float()
+        steps = self._values()
         if self.zero is not None:
             steps = steps - self._zero_point()
         return (steps * self._scale()).view(self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
-        """As nn.Linear, on (..., in_features)."""
+        """As nn.Linear, on (..., in_features). With 8-bit activations the input is rounded."""
+        if self.scheme.activation_bits == 8:
+            tokens, scale = quantize_tokens(input)
+            input = input + (tokens * scale - input).detach()
         return F.linear(input, self.weight.to(input.dtype), self.bias)
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it is now, to be packed."""
         with torch.no_grad():
-            integers = self._integers() if self.steps.is_floating_point() else self.steps
             scale = stored_scale(self.initial_scale * self.log_scale.exp(), self.scale_dtype)
             rows = 1 if self.scheme.strategy == "tensor" else self.out_features
             zero = None if self.zero is None else self._zero_point().to(torch.int8).view(rows, -1)
             grid = Grid(self.scheme, scale.view(rows, -1), zero)
-            values = integers.to(torch.int8).view(self.out_features, self.in_features)
+            values = self._values().to(value_dtype(self.scheme)).view(self.out_features, self.in_features)
         return QuantizedWeight(values, grid, 0.0)
 
     def packed(self) -> CompressedLinear:
@@ -97,11 +101,14 @@ class TrainableLinear(nn.Module):
 
     def _zero_point(self) -> Tensor:
         assert self.zero is not None
-        rounded: Tensor = _Round.apply(self.zero, self._lowest, self._highest)  # type: ignore[no-untyped-call]
+        rounded: Tensor = _Round.apply(self.zero, self.scheme)  # type: ignore[no-untyped-call]
         return rounded
 
-    def _integers(self) -> Tensor:
-        rounded: Tensor = _Round.apply(self.steps, self._lowest, self._highest)  # type: ignore[no-untyped-call]
+    def _values(self) -> Tensor:
+        """What would be stored now, in float32."""
+        if not isinstance(self.steps, nn.Parameter):
+            return self.steps.float()
+        rounded: Tensor = _Round.apply(self.steps, self.scheme)  # type: ignore[no-untyped-call]
         return rounded
 
 
@@ -109,9 +116,9 @@ class _Round(torch.autograd.Function):
     """Round and clamp; the gradient passes as it is, so that what was clamped can come back."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, lowest: int, highest: int) -> Tensor:
-        return value.round().clamp_(lowest, highest)
+    def forward(ctx: Any, value: Tensor, scheme: Scheme) -> Tensor:
+        return nearest_(value.clone(), scheme)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return gradient, None, None
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None

@@ -22,6 +22,7 @@ from hf_shrink.architectures.bound import BoundMlp
 from hf_shrink.architectures.linears import resize
 from hf_shrink.architectures.portable import part_keys
 from hf_shrink.errors import ArchitectureError
+from hf_shrink.runtime.experts import separate_experts, separate_modules
 from hf_shrink.surgery.depth import stack_configs
 from hf_shrink.surgery.units import CONFIG_PREFIX, get_attribute, set_attribute
 
@@ -101,13 +102,15 @@ def _without_record(config: PretrainedConfig) -> dict[str, Any]:
 
 
 def build_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """What stock transformers builds from the model's config, on the meta device."""
+    """What stock transformers builds from the model's config, on the meta device; experts apart as in the model."""
     config = copy.deepcopy(model.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"), no_init_weights():
         skeleton = type(model)(config)
     skeleton.tie_weights()
+    if separate_modules(model):
+        separate_experts(skeleton)
     return skeleton
 
 

@@ -1,7 +1,7 @@
 """Tuning what rounding left over: scales, zero points and norms of the whole model, distilled from the dense one."""
 
+from hf_shrink.tuning.distill import tune
 from hf_shrink.tuning.options import Tuning
 from hf_shrink.tuning.teacher import Teacher
-from hf_shrink.tuning.tune import tune
 
 __all__ = ["Teacher", "Tuning", "tune"]

@@ -45,13 +45,13 @@ class Opened:
 
     def close(self) -> None:
         """Pack the model as it is now; norms and biases go back to the dtype they are stored in."""
+        self._ask_again()
         for owner, name, before in self.vectors:
             tuned = getattr(owner, name).detach().to(before.dtype)
             setattr(owner, name, nn.Parameter(tuned, requires_grad=before.requires_grad))
         for path, linear in self.linears.items():
             closed = linear.packed()
             self.model.set_submodule(path, closed)
-        self._ask_again()
 
     def undo(self) -> None:
         """Put everything back that was there before."""

@@ -36,6 +36,10 @@ W4_ASYMMETRIC = Scheme(4, symmetric=False, group_size=16)
 W3_CHANNEL_ASYMMETRIC = Scheme(3, symmetric=False, strategy="channel", group_size=None)
 
 
+W8A8 = Scheme(8, True, "channel", None, "int", 8)
+FP8 = Scheme(8, True, "channel", None, "float")
+
+
 def channel(bits: int) -> Scheme:
     return Scheme(bits, strategy="channel", group_size=None)
 
@@ -85,10 +89,12 @@ def llama(extra: dict[str, Scheme], scheme: Scheme = W8, **changes: Any) -> Call
     return build
 
 
-def mixed() -> PreTrainedModel:
-    model = tiny_llama()
-    schemes = (W8, W4, channel(3), tensor(8))
-    return pack(model, {path: schemes[i % 4] for i, path in enumerate(inner_linears(model))})
+def mixed(*schemes: Scheme) -> Callable[[], PreTrainedModel]:
+    def build() -> PreTrainedModel:
+        model = tiny_llama()
+        return pack(model, {path: schemes[i % len(schemes)] for i, path in enumerate(inner_linears(model))})
+
+    return build
 
 
 def pruned(channels: dict[int, int], scheme: Scheme | None = None) -> Callable[[], PreTrainedModel]:
@@ -117,7 +123,7 @@ def gpt2(only: str = "") -> Callable[[], PreTrainedModel]:
     return build
 
 
-def t5(head: bool, output: Scheme = W8) -> Callable[[], PreTrainedModel]:
+def t5(head: bool, output: Scheme = W8, scheme: Scheme = W8) -> Callable[[], PreTrainedModel]:
     def build() -> PreTrainedModel:
         torch.manual_seed(0)
         config = T5Config(
@@ -126,12 +132,17 @@ def t5(head: bool, output: Scheme = W8) -> Callable[[], PreTrainedModel]:
         model = T5ForConditionalGeneration(config).eval()
         spread(model)
         paths = [*inner_linears(model), *(["lm_head"] if head else [])]
-        return pack(model, {path: output if path.endswith("wo") else W8 for path in paths})
+        return pack(model, {path: output if path.endswith("wo") else scheme for path in paths})
 
     return build
 
 
-def bert_head() -> PreTrainedModel:
+def t5_head_w8a8() -> PreTrainedModel:
+    model = t5(head=False, output=W8A8, scheme=W8A8)()
+    return pack(model, {"lm_head": W8A8})
+
+
+def bert_head(scheme: Scheme = W8) -> PreTrainedModel:
     """A head quantized apart from its embedding, whose bias is tied as well."""
     torch.manual_seed(0)
     config = BertConfig(
@@ -139,7 +150,7 @@ def bert_head() -> PreTrainedModel:
     )
     model = BertForMaskedLM(config).eval()
     spread(model)
-    return pack(model, dict.fromkeys(inner_linears(model), W8))
+    return pack(model, dict.fromkeys(inner_linears(model), scheme))
 
 
 def clip_text() -> PreTrainedModel:
@@ -184,7 +195,7 @@ ROWS: dict[str, Row] = {
     "w2 channel": Row(all_linears(channel(2)), "yes"),
     "w4 tensor": Row(all_linears(tensor(4)), "yes"),
     "w4 tensor asymmetric": Row(all_linears(tensor(4, symmetric=False)), "yes"),
-    "mixed": Row(mixed, "yes"),
+    "mixed": Row(mixed(W8, W4, channel(3), tensor(8)), "yes"),
     "w4 group asymmetric": Row(all_linears(W4_ASYMMETRIC), "dequantize"),
     "w3 channel asymmetric": Row(all_linears(W3_CHANNEL_ASYMMETRIC), "dequantize"),
     "mixed asymmetric": Row(llama({"lm_head": W8}, W4_ASYMMETRIC), "asymmetric"),
@@ -214,4 +225,17 @@ ROWS: dict[str, Row] = {
     "t5, head apart": Row(t5(head=True), "dequantize"),
     "clip text": Row(clip_text, "yes"),
     "bert, head apart": Row(bert_head, "yes"),
+    "mixed with w8a8 and fp8": Row(mixed(W8A8, W4, FP8), "yes"),
+    "w8a8": Row(all_linears(W8A8), "yes"),
+    "fp8": Row(all_linears(FP8), "yes"),
+    "bert, w8a8": Row(lambda: bert_head(W8A8), "yes"),
+    "bert, fp8": Row(lambda: bert_head(FP8), "yes"),
+    "t5, w8a8": Row(t5(head=False, output=W8A8, scheme=W8A8), "yes"),
+    "t5, fp8": Row(t5(head=False, output=FP8, scheme=FP8), "yes"),
+    "fp8 embedding with tied head": Row(
+        llama({"model.embed_tokens": FP8, "lm_head": FP8}, FP8, tie_word_embeddings=True), "dequantize"
+    ),
+    "t5, w8a8, head apart": Row(t5_head_w8a8, "no inputs"),
+    "unevenly pruned, w8a8": Row(pruned({1: 64, 3: 48}, W8A8), "shape"),
+    "w8a8 with embedding": Row(llama({"model.embed_tokens": channel(8)}, W8A8), "embedding"),
 }

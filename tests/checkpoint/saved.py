@@ -30,6 +30,9 @@ class Saved:
     def config(self) -> dict:
         return json.loads((self.folder / "config.json").read_text())
 
+    def groups(self) -> list[dict]:
+        return list(self.config().get("quantization_config", {}).get("config_groups", {}).values())
+
 
 def logits_of(model: PreTrainedModel) -> Tensor:
     ids = torch.tensor(IDS)

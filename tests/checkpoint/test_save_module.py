@@ -71,7 +71,7 @@ def test_the_files(tmp_path: Path) -> None:
     save_module(packed(CASES["linears"]), tmp_path)
     assert {path.name for path in tmp_path.iterdir()} == {"model.safetensors", "shrink.json"}
     data = json.loads((tmp_path / "shrink.json").read_text())
-    assert data["schemes"]["body.0"] == {"bits": 8, "symmetric": True, "strategy": "group", "group_size": 16}
+    assert Scheme(**data["schemes"]["body.0"]) == Scheme(8, True, "group", 16)
     assert "body.0.weight_packed" in load_file(tmp_path / "model.safetensors")
 
 

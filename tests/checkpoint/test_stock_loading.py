@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import pytest
+import torch
+import transformers
 from checkpoint.rows import ROWS
-from checkpoint.saved import Saved
+from checkpoint.saved import Saved, logits_of
+from safetensors.torch import load_file
+from transformers import CompressedTensorsConfig
 
 PORTABLE = [name for name, row in ROWS.items() if row.stock in ("yes", "dequantize")]
 OTHERS = [name for name in ROWS if name not in PORTABLE]
@@ -15,8 +19,32 @@ def test_stock_gives_the_same_logits(name: str, stock_rows: dict[str, Saved]) ->
     row = stock_rows[name]
     assert row.stock_error is None
     difference = (row.stock_logits - row.logits).abs().max() / row.logits.abs().max()
-    assert difference < 1e-3
+    # Sums in another order can carry an input over the edge between two of its integers, which is then seen.
+    rounds_inputs = any(group["input_activations"] for group in row.groups())
+    assert difference < (0.05 if rounds_inputs else 1e-3)
     assert row.reasons == ()
+
+
+@pytest.mark.parametrize("name", ["w8a8", "bert, w8a8", "t5, w8a8"])
+def test_stock_rounds_the_inputs_as_well(name: str, stock_rows: dict[str, Saved]) -> None:
+    row = stock_rows[name]
+    model = getattr(transformers, row.kind).from_pretrained(
+        row.folder, quantization_config=CompressedTensorsConfig(dequantize=True)
+    )
+    unrounded = logits_of(model)
+    assert (row.stock_logits - row.logits).norm() < 0.3 * (unrounded - row.logits).norm()
+
+
+def test_values_are_stored_as_they_are(saved_rows: dict[str, Saved]) -> None:
+    for name, kind, dtype in (("w8a8", "int-quantized", torch.int8), ("fp8", "float-quantized", torch.float8_e4m3fn)):
+        row = saved_rows[name]
+        assert row.config()["quantization_config"]["format"] == kind
+        tensors = load_file(row.folder / "model.safetensors")
+        path = "model.layers.1.mlp.up_proj."
+        found = {n.removeprefix(path): t for n, t in tensors.items() if n.startswith(path)}
+        assert set(found) == {"weight", "weight_scale"}
+        assert found["weight"].dtype == dtype and found["weight"].shape == (80, 48)
+    assert saved_rows["mixed with w8a8 and fp8"].config()["quantization_config"]["format"] == "mixed-precision"
 
 
 @pytest.mark.parametrize("name", PORTABLE)
@@ -37,9 +65,11 @@ def test_stock_fails_loudly_on_what_is_not_portable(name: str, stock_rows: dict[
 
 def test_a_tie_is_kept_only_where_both_sides_are_stored_alike(saved_rows: dict[str, Saved]) -> None:
     kept = {name: saved_rows[name].config().get("tie_word_embeddings") for name in ROWS if "head" in name}
-    assert kept.pop("t5, head apart") is True  # its config knows no other value
+    for name in ("t5, head apart", "t5, w8a8, head apart"):
+        assert kept.pop(name) is True  # its config knows no other value
     assert {name for name, tied in kept.items() if tied} == {
         "embedding with tied head",
+        "fp8 embedding with tied head",
         "embedding with tied head of another scheme",
     }
     assert all(tied is False for name, tied in kept.items() if "apart" in name)

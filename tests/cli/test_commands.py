@@ -120,5 +120,16 @@ def test_report_and_recipes(output: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "perplexity" in capsys.readouterr().out.lower()
     assert main(["recipes"]) == 0
     printed = capsys.readouterr().out
-    for name in ("w8a16", "w4a16", "w3a16", "w2a16", "w8-full", "prune-depth", "prune-width", "prune20-w4a16"):
+    for name in (
+        "w8a8",
+        "fp8",
+        "w8a16",
+        "w4a16",
+        "w3a16",
+        "w2a16",
+        "w8-full",
+        "prune-depth",
+        "prune-width",
+        "prune20-w4a16",
+    ):
         assert name in printed

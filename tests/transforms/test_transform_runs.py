@@ -223,19 +223,3 @@ def test_rotation_alone_needs_no_data() -> None:
 def test_smooth_without_rounded_activations_is_remarked() -> None:
     notes = run(tiny_llama(), "smooth").shrink_report.notes
     assert any("awq is meant for that" in note for note in notes)
-
-
-def test_learning_goes_on_from_scaled_weights() -> None:
-    dense = with_outliers()
-    start, learned = (run(dense, "rotate", "awq", method=m, scheme="W3A16") for m in ("gptq", "learned"))
-    assert error(learned, dense) < error(start, dense)
-    assert any("scales of 16 inputs" in note for note in learned.shrink_report.notes)
-    assert any("learned rounding took" in note for note in learned.shrink_report.notes)
-
-
-def test_tuning_sees_the_dense_model_behind_rotated_weights() -> None:
-    dense = with_outliers()
-    plain, tuned = (
-        run(dense, "rotate", "awq", method="gptq", scheme="W3A16", **more) for more in ({}, {"tune": {"steps": 30}})
-    )
-    assert error(tuned, dense) < error(plain, dense)

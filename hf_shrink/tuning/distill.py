@@ -44,9 +44,7 @@ def tune(
         CalibrationError: fewer than two batches, or a loss that is not finite.
     """
     if batches < 2:
-        raise CalibrationError(
-            "tune needs 2 batches of calibration data or more, one of them held out; give more samples"
-        )
+        raise CalibrationError("tune needs at least 2 batches, one of them held out; raise calibration.samples")
     held = max(1, round(batches * options.held_out))
     training, held_out = range(batches - held), range(batches - held, batches)
     before = _mean_loss(model, teacher, held_out)

@@ -1,0 +1,121 @@
+"""The dense model's hidden states, carried along beside the compressed model's."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_shrink.calibration.shelf import Shelf
+from hf_shrink.calibration.stages import StagedRun
+from hf_shrink.calibration.walk import StackWalk
+
+HELD_OUT = 8  # one batch in so many is kept to check corrections with
+
+
+class DenseStream:
+    """What the dense blocks put out, for all of a walk's batches or half of them.
+
+    Attributes:
+        walk: over the same blocks; only ever advanced through dense blocks, so that after a block its hidden states
+            are what the dense block put out.
+        held_out: batches of the compressed walk with which corrections are checked, the last eighth (none of one).
+
+    Args:
+        model, blocks, batches: as of the compressed walk, when that is made.
+        everything: follow all batches. Otherwise every second one and those held out: half of the tokens are enough
+            to measure how far inputs have drifted.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Sequence[nn.Module],
+        batches: Sequence[Mapping[str, Any]],
+        *,
+        everything: bool,
+        **settings: Any,
+    ) -> None:
+        count = len(batches)
+        held = -(-count // HELD_OUT) if count > 1 else 0
+        self.held_out = frozenset(range(count - held, count))
+        self._measured = self.held_out | frozenset(range(0, count - held, 2))
+        followed = range(count) if everything else sorted(self._measured)
+        self._place = {batch: place for place, batch in enumerate(followed)}
+        self.walk = StackWalk(model, blocks, [batches[batch] for batch in followed], **settings)
+        self._shelf = Shelf()
+
+    def advance(self) -> None:
+        """Run the current block, which must still be dense, on every batch followed."""
+        self._give_back_all()
+        self.walk.advance()
+        self._put_away_all()
+
+    @contextmanager
+    def following(
+        self, block: nn.Module, matrices: Mapping[str, nn.Module], stages: Sequence[Sequence[str]]
+    ) -> Iterator[Follower]:
+        """Go through a copy of the current block stage by stage, while the block itself is compressed.
+
+        At the end every batch followed is through the dense block.
+        """
+        twin = copy.deepcopy(block)
+        names = {id(module): name for name, module in block.named_modules()}
+        copies = {path: twin.get_submodule(names[id(module)]) for path, module in matrices.items()}
+        self._give_back_all()
+        self.walk.stand_in(twin)
+        with StagedRun(copies, stages, len(self._place), self.walk.call, copies.__getitem__, twin) as run:
+            yield Follower(self, run)
+            for place in self._place.values():
+                self.walk.take(place, run.finish(place))
+        self.walk.step()
+        self._put_away_all()
+
+    def measured_place(self, batch: int) -> int | None:
+        """Where a batch of the compressed walk is in `walk`; None when its drift is not measured."""
+        return self._place[batch] if batch in self._measured else None
+
+    def target(self, batch: int) -> Tensor:
+        """The last dense block's output for a batch of the compressed walk, (batch, sequence, width)."""
+        self._shelf.give_back(self._place[batch])
+        return self.walk.hidden[self._place[batch]]
+
+    def put_away(self, batch: int) -> None:
+        """Nobody reads the batch's target for a while."""
+        self._shelf.take(self._place[batch], [self.walk.hidden[self._place[batch]]])
+
+    def _give_back_all(self) -> None:
+        for place in self._place.values():
+            self._shelf.give_back(place)
+
+    def _put_away_all(self) -> None:
+        for place, hidden in enumerate(self.walk.hidden):
+            self._shelf.take(place, [hidden])
+
+
+class Follower:
+    """The dense stream inside one block."""
+
+    def __init__(self, stream: DenseStream, run: StagedRun) -> None:
+        self._stream, self._run = stream, run
+
+    def real_input(self, batch: int, stage: int) -> Tensor | None:
+        """The dense block's input of a stage, without padding, for a batch whose drift is measured."""
+        place = self._stream.measured_place(batch)
+        if place is None:
+            return None
+        x = self._run.reach(place, stage)
+        return None if x is None else self._stream.walk.real_tokens(place)(x)
+
+    def rest(self, batch: int) -> None:
+        """Nobody looks at the batch for a while; what `real_input` gave must not be read any more."""
+        place = self._stream.measured_place(batch)
+        if place is not None:
+            self._run.rest(place)
+
+    def is_held_out(self, batch: int) -> bool:
+        """Whether the batch is one to check corrections with."""
+        return batch in self._stream.held_out

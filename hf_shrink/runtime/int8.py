@@ -1,0 +1,86 @@
+"""The product of W8A8: int8 weights with inputs that are rounded to int8 token by token while the model runs."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Extreme values on both sides: pairs of products that are summed in 16 bits somewhere would saturate.
+_PROBE = (32, 64, 16)
+
+
+def int8_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x W^T + b with x rounded by `quantize_tokens`.
+
+    The integers are those that compressed-tensors' forward rounds to; their product is summed exactly and scaled in
+    float32 (float64 for float64 inputs), where compressed-tensors multiplies rounded floats.
+
+    Args:
+        input: (..., in_features), any float dtype.
+        weight: int8 (out_features, in_features).
+        scale: (out_features, 1).
+        bias: (out_features,) or None.
+
+    Returns:
+        (..., out_features) in the dtype of the input, or autocast's where that is on.
+    """
+    tokens, token_scale = quantize_tokens(input)
+    wide = torch.promote_types(input.dtype, torch.float32)
+    sums = int8_product(tokens.reshape(-1, tokens.shape[-1]), weight).view(*input.shape[:-1], len(weight))
+    output = sums.to(wide).mul_(token_scale.to(wide)).mul_(scale.to(wide).view(-1))
+    if bias is not None:
+        output += bias.to(wide)
+    kind = input.device.type
+    return output.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype)
+
+
+def quantize_tokens(input: Tensor) -> tuple[Tensor, Tensor]:
+    """Round every token to int8 over its own range, as compressed-tensors does (in the input's dtype).
+
+    Only for inputs of two dimensions there is a difference: they have one scale for all in compressed-tensors 0.20, so
+    that a row's result would depend on its neighbours; here every row has its own.
+
+    Args:
+        input: (..., features), any float dtype.
+
+    Returns:
+        int8 of the input's shape, and the scales (..., 1) in the input's dtype.
+    """
+    scale = input.detach().abs().amax(-1, keepdim=True) / 127.5
+    scale = torch.where(scale == 0, torch.finfo(input.dtype).eps, scale)
+    return (input.detach() / scale).clamp_(-128, 127).round_().to(torch.int8), scale
+
+
+def int8_product(values: Tensor, weight: Tensor) -> Tensor:
+    """(tokens, in) int8 times (out, in) int8 transposed: (tokens, out) int32 where the device multiplies integers.
+
+    Elsewhere float32, of the same numbers: exact up to 1024 input features, rounded at 24 bits above that.
+    """
+    tokens, features = values.shape
+    if values.is_cuda:  # its kernel takes more than 16 rows and widths of whole eights
+        if features % 8 or len(weight) % 8:
+            return values.float() @ weight.float().T
+        values = torch.nn.functional.pad(values, (0, 0, 0, max(0, 17 - tokens)))
+    if multiplies_int8(values.device):
+        return torch._int_mm(values, weight.T)[:tokens]
+    return values[:tokens].float() @ weight.float().T
+
+
+@cache
+def multiplies_int8(device: torch.device) -> bool:
+    """Whether `torch._int_mm` is there on a device, and exact: found by trying."""
+    if device.type == "meta":
+        return False
+    rows, inner, columns = _PROBE
+    generator = torch.Generator().manual_seed(0)
+    values = torch.randint(0, 2, (rows, inner), generator=generator) * 255 - 128
+    values[0] = -128
+    weight = torch.randint(0, 2, (columns, inner), generator=generator) * 255 - 128
+    weight[0], weight[1] = -128, 127
+    try:
+        found = torch._int_mm(values.to(device, torch.int8), weight.to(device, torch.int8).T)
+    except RuntimeError:
+        return False
+    return torch.equal(found.cpu().long(), values @ weight.T)

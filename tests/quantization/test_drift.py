@@ -1,0 +1,92 @@
+"""The asymmetric target against float64, and what held-out tokens do to it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from quantization_cases import case
+
+from hf_shrink.calibration.statistics import InputStatistics
+from hf_shrink.plan import Scheme
+from hf_shrink.quantization.drift import corrected
+from hf_shrink.quantization.gptq import GPTQ
+
+DAMPING = 0.01
+
+
+def drifted(tokens: int = 600, strength: float = 0.2, seed: int = 0):
+    """A weight, the compressed model's inputs, and the dense model's: a mixed and noisy version of them."""
+    weight, x = case(tokens=tokens, seed=seed)
+    draw = torch.Generator().manual_seed(seed + 1)
+    mix = torch.eye(48) + strength * torch.randn(48, 48, generator=draw) / 48**0.5
+    return weight, x, x @ mix.T + 0.05 * torch.randn(x.shape, generator=draw)
+
+
+def gathered(x: torch.Tensor, dense: torch.Tensor, held: int) -> InputStatistics:
+    """Statistics over all tokens, with the drift measured on all but the last `held`."""
+    statistics = InputStatistics.empty(x.shape[1])
+    statistics.add(x)
+    statistics.add_drift(x[:-held], dense[:-held], held_out=False)
+    statistics.add_drift(x[-held:], dense[-held:], held_out=True)
+    return statistics.finish("x")
+
+
+def test_it_is_the_least_squares_answer() -> None:
+    weight, x, dense = drifted()
+    found, part = corrected(weight, gathered(x, dense, 100), DAMPING)
+    x64, drift = x.double(), (dense - x)[:-100].double()
+    hessian = x64.T @ x64 / len(x)
+    hessian += DAMPING * hessian.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+    change = weight.double() @ (drift.T @ x64[:-100] / len(drift)) @ torch.linalg.inv(hessian)
+    missing = (dense - x)[-100:].double() @ weight.double().T
+    given = x64[-100:] @ change.T
+    best = float((missing * given).sum() / given.square().sum())
+    assert part == pytest.approx(min(max(best, 0), 1), abs=1e-3)
+    torch.testing.assert_close(found.double(), weight.double() + part * change, rtol=1e-3, atol=1e-4)
+
+
+def test_outputs_come_nearer_to_the_dense_model_on_fresh_tokens() -> None:
+    weight, x, dense = drifted()
+    found, part = corrected(weight, gathered(x[:500], dense[:500], 80), DAMPING)
+    assert part > 0.5
+
+    def distance(w: torch.Tensor) -> float:
+        return float((x[500:] @ w.T - dense[500:] @ weight.T).square().sum())
+
+    assert distance(found) < 0.5 * distance(weight)
+
+
+def test_a_correction_that_held_out_tokens_deny_is_not_taken() -> None:
+    weight, x, dense = drifted()
+    against = torch.cat([dense[:-100], x[-100:] - (dense - x)[-100:]])  # there the drift goes the other way
+    found, part = corrected(weight, gathered(x, against, 100), DAMPING)
+    assert part == 0
+    assert torch.equal(found, weight)
+
+
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_few_tokens_and_dead_channels(tokens: int) -> None:
+    weight, x, dense = drifted(tokens)
+    x[:, 3], dense[:, 3] = 0, 0
+    statistics = gathered(x, dense, 1)
+    found, _ = corrected(weight, statistics, DAMPING)
+    assert torch.isfinite(found).all()
+    result = GPTQ().solve(weight, Scheme(4, True, "group", 16), statistics, scale_dtype=torch.float32)
+    assert torch.isfinite(result.dequantized()).all()
+
+
+def test_without_a_drift_nothing_changes() -> None:
+    weight, x, dense = drifted()
+    statistics = InputStatistics.empty(48)
+    statistics.add(x)
+    statistics.finish("x")
+    assert corrected(weight, statistics, DAMPING) == (weight, 0.0)
+    scheme = Scheme(3, True, "group", 16)
+    same = [GPTQ(asymmetric=on).solve(weight, scheme, statistics, scale_dtype=torch.float32) for on in (True, False)]
+    assert torch.equal(same[0].values, same[1].values)
+    aimed = GPTQ().solve(weight, scheme, gathered(x, dense, 100), scale_dtype=torch.float32).dequantized()
+
+    def distance(w: torch.Tensor) -> float:
+        return float((x @ w.T - dense @ weight.T).square().sum())
+
+    assert distance(aimed) < distance(same[1].dequantized())

@@ -1,0 +1,152 @@
+"""Tuning on whole tiny models: nearer to the dense model on held-out batches, or as it was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
+
+from hf_shrink import shrink
+from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.tuning import Teacher, Tuning, tune
+
+SCHEME = {"scheme": "W2A16", "group_size": 16, "symmetric": False}
+
+
+def batches(count: int = 8, rows: int = 4, seed: int = 0) -> list[dict[str, torch.Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    found = []
+    for index in range(count):
+        mask = torch.ones(rows, 14, dtype=torch.long)
+        mask[0, : index % 5] = 0
+        found.append({"input_ids": torch.randint(3, 200, (rows, 14), generator=draw), "attention_mask": mask})
+    return found
+
+
+def shrunk(model: Any, options: dict[str, Any] | None, data: list[dict[str, torch.Tensor]] | None = None) -> Any:
+    step = {"method": "gptq", **SCHEME, **({"tune": options} if options else {})}
+    recipe = {"portable": False, "steps": [{"quantize": step}]}
+    return shrink(model, recipe, calibration=data or batches(), progress=False)
+
+
+def divergence(model: PreTrainedModel, dense: PreTrainedModel, data: list[dict[str, torch.Tensor]]) -> float:
+    """KL(dense || model) in nats a real token, float64, written out."""
+    total = count = 0.0
+    with torch.no_grad():
+        for batch in data:
+            p, q = (m(**batch).logits.double().log_softmax(-1)[batch["attention_mask"].bool()] for m in (dense, model))
+            total += float((p.exp() * (p - q)).sum())
+            count += len(p)
+    return total / count
+
+
+@pytest.mark.parametrize("rounding", [False, True])
+def test_it_comes_nearer_to_the_dense_model_on_fresh_data(rounding: bool) -> None:
+    dense, fresh = tiny_llama(), batches(seed=1)
+    plain = shrunk(tiny_llama(), None)
+    tuned = shrunk(tiny_llama(), {"steps": 60, "learning_rate": 0.01, "rounding": rounding, "rounding_rate": 0.02})
+    assert divergence(tuned, dense, fresh) < 0.95 * divergence(plain, dense, fresh)
+    assert any("tuning took the KL divergence" in note for note in tuned.shrink_report.notes)
+    assert tuned.shrink_report.seconds["tune"] > 0
+    moved = [
+        name
+        for (name, a), (_, b) in zip(plain.state_dict().items(), tuned.state_dict().items(), strict=True)
+        if not torch.equal(a, b)
+    ]
+    kinds = {name.rpartition(".")[2] for name in moved}
+    assert ("weight_packed" in kinds) == rounding
+    assert "weight_scale" in kinds and any("norm" in name for name in moved)
+    assert not any("embed" in name or "lm_head" in name for name in moved)
+
+
+def test_the_loss_is_the_divergence() -> None:
+    dense, data = tiny_llama(), batches(2)
+    teacher = Teacher(dense, data, lambda *_: None)
+    other = tiny_llama()
+    with torch.no_grad():
+        for name, parameter in other.named_parameters():
+            if "mlp" in name:
+                parameter *= 0.9
+        found = [float(teacher.loss(other, index)) for index in range(2)]
+    expected = [divergence(other, dense, [batch]) for batch in data]
+    assert found == pytest.approx(expected, rel=0.03)  # products in bfloat16 where the processor has them
+    assert float(teacher.loss(dense, 0).detach()) < 1e-3
+    assert teacher.unit == "KL divergence"
+
+
+def test_what_gets_worse_is_taken_back() -> None:
+    plain = shrunk(tiny_llama(), None)
+    ruined = shrunk(tiny_llama(), {"steps": 3, "learning_rate": 0.9, "rounding": True, "rounding_rate": 0.9})
+    assert any("was taken back" in note for note in ruined.shrink_report.notes)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, ruined.state_dict()[name]), name
+    assert [p.requires_grad for p in ruined.parameters()] == [p.requires_grad for p in plain.parameters()]
+
+
+def test_same_seed_same_bytes() -> None:
+    first, second = (shrunk(tiny_llama(), {"steps": 10, "rounding": True}) for _ in range(2))
+    for name, tensor in first.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_a_half_precision_model_keeps_its_dtypes() -> None:
+    model = shrunk(tiny_llama().to(torch.bfloat16), {"steps": 20, "learning_rate": 0.01})
+    assert any("tuning" in note for note in model.shrink_report.notes)
+    assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.bfloat16}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def bert(kind: type[PreTrainedModel]) -> PreTrainedModel:
+    torch.manual_seed(0)
+    settings = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
+    return kind(BertConfig(vocab_size=200, num_labels=3, **settings)).eval()
+
+
+@pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])
+def test_models_without_an_output_head(kind: type[PreTrainedModel]) -> None:
+    model = shrunk(bert(kind), {"steps": 40, "learning_rate": 0.01})
+    (note,) = [note for note in model.shrink_report.notes if "tuning" in note]
+    assert ("KL divergence" if kind is BertForSequenceClassification else "relative squared error") in note
+
+
+def test_blocks_that_run_again_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = shrunk(tiny_llama(), {"steps": 8})
+    monkeypatch.setattr("hf_shrink.tuning.distill.RERUN_FROM", 0)
+    again = shrunk(tiny_llama(), {"steps": 8})
+    for name, tensor in plain.state_dict().items():
+        torch.testing.assert_close(tensor, again.state_dict()[name], rtol=1e-4, atol=1e-6)
+    assert not any("forward" in vars(layer) for layer in again.model.layers)
+
+
+def test_one_batch_is_not_enough() -> None:
+    with pytest.raises(CalibrationError, match=r"at least 2 batches.*calibration.samples"):
+        shrunk(tiny_llama(), {"steps": 2}, batches(1))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"step": 3}, "did you mean 'steps'"),
+        ({"learning_rate": 0.1}, "needs steps"),
+        ({"steps": 0}, "whole number"),
+        ({"steps": 3, "rounding": "yes"}, "true or false"),
+        ({"steps": 3, "held_out": 1.0}, "above 0 and below 1"),
+    ],
+)
+def test_options_are_checked_when_the_recipe_is_read(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        shrunk(tiny_llama(), options)
+
+
+def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was() -> None:
+    model, data = shrunk(tiny_llama(), None), batches(4)
+    teacher = Teacher(tiny_llama(), data, lambda *_: None)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CalibrationError, match=r"not finite.*learning_rate"), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(teacher, "loss", lambda m, i: sum(p.sum() for p in m.parameters() if p.requires_grad) * torch.nan)
+        tune(model, teacher, len(data), Tuning(steps=2), 0, lambda *_: None)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, model.state_dict()[name])
