@@ -38,6 +38,21 @@ class GridColumns:
         spread[:, : self.out_features] = values.T.float()
         return spread
 
+    def set_group(self, group: int, chosen: Grid) -> None:
+        """Give a group the scales and zero points of a grid of that group alone, (out_features, 1)."""
+        self.scale[group, : self.out_features] = chosen.scale[:, 0].float()
+        self.inverse[group] = self.scale[group].reciprocal()
+        if self.zero is not None and chosen.zero_point is not None:
+            self.zero[group, : self.out_features] = chosen.zero_point[:, 0].float()
+
+    def as_grid(self) -> Grid:
+        """The grid as it is now."""
+        if self.grid.scheme.strategy == "tensor":
+            return self.grid
+        scale = self.scale[:, : self.out_features].T.to(self.grid.scale.dtype).contiguous()
+        zero = None if self.zero is None else self.zero[:, : self.out_features].T.to(torch.int8).contiguous()
+        return Grid(self.grid.scheme, scale, zero)
+
     def place(self, weight: Tensor) -> Tensor:
         """A weight (out_features, in_features) as float32 (in_features, padded out_features), in order."""
         placed = torch.zeros(len(self.order), self.scale.shape[1], device=weight.device)

@@ -36,10 +36,7 @@ def descend(weight: Tensor, values: Tensor, grid: Grid, hessian: Tensor, rounds:
                 _refit_scale(columns, group, slice(first, first + width), steps, gradient, hessian)
             for start in range(first, first + width, BLOCK):
                 _descend_block(columns, group, start, min(start + BLOCK, first + width), steps, gradient, hessian)
-    scale = grid.scale
-    if grid.scheme.strategy != "tensor":
-        scale = columns.scale[:, : len(weight)].T.to(scale.dtype).contiguous()
-    return columns.values(steps), Grid(grid.scheme, scale, grid.zero_point)
+    return columns.values(steps), columns.as_grid()
 
 
 def _dequantized(columns: GridColumns, steps: Tensor) -> Tensor:

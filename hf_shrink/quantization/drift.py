@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hf_shrink.calibration.statistics import InputStatistics
+from hf_shrink.calibration.statistics import Drift, InputStatistics
 from hf_shrink.ops.linalg import damped_cholesky
 
 
@@ -39,3 +39,17 @@ def corrected(weight: Tensor, statistics: InputStatistics, damping: float) -> tu
     size = (change @ drift.held_hessian * change).sum(dtype=torch.float64)
     part = float((gain / size).clamp(0, 1)) if size > 0 else 0.0
     return weight + part * change, part
+
+
+def held_out_loss(weight: Tensor, approximation: Tensor, drift: Drift) -> float:
+    """How far outputs are from the dense model's on the tokens held out, up to a constant.
+
+    Sum over them of ||W (x + d) - A x||² - ||W d||².
+
+    Args:
+        weight, approximation: W and A, (out, in) float32.
+    """
+    lost = weight - approximation
+    own = (lost @ drift.held_hessian * lost).sum(dtype=torch.float64)
+    shared = (lost @ drift.held_cross.T * weight).sum(dtype=torch.float64)
+    return float(own + 2 * shared)

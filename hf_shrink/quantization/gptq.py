@@ -1,11 +1,12 @@
 """GPTQ (Frantar et al., arXiv 2210.17323): round a column, let the columns not yet rounded make up for its error.
 
-Act order with static groups: columns are rounded in order of falling second moment, onto grids that were fixed before.
+Act order without a cost at run time: groups are taken in order of falling second moment, and so are the columns in
+each. A group's scales are chosen when its first column is reached, on the weights as they have become by then.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -13,15 +14,18 @@ from torch import Tensor
 
 from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.columns import GridColumns
-from hf_shrink.ops.grid import Grid, dequantize, search_grid
+from hf_shrink.ops.grid import Grid, dequantize, min_max_grid, search_grid
 from hf_shrink.ops.linalg import damped_inverse_factor, dead_channels, relative_error
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizedWeight
 from hf_shrink.quantization.descent import descend
-from hf_shrink.quantization.drift import corrected
+from hf_shrink.quantization.drift import corrected, held_out_loss
 
 if TYPE_CHECKING:
     from hf_shrink.calibration.statistics import InputStatistics
+
+DAMPINGS = (0.01, 0.03, 0.1)
+TRIAL_ROWS = 128  # of a weight, on which dampings are compared
 
 
 @METHODS.register("gptq")
@@ -31,22 +35,26 @@ class GPTQ:
 
     Attributes:
         damping: fraction of the mean second moment that is added to the Hessian's diagonal; grown where Cholesky fails.
+            None: for every weight the best of `DAMPINGS` on held-out tokens, or the first of them without such tokens.
         act_order: round the columns with the largest second moment first.
+        rescale: choose a group's scales when it is reached, on the compensated weights; act order then goes group by
+            group. Otherwise all scales are chosen before, and act order goes by columns.
         block_size: columns after which the errors are applied to all later columns; changes speed only.
         refinements: rounds of coordinate descent on integers and scales after GPTQ's own pass.
         asymmetric: aim at the dense model's outputs on the compressed model's inputs, as far as held-out tokens gain
             by it; see `drift.py`.
     """
 
-    damping: float = 0.01
+    damping: float | None = None
     act_order: bool = True
+    rescale: bool = True
     block_size: int = 64
     refinements: int = 1
     asymmetric: bool = True
     needs_statistics: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if not self.damping > 0:
+        if self.damping is not None and not self.damping > 0:
             raise ValueError(f"damping must be above 0, not {self.damping!r}")
         for name, least in (("block_size", 1), ("refinements", 0)):
             if not isinstance(getattr(self, name), int) or getattr(self, name) < least:
@@ -63,59 +71,107 @@ class GPTQ:
         """See `QuantizationMethod.solve`."""
         if statistics is None or statistics.tokens == 0:
             raise CalibrationError("GPTQ has seen no inputs of this Linear; use more calibration data, or method: rtn")
-        weight, hessian = weight.detach(), statistics.mean.to(weight.device)
+        weight = weight.detach()
+        damping = (
+            self.damping if self.damping is not None else self._best_damping(weight, scheme, statistics, scale_dtype)
+        )
+        return self._solve(weight, scheme, statistics, scale_dtype, damping)
+
+    def _best_damping(
+        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale_dtype: torch.dtype
+    ) -> float:
+        """By the outputs that some of the rows give on held-out tokens."""
+        drift = statistics.drift
+        if drift is None or not drift.held_hessian.any():
+            return DAMPINGS[0]
+        rows = weight[:: -(-len(weight) // TRIAL_ROWS)]
+        losses = {}
+        for damping in DAMPINGS:
+            found = self._solve(rows, scheme, statistics, scale_dtype, damping)
+            losses[damping] = held_out_loss(rows, found.dequantized(), drift)
+        return min(losses, key=losses.__getitem__)
+
+    def _solve(
+        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale_dtype: torch.dtype, damping: float
+    ) -> QuantizedWeight:
+        hessian = statistics.mean.to(weight.device)
         if self.asymmetric:
-            weight, _ = corrected(weight, statistics, self.damping)
-        diagonal = hessian.diagonal()
-        order = diagonal.argsort(descending=True, stable=True)
-        if not self.act_order:
-            order = order.sort().values
-        factor = damped_inverse_factor(hessian[order][:, order], self.damping)
+            weight, _ = corrected(weight, statistics, damping)
+        scheme, diagonal = scheme.for_width(len(hessian)), hessian.diagonal()
+        order = self._order(diagonal, scheme.group_size)
+        factor = damped_inverse_factor(hessian[order][:, order], damping)
         damped = hessian.clone()
         damped.diagonal().add_(factor.damping * diagonal.mean() if diagonal.any() else 1.0)
 
         # Weighting by U_jj^-2, what an error costs once later columns have made up for it, lowers the layer's error
         # but raises the model's (SmolLM2-135M, W4 g64: KL divergence 0.126 instead of 0.095).
-        grid = search_grid(weight, scheme, damped.diagonal(), scale_dtype)
-        values = round_columns(weight, grid, order, factor.upper.float(), self.block_size)
+        importance = damped.diagonal()
+        regrouped = self.rescale and scheme.strategy == "group"
+        if regrouped:
+            grid = min_max_grid(weight, scheme, scale_dtype)  # its scales are chosen on the way
+        else:
+            grid = search_grid(weight, scheme, importance, scale_dtype)
+        values, grid = round_columns(
+            weight, grid, order, factor.upper.float(), self.block_size, importance if regrouped else None
+        )
         if self.refinements:
             values, grid = descend(weight, values, grid, damped, self.refinements)
         error = relative_error(weight, dequantize(values, grid), hessian)
-        return QuantizedWeight(values, grid, error, self._notes(hessian, factor.damping))
+        return QuantizedWeight(values, grid, error, _notes(hessian, damping, factor.damping))
 
-    def _notes(self, hessian: Tensor, damping: float) -> tuple[str, ...]:
-        notes = []
-        if dead := int(dead_channels(hessian).sum()):
-            notes.append(
-                f"{dead} of {len(hessian)} input channels were always zero; their weights are rounded to nearest"
-            )
-        if damping > self.damping:
-            notes.append(f"damping grew from {self.damping:g} to {damping:g} until the Hessian could be factored")
-        return tuple(notes)
+    def _order(self, diagonal: Tensor, group_size: int | None) -> Tensor:
+        """(in,) the columns in the order in which they are rounded."""
+        if not self.act_order:
+            return torch.arange(len(diagonal), device=diagonal.device)
+        if not self.rescale or group_size is None:
+            return diagonal.argsort(descending=True, stable=True)
+        groups = diagonal.view(-1, group_size)
+        within = groups.argsort(dim=1, descending=True, stable=True)
+        starts = torch.arange(0, len(diagonal), group_size, device=diagonal.device)
+        return (within + starts[:, None])[groups.mean(1).argsort(descending=True, stable=True)].flatten()
 
 
-def round_columns(weight: Tensor, grid: Grid, order: Tensor, upper: Tensor, block_size: int) -> Tensor:
+def _notes(hessian: Tensor, asked: float, used: float) -> tuple[str, ...]:
+    notes = []
+    if dead := int(dead_channels(hessian).sum()):
+        notes.append(f"{dead} of {len(hessian)} input channels were always zero; their weights are rounded to nearest")
+    if used > asked:
+        notes.append(f"damping grew from {asked:g} to {used:g} until the Hessian could be factored")
+    return tuple(notes)
+
+
+def round_columns(
+    weight: Tensor, grid: Grid, order: Tensor, upper: Tensor, block_size: int, importance: Tensor | None = None
+) -> tuple[Tensor, Grid]:
     """GPTQ's pass over the columns.
 
     Args:
         weight: (out, in) float32.
-        grid: of the weight, fixed during the pass.
+        grid: of the weight.
         order: (in,) the columns in the order they are rounded.
         upper: (in, in) float32 upper Cholesky factor U of the inverse Hessian, in that order.
         block_size: columns worked on before all later ones are updated.
+        importance: (in,) of the columns: each group's scales are searched for anew when its first column is reached.
+            None: the grid stays as it is.
 
     Returns:
-        Integers, int8 (out, in), columns in the weight's own order.
+        Values (out, in) in the dtype of the scheme, columns in the weight's own order, and the grid.
     """
     columns = GridColumns(grid, len(weight), order)
     remaining = columns.place(weight)
     steps = torch.empty_like(remaining)
     errors = torch.empty_like(remaining[:block_size])
     pivots = upper.diagonal().tolist()
+    chosen: set[int] = set()
     for start in range(0, len(order), block_size):
         stop = min(start + block_size, len(order))
         for j in range(start, stop):
             group, column, error = columns.group_of[j], remaining[j], errors[j - start]
+            if importance is not None and group not in chosen:
+                chosen.add(group)
+                places = [k for k, other in enumerate(columns.group_of) if other == group]
+                now = remaining[places] - upper[start:j, places].T @ errors[: j - start]
+                columns.set_group(group, _search_group(now[:, : len(weight)].T, grid, importance[order[places]]))
             if j > start:  # make up for the earlier columns of this block
                 column.addmv_(errors[: j - start].T, upper[start:j, j], alpha=-1)
             torch.mul(column, columns.inverse[group], out=steps[j])
@@ -123,4 +179,10 @@ def round_columns(weight: Tensor, grid: Grid, order: Tensor, upper: Tensor, bloc
             torch.addcmul(column, steps[j], columns.scale[group], value=-1, out=error).div_(pivots[j])
         # ... and let all later blocks make up for this one
         remaining[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)
-    return columns.values(steps)
+    return columns.values(steps), columns.as_grid()
+
+
+def _search_group(weight: Tensor, grid: Grid, importance: Tensor) -> Grid:
+    """The grid of one group's columns, (out, group size)."""
+    alone = replace(grid.scheme, strategy="channel", group_size=None)
+    return search_grid(weight, alone, importance, grid.scale.dtype)

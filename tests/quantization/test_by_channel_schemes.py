@@ -32,7 +32,7 @@ def test_gptq_rounds_columns_as_a_float64_reference_does():
     hessian = statistics_of(x).mean
     order = hessian.diagonal().argsort(descending=True)
     upper = damped_inverse_factor(hessian[order][:, order], 0.01).upper
-    found = round_columns(weight, grid, order, upper.float(), 16)
+    found, _ = round_columns(weight, grid, order, upper.float(), 16)
 
     remaining, scale, u = weight.double()[:, order], grid.scale.double().flatten(), upper.double()
     expected = torch.empty_like(remaining)

@@ -8,8 +8,8 @@ from quantization_cases import case
 
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.plan import Scheme
-from hf_shrink.quantization.drift import corrected
-from hf_shrink.quantization.gptq import GPTQ
+from hf_shrink.quantization.drift import corrected, held_out_loss
+from hf_shrink.quantization.gptq import DAMPINGS, GPTQ
 
 DAMPING = 0.01
 
@@ -90,3 +90,30 @@ def test_without_a_drift_nothing_changes() -> None:
         return float((x @ w.T - dense @ weight.T).square().sum())
 
     assert distance(aimed) < distance(same[1].dequantized())
+
+
+def test_held_out_loss_is_the_distance_up_to_a_constant() -> None:
+    weight, x, dense = drifted()
+    drift = gathered(x, dense, 100).drift
+    assert drift is not None
+    held, moved = x[-100:].double(), (dense - x)[-100:].double()
+    constant = float((moved @ weight.double().T).square().sum())
+    for seed in range(3):
+        other = weight + 0.1 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(seed))
+        exact = float((((held + moved) @ weight.double().T) - held @ other.double().T).square().sum())
+        assert held_out_loss(weight, other, drift) == pytest.approx(exact - constant, rel=1e-4)
+
+
+def test_damping_is_the_best_on_held_out_tokens() -> None:
+    weight, x, dense = drifted(tokens=80)  # few, so that it matters
+    statistics, scheme = gathered(x, dense, 20), Scheme(3, True, "group", 16)
+    tried = {
+        damping: GPTQ(damping=damping).solve(weight, scheme, statistics, scale_dtype=torch.float32).dequantized()
+        for damping in DAMPINGS
+    }
+    assert statistics.drift is not None
+    losses = {damping: held_out_loss(weight, found, statistics.drift) for damping, found in tried.items()}
+    best = min(losses, key=losses.__getitem__)
+    found = GPTQ().solve(weight, scheme, statistics, scale_dtype=torch.float32)
+    assert torch.equal(found.dequantized(), tried[best])
+    assert losses[best] < max(losses.values())

@@ -8,7 +8,7 @@ from quantization_cases import SCHEMES, case, statistics_of
 
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError, RecipeError
-from hf_shrink.ops.grid import Grid, integer_range
+from hf_shrink.ops.grid import Grid, integer_range, search_grid
 from hf_shrink.ops.linalg import relative_error
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization import METHODS
@@ -39,20 +39,60 @@ def optimal_brain_quantization(weight: torch.Tensor, hessian: torch.Tensor, grid
     return values
 
 
+def rounding_order(diagonal: torch.Tensor, group_size: int | None, rescale: bool) -> list[int]:
+    """Columns by falling second moment; group by group, by its mean, where scales are chosen on the way."""
+    columns = diagonal.argsort(descending=True).tolist()
+    if not rescale or group_size is None:
+        return columns
+    means = {g: float(diagonal[g * group_size : (g + 1) * group_size].mean()) for g in range(48 // group_size)}
+    groups = sorted(means, key=means.get, reverse=True)
+    return [j for g in groups for j in columns if j // group_size == g]
+
+
+@pytest.mark.parametrize("rescale", [True, False])
 @pytest.mark.parametrize("act_order", [True, False])
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_same_integers_as_a_literal_loop(scheme, act_order):
+def test_same_integers_as_a_literal_loop(scheme, act_order, rescale):
     weight, x = case()
-    method = GPTQ(act_order=act_order, block_size=20, refinements=0)
+    method = GPTQ(act_order=act_order, rescale=rescale, block_size=20, refinements=0)
     result = solve(method, weight, scheme, x)
     hessian = statistics_of(x).mean.double()
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(48)
-    order = hessian.diagonal().argsort(descending=True).tolist() if act_order else list(range(48))
+    order = rounding_order(hessian.diagonal(), scheme.group_size, rescale) if act_order else list(range(48))
     expected = optimal_brain_quantization(weight, damped, result.grid, order)
     if not torch.equal(result.values, expected):  # a tie in float32: then the error must be the same
         ours = relative_error(weight, result.dequantized(), hessian.float())
         other = type(result)(expected, result.grid, 0.0).dequantized()
         assert ours == pytest.approx(relative_error(weight, other, hessian.float()), rel=1e-6)
+
+
+def test_scales_chosen_on_the_way_are_the_best_for_the_compensated_weights():
+    scheme = Scheme(3, True, "group", 16)
+    weight, x = case()
+    hessian = statistics_of(x).mean.double()
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(48)
+    grid = solve(GPTQ(refinements=0), weight, scheme, x).grid
+    order = rounding_order(hessian.diagonal(), 16, True)
+    group = order[-1] // 16  # the last one: all others have been rounded before
+    last = [j for j in range(48) if j // 16 == group]
+    earlier = order[:32]
+    rounded = solve(GPTQ(refinements=0), weight, scheme, x).dequantized()[:, earlier].double()
+    inside = damped[last][:, last]
+    moved = (weight[:, earlier].double() - rounded) @ damped[earlier][:, last] @ torch.linalg.inv(inside)
+    compensated = (weight[:, last] + moved).float()  # the least-squares answer to all errors so far
+    expected = search_grid(
+        compensated, Scheme(3, True, "channel", None), damped.diagonal()[last].float(), torch.float32
+    )
+    torch.testing.assert_close(grid.scale[:, group], expected.scale[:, 0], rtol=1e-4, atol=0)
+
+
+def test_choosing_scales_on_the_way_lowers_the_error():
+    total = {True: 0.0, False: 0.0}
+    for seed in range(6):
+        weight, x = case(seed=seed)
+        for rescale in total:
+            total[rescale] += solve(GPTQ(rescale=rescale), weight, Scheme(2, False, "group", 16), x).error
+    assert total[True] < total[False]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
