@@ -29,6 +29,18 @@ __all__ = [
 PLAN_FORMAT = 1
 # Formats of other libraries, and the bits that they take for a weight.
 FORMATS: Mapping[str, int] = {"NF4": 4, "FP4": 4, "LLM.int8": 8}
+TransformSpec = str | Mapping[str, Mapping[str, Any]]  # a name, or {name: options}
+
+
+def split_transform(spec: TransformSpec) -> tuple[str, Mapping[str, Any]]:
+    """A transform's name and options. Raises RecipeError where it is neither a name nor one name with options."""
+    if isinstance(spec, str):
+        return spec, {}
+    if isinstance(spec, Mapping) and len(spec) == 1:
+        ((name, options),) = spec.items()
+        if isinstance(name, str) and isinstance(options, Mapping):
+            return name, options
+    raise RecipeError(f"a transform is a name, or a name with options such as {{awq: {{grid: 40}}}}, not {spec!r}")
 
 
 @dataclass(frozen=True)
@@ -75,7 +87,7 @@ class Plan:
             library stores, through transformers' integration; beside it there are no schemes.
         method: name of the quantization method, and its options, by step order of `schemes`' users.
         options: the method's options.
-        transforms: names of transforms folded into the weights before they are rounded, in their order.
+        transforms: names, or {name: options}, of what is folded into the weights before they are rounded, in order.
         tune: options of the tuning after rounding; empty: none.
         starved_experts: what happens to experts that saw too few calibration tokens: an error, or rounding to nearest.
         effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
@@ -89,7 +101,7 @@ class Plan:
     formats: Mapping[str, str] = field(default_factory=dict)
     method: str | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
-    transforms: tuple[str, ...] = ()
+    transforms: tuple[TransformSpec, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
     starved_experts: Literal["error", "rtn"] = "error"
     effort: str | None = None
@@ -174,19 +186,25 @@ class Plan:
     def _work(self) -> list[str]:
         """What is done around and by the method; first what the effort level stands for, as a recipe would say it."""
         tune = _pairs(self.tune)
+        transforms = ", ".join(map(_named, self.transforms))
         lines = []
         if self.effort is not None:
             parts = [f"method: {self.method}"]
-            parts += [f"transforms: [{', '.join(self.transforms)}]"] if self.transforms else []
+            parts += [f"transforms: [{transforms}]"] if self.transforms else []
             parts += [f"tune: {{{tune}}}"] if tune else []
             lines.append(f"effort {self.effort} = {', '.join(parts)}")
         if self.options:
             lines.append(f"options of {self.method}: {_pairs(self.options)}")
         if self.transforms:
-            lines.append(f"before rounding, folded into the weights: {', '.join(self.transforms)}")
+            lines.append(f"before rounding, folded into the weights: {transforms}")
         if tune:
             lines.append(f"after rounding, scales, zero points and norms are tuned: {tune}")
         return lines
+
+
+def _named(transform: TransformSpec) -> str:
+    name, options = split_transform(transform)
+    return f"{name} ({_pairs(options)})" if options else name
 
 
 def _pairs(options: Mapping[str, Any]) -> str:

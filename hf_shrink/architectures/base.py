@@ -25,6 +25,9 @@ class Attention:
             that removing heads can only be stored as uneven.
         attributes: attributes of `module` to patch after surgery, and the quantity that each holds.
         per_head: parameters with one entry a head, {path of the parameter: dimension} (a relative position bias).
+        norm: path of the norm that feeds query, key and value (of a cross attention: query) and, but for other
+            matrices, nothing else; of several the first that a block has. None: there is none, as where norms come
+            after the residual sum.
         tied: every block of the stack must keep the same heads (a position bias is handed from block to block).
         fixed: why heads cannot be removed at all; None when they can.
     """
@@ -41,6 +44,7 @@ class Attention:
     head_size_key: str | None = None
     attributes: Mapping[str, Quantity] = field(default_factory=dict)
     per_head: Mapping[str, int] = field(default_factory=dict)
+    norm: str | tuple[str, ...] | None = None
     tied: bool = False
     fixed: str | None = None
 
@@ -53,6 +57,8 @@ class Mlp:
         up, down, gate: paths of the Linears; `gate` equals `up` when fused as [gate; up], None when there is no gate.
         channels: config key of the hidden width; None when no key says it, so that any change of it is uneven.
         module, attributes: as in Attention.
+        norm: as in Attention, of what feeds up and gate.
+        activation: config key with the name of the function between up and down, where there is no gate.
     """
 
     up: str
@@ -61,6 +67,29 @@ class Mlp:
     channels: str | None = "intermediate_size"
     module: str = ""
     attributes: Mapping[str, Quantity] = field(default_factory=dict)
+    norm: str | tuple[str, ...] | None = None
+    activation: str | None = None
+
+
+@dataclass(frozen=True)
+class Residual:
+    """What reads and writes a residual stream outside of its blocks, for stacks whose norms keep rotations.
+
+    Such norms only divide by the root mean square and multiply by a weight, and feed nothing but matrices; what a block
+    adds to the stream comes from matrices without a norm in between.
+
+    Attributes:
+        embedding, norm: paths of the embedding and of the last norm, beside the list of blocks.
+        heads: paths, from the model itself, of the Linears that may read the last norm; a model has some of them.
+    """
+
+    embedding: str
+    norm: str
+    heads: tuple[str, ...]
+
+
+NOT_DECLARED = "its table does not say what reads and writes the residual stream"
+LAYER_NORM = "LayerNorm subtracts the mean, which a rotation does not keep"
 
 
 @dataclass(frozen=True)
@@ -110,6 +139,8 @@ class Stack:
         when: config keys and the values with which this declaration applies; of several declarations of one stack
             (old and new layouts of a family) the first that applies is used.
         depth_fixed: why blocks cannot be removed; None when they can.
+        norm_offset: what the blocks' norms add to their stored weight (1 where they store the weight minus 1).
+        residual: what is needed to rotate the residual stream, or why it cannot be rotated.
     """
 
     name: str
@@ -126,11 +157,19 @@ class Stack:
     ignored: tuple[str, ...] = ()
     when: Mapping[str, object] = field(default_factory=dict)
     depth_fixed: str | None = None
+    norm_offset: float = 0.0
+    residual: Residual | str = NOT_DECLARED
 
 
 @dataclass(frozen=True)
 class Family:
-    """All that is known of one kind of model, by its `config.model_type`s."""
+    """All that is known of one kind of model, by its `config.model_type`s.
+
+    Attributes:
+        towers: the ends of the paths of modules that run before the stacks and feed them (an image encoder). Their
+            blocks are found by search, have no roles, and are quantized only where a recipe asks for them.
+    """
 
     model_types: tuple[str, ...]
     stacks: tuple[Stack, ...]
+    towers: tuple[str, ...] = ()

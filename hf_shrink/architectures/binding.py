@@ -39,11 +39,13 @@ class Binding:
 
     Attributes:
         family: None when the model type is not in the table: such a model can be quantized, not pruned.
+        towers: rows of blocks that feed the stacks (image encoders), in the model's order; no part of `stacks`.
     """
 
     model_type: str
     family: Family | None
     stacks: tuple[BoundStack, ...]
+    towers: tuple[BoundStack, ...] = ()
 
     @property
     def blocks(self) -> list[BoundBlock]:
@@ -74,9 +76,11 @@ def bind(model: nn.Module) -> Binding:
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     family = known_families().get(model_type)
+    towers: list[BoundStack] = []
     if family is not None:
         specs = _applying(family, getattr(model, "config", None))
         stacks = [bound for spec in specs if (bound := _bind_stack(model, spec)) is not None]
+        towers = _find_towers(model, family.towers)
     else:
         stacks = _find_stacks(model)
     if not stacks:
@@ -84,7 +88,7 @@ def bind(model: nn.Module) -> Binding:
             f"no repeated blocks were found in {type(model).__name__} (model type {model_type!r}); "
             "hf_shrink works on models made of a list of transformer blocks"
         )
-    return Binding(model_type, family, tuple(stacks))
+    return Binding(model_type, family, tuple(stacks), tuple(towers))
 
 
 def _applying(family: Family, config: object) -> list[Stack]:
@@ -250,10 +254,19 @@ def _check_cover(slots: tuple[Slot, ...], modules: dict[str, nn.Module], path: s
             )
 
 
-def _find_stacks(model: nn.Module) -> list[BoundStack]:
-    """Outermost lists of blocks of a model that is not in the table; every matrix is without a role."""
+def _find_towers(model: nn.Module, names: tuple[str, ...]) -> list[BoundStack]:
+    """The rows of blocks inside the modules that a family's `towers` name."""
+    towers = []
+    for path, module in model.named_modules():
+        if any(path == name or path.endswith("." + name) for name in names):
+            towers += _find_stacks(module, path)
+    return towers
+
+
+def _find_stacks(model: nn.Module, prefix: str = "") -> list[BoundStack]:
+    """Outermost lists of blocks, found without a table: no matrix has a role. `prefix`: the model's path."""
     stacks: list[BoundStack] = []
-    for path, modules in model.named_modules():
+    for path, modules in model.named_modules(prefix=prefix):
         if not isinstance(modules, nn.ModuleList) or any(path.startswith(s.path + ".") for s in stacks):
             continue
         children = list(modules)

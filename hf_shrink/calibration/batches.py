@@ -60,7 +60,7 @@ def finish(
     known = {
         "purpose": purpose,
         **details,
-        "samples": sum(len(next(iter(batch.values()))) for batch in batches),
+        "samples": sum(len(batch.get("input_ids", next(iter(batch.values())))) for batch in batches),
         "batch_size": spec.batch_size,
         "seed": seed,
         "tokens": tokens,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_shrink.errors import ArchitectureError, CalibrationError
 
@@ -196,9 +197,19 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         for key, value in batch.items()
         if key != "labels"
     }
-    if "use_cache" in inspect.signature(model.forward).parameters:
+    if _takes_use_cache(model):
         inputs["use_cache"] = False
     return inputs
+
+
+def _takes_use_cache(model: nn.Module) -> bool:
+    """Whether `forward` has the argument, or hands what it does not know on to a part of the model that has it."""
+    parameters = inspect.signature(model.forward).parameters
+    if "use_cache" in parameters:
+        return True
+    hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    inner = (part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)
+    return hands_on and any("use_cache" in inspect.signature(part.forward).parameters for part in inner)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_shrink.calibration.inputs import accepted_names, setting
+from hf_shrink.calibration.inputs import MEDIA, accepted_names, placeholder_ids, setting
 from hf_shrink.errors import CalibrationError
+
+MEDIA_INPUTS = MEDIA.keys() - {"input_ids"}
 
 
 def given_batches(
@@ -19,7 +21,8 @@ def given_batches(
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
     """The first `samples` rows of an iterable of model-input dicts, at most `batch_size` rows a batch, and notes.
 
-    A row without a batch dimension becomes a batch of one. Keys that the model's forward does not take are left out.
+    A row without a batch dimension becomes a batch of one. A batch that cannot be cut between its rows (not one
+    image in each) stays whole, whatever its size. Keys that the model's forward does not take are left out.
     Raises CalibrationError when an element is not a mapping of tensors, and when nothing is left.
     """
     accepted = accepted_names(model)
@@ -28,7 +31,7 @@ def given_batches(
     rows = 0
     cut = False
     for number, batch in enumerate(batches):
-        if rows == samples:
+        if rows >= samples:
             cut = True
             break
         if not isinstance(batch, Mapping):
@@ -44,12 +47,12 @@ def given_batches(
                 f"{', '.join(map(str, batch)) or 'no keys'}"
             )
         _check_ids(wanted, model)
-        wanted = _batched(wanted)
-        count = _rows(wanted)
+        wanted = _with_token_types(_batched(wanted), accepted, model)
+        count = _rows(wanted, model)
         if count is None:
-            # Not row by row (patches of several images in one list): cannot be cut, so it counts as it is.
+            # Not row by row (patches of several images in one list): cannot be cut, so it is taken as it is.
             kept.append(wanted)
-            rows += 1
+            rows += len(wanted.get("input_ids", (0,)))
             continue
         cut |= count > samples - rows
         count = min(count, samples - rows)
@@ -102,18 +105,46 @@ def _tensor(value: Any) -> Tensor | None:
 
 
 def _batched(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """With a batch dimension. Patches of images in one list, and the grids that say whose they are, have none."""
     ids = tensors.get("input_ids")
-    if ids is not None and ids.dim() == 1:
-        return {name: tensor.unsqueeze(0) for name, tensor in tensors.items()}
-    return tensors
+    if ids is None or ids.dim() != 1:
+        return tensors
+    patches = any(name.endswith("_grid_thw") for name in tensors)
+    return {
+        name: tensor if patches and (name.endswith("_grid_thw") or name.startswith("pixel_")) else tensor.unsqueeze(0)
+        for name, tensor in tensors.items()
+    }
 
 
-def _rows(tensors: dict[str, Tensor]) -> int | None:
-    """How many rows the batch has; None when its tensors disagree."""
+def _with_token_types(
+    tensors: dict[str, Tensor], accepted: Collection[str] | None, model: nn.Module
+) -> dict[str, Tensor]:
+    """With `mm_token_type_ids` (0 text, 1 image, 2 video), which older processors do not make, where they are read."""
+    name, ids = "mm_token_type_ids", tensors.get("input_ids")
+    if accepted is None or name not in accepted or name in tensors or ids is None:
+        return tensors
+    types = torch.zeros_like(ids)
+    for kind, key in enumerate(("image_token_id", "video_token_id"), start=1):
+        token = setting(model.config, key)
+        if isinstance(token, int):
+            types[ids == token] = kind
+    return {**tensors, name: types}
+
+
+def _rows(tensors: dict[str, Tensor], model: nn.Module) -> int | None:
+    """How many rows the batch has; None when it cannot be cut between them."""
     counts = {len(t) for t in tensors.values() if t.dim() > 0}
     if 0 in counts:
         raise CalibrationError("a batch of the calibration data has no rows")
-    return counts.pop() if len(counts) == 1 else None
+    positions, ids = tensors.get("position_ids"), tensors.get("input_ids")
+    if len(counts) != 1 or (positions is not None and positions.dim() == 3):  # three axes come first there
+        return None
+    if ids is not None and len(ids) > 1 and isinstance(model, PreTrainedModel) and tensors.keys() & MEDIA_INPUTS:
+        # As many images as rows, but are they one in each?
+        marked = torch.isin(ids, torch.tensor(placeholder_ids(model.config), dtype=ids.dtype)).sum(dim=1)
+        if len(set(marked.tolist())) > 1:
+            return None
+    return counts.pop()
 
 
 def _check_ids(tensors: dict[str, Tensor], model: nn.Module) -> None:

@@ -96,10 +96,11 @@ def has_token_head(model: PreTrainedModel) -> bool:
 
 
 def settings(config: Any, name: str) -> Iterator[Any]:
-    """The values of `name` in a config and in the configs inside it, outermost first."""
+    """The values of `name` in a config and in the configs inside it, outermost first, text before other parts."""
     if getattr(config, name, None) is not None:
         yield getattr(config, name)
-    for inner in config.sub_configs:
+    # An image tower's config may carry a vocab_size of its own (LLaVA's does), which says nothing of the text.
+    for inner in sorted(config.sub_configs, key=lambda part: part != "text_config"):
         if getattr(config, inner, None) is not None:
             yield from settings(getattr(config, inner), name)
 
@@ -107,6 +108,12 @@ def settings(config: Any, name: str) -> Iterator[Any]:
 def setting(config: Any, *names: str) -> Any:
     """The first value found for any of `names`, or None."""
     return next((value for name in names for value in settings(config, name)), None)
+
+
+def placeholder_ids(config: Any) -> list[int]:
+    """The tokens in whose places a model puts the features of images, videos or sounds."""
+    keys = [f"{medium}_token_{end}" for medium in ("image", "video", "audio") for end in ("id", "index")]
+    return sorted({value for key in keys for value in settings(config, key) if isinstance(value, int)})
 
 
 def vocabulary_size(model: PreTrainedModel) -> int:

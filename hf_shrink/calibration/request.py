@@ -26,6 +26,7 @@ from hf_shrink.calibration.inputs import (
 )
 from hf_shrink.calibration.media import media_column, media_noise, media_rows, noise_note
 from hf_shrink.calibration.overlap import OverlapFilter
+from hf_shrink.calibration.pairs import PairReader, pair_column, reads_pairs
 from hf_shrink.calibration.recipes import (
     DataRecipe,
     Purpose,
@@ -62,6 +63,7 @@ class Request:
     inputs: ModelInputs
     tokenizer: PreTrainedTokenizerBase | None
     processor: MediaProcessor | None
+    processing: object | None
     framing: Framing
     length: int
     seed: int
@@ -95,6 +97,7 @@ class Request:
             inputs=inputs,
             tokenizer=text_tokenizer,
             processor=media_processor_of(tokenizer),
+            processing=tokenizer,
             framing=framing,
             length=length,
             seed=seed,
@@ -122,7 +125,7 @@ class Request:
         # Before anything is downloaded.
         if recipe.kind in ("text", "chat"):
             need_text(self.inputs, self.model, recipe.name)
-        elif self.inputs.medium != recipe.kind:
+        elif self.inputs.medium != recipe.kind and not (recipe.kind == "image" and reads_pairs(self.inputs)):
             raise CalibrationError(
                 f"data {recipe.name!r} is {recipe.kind}, which {type(self.model).__name__} does not read"
             )
@@ -142,12 +145,18 @@ class Request:
         details: Mapping[str, Any] | None = None,
         iterator: Iterable[Mapping[str, Any]] | None = None,
     ) -> CalibrationData:
-        """A data set of raw rows: images or sounds when the model reads them and the rows hold them, else text."""
+        """A data set of raw rows: images and sounds when the model reads them and the rows hold them, else text."""
         iterator = rows if iterator is None else iterator
         column = media_column(rows, self.inputs.medium, columns) if self.inputs.media else None
         if column is not None:
             values = media_rows(iterator, column, self.inputs, self.processor, self.spec.samples, self.progress)
             return self._with_media(values, name, dict(details or {}))
+        if (image := pair_column(rows, self.inputs, columns)) is not None:
+            reader = PairReader(self.processing, self.inputs, self.spec.samples, self.length, self.overlap)
+            batches, known, notes = reader.read(iterator, image, columns, name, self.progress)
+            what, known = f"{len(batches)} images with text of {name}", {**known, **(details or {})}
+            notes = [*self.notes, *notes]
+            return finish(batches, what, known, notes, self.spec, self.seed, self.purpose, self.model.dtype)
         need_text(self.inputs, self.model, name)
         example: Mapping[str, Any] = {}
         if not columns:

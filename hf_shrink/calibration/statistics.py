@@ -50,16 +50,19 @@ class InputStatistics:
     Attributes:
         hessian: float32 (in, in), the sum (the Hessian of the squared output error, up to a factor of 2).
         tokens: how many rows were added.
+        largest: float32 (in,), each input's largest absolute value; None where it was not kept.
         drift: from the dense model's inputs, where it was followed along.
     """
 
     hessian: Tensor
     tokens: int = 0
+    largest: Tensor | None = None
     drift: Drift | None = None
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> InputStatistics:
-        return cls(torch.zeros(in_features, in_features, dtype=torch.float32, device=device))
+        moments = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        return cls(moments, largest=torch.zeros(in_features, dtype=torch.float32, device=device))
 
     @property
     def mean(self) -> Tensor:
@@ -74,6 +77,9 @@ class InputStatistics:
         for start in range(0, size, _PANEL):
             stop = min(start + _PANEL, size)
             self.hessian[start:, start:stop].addmm_(columns[start:], rows[:, start:stop])
+        if self.largest is not None and len(rows):
+            low, high = rows.aminmax(dim=0)
+            self.largest = torch.maximum(self.largest, torch.maximum(-low, high))
         self.tokens += rows.shape[0]
 
     def add_drift(self, x: Tensor, dense: Tensor, *, held_out: bool) -> None:

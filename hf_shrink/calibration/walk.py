@@ -47,6 +47,7 @@ class StackWalk:
         blocks: the stack's blocks, in order.
         batches: model inputs; their sizes decide the order of summation, so they decide the bytes of the result.
         compute_dtype: dtype of the hidden states; blocks must be in it when they run (see `computing`).
+        padded: whether `attention_mask` is about this stack's tokens (False in a tower: it is about the text's).
         starved_experts: "error", or "rtn": their matrices get no statistics.
     """
 
@@ -56,6 +57,7 @@ class StackWalk:
         blocks: Sequence[nn.Module],
         batches: Sequence[Mapping[str, Any]],
         compute_dtype: torch.dtype = torch.float32,
+        padded: bool = True,
         starved_experts: Literal["error", "rtn"] = "error",
     ) -> None:
         found = capture(model, blocks, batches)
@@ -64,7 +66,7 @@ class StackWalk:
         self._dtype = compute_dtype
         self._calls = found.calls
         self._links = found.links
-        self._masks = found.masks
+        self._masks = found.masks if padded else [None] * len(found.masks)
         self._contexts = found.contexts
         # What each batch's current call hands to the block besides the hidden states.
         self._given: list[list[Tensor]] = [[] for _ in batches]

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from hf_shrink.checkpoint.experts import router_paths
 from hf_shrink.checkpoint.packed import format_of, group_of
 from hf_shrink.checkpoint.portability import needs_dequantize, portability
-from hf_shrink.checkpoint.targets import targets_by_group
+from hf_shrink.checkpoint.targets import stored_names, targets_by_group
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Scheme
 from hf_shrink.surgery.sizes import RECORD_FORMAT
@@ -47,7 +47,9 @@ def quantization_config(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -
     plain = [path for path in kept if "." not in path]  # written as everybody writes lm_head
     inner = [path for path in kept if "." in path] + [path for path in router_paths(model) if path not in kept]
     others = [path for path in modules if path not in schemes and path not in set(inner)]
-    *targets, ignored = targets_by_group([*by_scheme.values(), inner], others, model.base_model_prefix)
+    *targets, ignored = targets_by_group(
+        [*by_scheme.values(), inner], others, model.base_model_prefix, stored_names(model, schemes)
+    )
     formats = {format_of(scheme) for scheme in by_scheme}
     config = QuantizationConfig(
         config_groups={f"group_{index}": group_of(scheme, targets[index]) for index, scheme in enumerate(by_scheme)},

@@ -10,24 +10,40 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from typing import cast
+
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import PrefixChange, WeightRenaming, apply_renamings
 
 from hf_shrink.errors import CheckpointError
 
 OPEN_START = r"(?:.*\.)?"
 
 
-def targets_by_group(groups: Sequence[Sequence[str]], others: Iterable[str], prefix: str) -> list[list[str]]:
+def targets_by_group(
+    groups: Sequence[Sequence[str]], others: Iterable[str], prefix: str, stored: Mapping[str, str] | None = None
+) -> list[list[str]]:
     """For each group of module paths the "re:" targets that match these paths and no path of another group.
 
     Args:
         groups: disjoint lists of module paths.
         others: every other module path of the model: must not be matched.
         prefix: the model's `base_model_prefix`, absent from paths in the bare model; may be empty.
+        stored: other names of modules, in the weight files, which are matched as well where that tells them apart.
 
     Raises:
         CheckpointError: no set of regexes tells the groups apart in the bare model.
     """
-    everything = [path for group in groups for path in group] + list(others)
+    others = list(others)
+    taken = {path for group in groups for path in group} | set(others)
+    extra = {path: name for path, name in (stored or {}).items() if name not in taken}
+    if extra:
+        with suppress(CheckpointError):  # transformers itself goes by the modules' paths
+            named = [[*group, *(extra[path] for path in group if path in extra)] for group in groups]
+            return targets_by_group(named, others, prefix)
+    everything = [path for group in groups for path in group] + others
     start = f"^(?:{re.escape(prefix)}\\.)?" if prefix else "^"
     for opening in (OPEN_START, start):
         found = [_targets(group, everything, prefix, opening) for group in groups]
@@ -37,6 +53,19 @@ def targets_by_group(groups: Sequence[Sequence[str]], others: Iterable[str], pre
         f"module paths of this model cannot be told apart without the prefix {prefix!r}; "
         "use portable: false or quantize fewer of them"
     )
+
+
+def stored_names(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, str]:
+    """The names that modules have in the weight files, by path, where transformers renames them on saving.
+
+    Other loaders (vLLM) name modules as the files do.
+    """
+    known = getattr(model, "_weight_conversions", None)
+    if known is None:
+        known = [c for c in get_model_conversion_mapping(model, add_legacy=False) if not isinstance(c, PrefixChange)]
+    renamings = [cast(WeightRenaming, c.reverse_transform()) for c in reversed(known) if isinstance(c, WeightRenaming)]
+    names = {path: apply_renamings(f"{path}.weight", renamings).removesuffix(".weight") for path in paths}
+    return {path: name for path, name in names.items() if name != path}
 
 
 def _targets(paths: Sequence[str], everything: Sequence[str], prefix: str, opening: str) -> list[str]:

@@ -90,7 +90,7 @@ def packed_buffers(module: nn.Module) -> dict[str, Tensor]:
 def can_untie(config: PreTrainedConfig) -> bool:
     """Whether a reloaded config keeps `tie_word_embeddings: false` (T5's is always true)."""
     changed = copy.deepcopy(config)
-    changed.tie_word_embeddings = False
+    _say_untied(changed)
     return not type(config).from_dict(changed.to_dict()).tie_word_embeddings
 
 
@@ -150,9 +150,17 @@ def _untie(model: PreTrainedModel, pair: Pair) -> None:
     model.all_tied_weights_keys.pop(f"{pair[0]}.weight", None)
     for owner, _ in _owners(model, pair):
         if can_untie(owner.config):
-            owner.config.tie_word_embeddings = False
+            _say_untied(owner.config)
     if can_untie(model.config):
-        model.config.tie_word_embeddings = False
+        _say_untied(model.config)
+
+
+def _say_untied(config: PreTrainedConfig) -> None:
+    """Also in the part for text: configs of several parts take the word from there when they are read."""
+    config.tie_word_embeddings = False
+    text = config.get_text_config(decoder=True)
+    if getattr(text, "tie_word_embeddings", False):
+        text.tie_word_embeddings = False
 
 
 def _owners(model: PreTrainedModel, pair: Pair) -> Iterator[tuple[PreTrainedModel, str]]:

@@ -30,6 +30,7 @@ from hf_shrink.evaluation.targets import (
     mask_tokens,
     model_inputs,
     targets_of,
+    without_placeholders,
 )
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import METRICS, EvaluationSpec
@@ -87,6 +88,7 @@ def evaluate_model(
             raise RecipeError(f"unknown metric {name!r}; {did_you_mean(name, NAMES)}")
     batches, description = _batches(data, spec, model, baseline, tokenizer, seed, progress)
     kind = kind_of(model)
+    batches = [without_placeholders(kind, batch, model) for batch in batches]
     task = _Task(kind, *_mask_of(kind, model, tokenizer))
     totals, context = Totals(), 0
     with _inference([m for m in (model, baseline) if m is not None]):
@@ -190,8 +192,8 @@ def _add(totals: Totals, kind: Kind, batch: Batch, model: Any, baseline: Any) ->
 
 
 def _forward(kind: Kind, batch: Batch, model: Any) -> Logits | Hidden:
-    device = _device(model)
-    batch = {key: value.to(device) for key, value in batch.items()}
+    device, dtype = _device(model), next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
+    batch = {k: value.to(device, dtype if value.is_floating_point() else None) for k, value in batch.items()}
     inputs: dict[str, Any] = dict(model_inputs(kind, batch))
     if kind != "other" and "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
     MODEL_FOR_PRETRAINING_MAPPING_NAMES,
 )
 
+from hf_shrink.calibration.inputs import placeholder_ids
 from hf_shrink.errors import CalibrationError
 
 Batch = dict[str, torch.Tensor]
@@ -76,6 +78,18 @@ def mask_tokens(batch: Batch, mask_id: int, special: frozenset[int], generator: 
         "input_ids": ids.masked_fill(chosen, mask_id),
         "labels": ids.masked_fill(~chosen, IGNORED),
     }
+
+
+def without_placeholders(kind: Kind, batch: Batch, model: Any) -> Batch:
+    """The batch with labels that leave out tokens which stand for parts of an image: no model writes them."""
+    ids, config = batch.get("input_ids"), getattr(model, "config", None)
+    if kind != "causal" or ids is None or not isinstance(config, PreTrainedConfig):
+        return batch
+    tokens = placeholder_ids(config)
+    if not tokens:
+        return batch
+    left_out = torch.isin(ids, torch.tensor(tokens, dtype=ids.dtype, device=ids.device))
+    return {**batch, "labels": batch.get("labels", ids).masked_fill(left_out, IGNORED)}
 
 
 def model_inputs(kind: Kind, batch: Batch) -> Batch:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,24 +13,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
-from hf_shrink.architectures.bound import BoundBlock
-from hf_shrink.architectures.linears import is_matrix, matrix, set_matrix
+from hf_shrink.architectures.bound import BoundBlock, BoundStack
+from hf_shrink.architectures.linears import is_matrix
+from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.experts import starved_note
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.errors import RecipeError
-from hf_shrink.pipeline.kept import KeptStack, present, remove_planned
+from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
+from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
 from hf_shrink.pipeline.learning import Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
-from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
+from hf_shrink.pipeline.recipes import plan_transforms
+from hf_shrink.pipeline.towers import tower_batches, towers_with
+from hf_shrink.pipeline.transforming import BlockScaler, rotate
+from hf_shrink.plan import BlockPlan, Plan, Scheme
 from hf_shrink.progress import ProgressCallback
-from hf_shrink.pruning.refit import refit_columns
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import consumer_cuts, cut_block, is_uneven, settle_config
+from hf_shrink.surgery import is_uneven, settle_config
 
 
 def apply_plan(
@@ -50,6 +54,9 @@ def apply_plan(
         method: stores the plan's weights; None when it has none.
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
+    towers = towers_with(binding, plan.schemes)
+    solves = method is not None and method.needs_statistics
+    reaching = tower_batches(model, towers, batches) if solves else {}
     stacks = remove_planned(model, binding, plan) if binding is not None else []
     if binding is not None and packs_experts(binding, plan.schemes):
         separate_experts(model)
@@ -57,16 +64,25 @@ def apply_plan(
     whole = method if isinstance(method, ModelMethod) else None
     method = None if isinstance(method, ModelMethod) else method
     untie(model, tied_partner_missing(model, schemes))
-    inside = {p for s in stacks for b in s.stack.blocks for p in schemes if p.startswith(b.path + ".")}
+    transforms = plan_transforms(plan)
+    report.notes += rotate(model, [s.stack for s in stacks], transforms)
+    blocks = [block.path for stack in (*towers, *(s.stack for s in stacks)) for block in stack.blocks]
+    inside = {path for path in schemes if any(path.startswith(block + ".") for block in blocks)}
     outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
-    total = sum(len(s.kept) for s in stacks)
-    run = _Run(model, plan, schemes, method, batches, report, progress, total)
+    scaler = BlockScaler(model, transforms, schemes, weighted=solves)
+    run = _Run(model, plan, schemes, method, scaler, batches, report, progress, total=len(blocks))
     if isinstance(method, LearningMethod):
         run.learning = Learning(model, method, seed)
+    for tower in towers:
+        run.stack(whole_stack(tower), (), reaching.get(tower.path))
+    if binding is not None and binding.towers:
+        for path in run.between(stacks[0].stack, list(outer)):
+            del outer[path]
     statistics: dict[str, InputStatistics] = {}
     for position, stack in enumerate(stacks):
         heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
         statistics = run.stack(stack, heads)
+    report.notes += scaler.notes()
     if outer and method is not None:
         with run.timed("solve"):
             tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
@@ -99,6 +115,7 @@ class _Run:
     plan: Plan
     schemes: Mapping[str, Scheme]
     method: QuantizationMethod | None
+    scaler: BlockScaler
     batches: Sequence[Mapping[str, Any]]
     report: ShrinkReport
     progress: ProgressCallback
@@ -112,30 +129,54 @@ class _Run:
     since: float = 0.0
 
     @property
+    def solves(self) -> bool:
+        """Whether anything is quantized by a method that needs statistics."""
+        return bool(self.schemes) and self.method is not None and self.method.needs_statistics
+
+    @property
     def follows(self) -> bool:
         """Whether the method corrects for how far inputs have drifted from the dense model's."""
         return bool(getattr(self.method, "follows_dense", False))
 
-    def stack(self, stack: KeptStack, heads: Sequence[str]) -> dict[str, InputStatistics]:
-        """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it."""
-        solves = bool(self.schemes) and self.method is not None and self.method.needs_statistics
+    def between(self, stack: BoundStack, paths: Iterable[str]) -> list[str]:
+        """Compress the matrices that run before `stack` outside the towers (a projector); returns their paths."""
+        matrices = {p: module for p in paths if is_matrix(module := self.model.get_submodule(p))}
+        if not matrices or not self.solves:
+            return []
+        with self.timed("calibrate"):
+            found = statistics_before(self.model, stack.blocks[0].module, self.batches, matrices)
+        for path, statistics in found.items():
+            self._pack({path: statistics}, _dtype(matrices[path]))
+        return list(found)
+
+    def stack(
+        self, stack: KeptStack, heads: Sequence[str], batches: Sequence[Mapping[str, Any]] | None = None
+    ) -> dict[str, InputStatistics]:
+        """Compress a stack's blocks; returns statistics of the matrices `heads` that come after it.
+
+        Args:
+            batches: a tower's, those that come to it; None: all.
+        """
+        solves = self.solves and (bool(heads) or any(path.startswith(stack.stack.path + ".") for path in self.schemes))
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
-        self.walk = self.dense = None
-        stack = self._cut_tied_heads(stack)
+        self.walk, self.dense, self.moved = None, None, None
+        stack, notes = cut_tied_heads(self.model, stack)
+        self.report.notes += notes
         blocks = stack.stack.blocks
-        if solves or refits:
+        scales = bool(self.scaler.scalings) and stack.stack.spec is not None
+        if solves or refits or scales:
+            given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts}
-                modules = [b.module for b in blocks]
-                self.walk = StackWalk(self.model, modules, self.batches, **settings)
-                if self.learning is not None or self.follows:
+                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts, "padded": batches is None}
+                self.walk = StackWalk(self.model, modules, given, **settings)
+                if solves and (self.learning is not None or self.follows):
                     everything = self.learning is not None
-                    self.dense = DenseStream(self.model, modules, self.batches, everything=everything, **settings)
+                    self.dense = DenseStream(self.model, modules, given, everything=everything, **settings)
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
             with in_float32(block.module, enabled=self.walk is not None):
-                self._block(block, stack.plan.blocks.get(source, BlockPlan()), stored, further)
+                self._block(stack.stack, block, stack.plan.blocks.get(source, BlockPlan()), stored, further)
             if self.moved is not None:
                 self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
             self.done += 1
@@ -147,27 +188,7 @@ class _Run:
         with self.timed("calibrate"):
             return self.walk.statistics_after(self.model, {p: self.model.get_submodule(p) for p in heads})
 
-    def _cut_tied_heads(self, stack: KeptStack) -> KeptStack:
-        """Cut heads that all blocks must have alike (they share a position bias) before any block runs."""
-        bound = stack.stack
-        if bound.spec is None or not any(
-            part is not None and part.spec.tied for b in bound.blocks for part in (b.attention, b.cross_attention)
-        ):
-            return stack
-        plans = dict(stack.plan.blocks)
-        for block, source in zip(bound.blocks, stack.kept, strict=True):
-            plan = plans.get(source, BlockPlan())
-            if plan.query_heads is None and plan.cross_heads is None:
-                continue
-            cut_block(block, BlockPlan(query_heads=plan.query_heads, cross_heads=plan.cross_heads))
-            plans[source] = BlockPlan(channels=plan.channels)
-        if plans != stack.plan.blocks:
-            self.report.notes.append(
-                f"heads of the {bound.name} were cut without refit: blocks share a position bias and lose them at once"
-            )
-        return KeptStack(bind(self.model).stack(bound.name), stack.kept, StackPlan(stack.kept, plans))
-
-    def _block(self, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
+    def _block(self, stack: BoundStack, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
         paths = [path for path in self.schemes if path.startswith(block.path + ".")]
         goes_along = self.follows and plan.keeps_all and bool(paths)  # through the block's stages, see `DenseStream`
@@ -175,7 +196,12 @@ class _Run:
             with self.timed("calibrate"):
                 self.dense.advance()
         if not plan.keeps_all:
-            self._cut(block, plan)
+            walk = self.walk if self.plan.refit else None
+            cut_and_refit(self.model, block, plan, walk, self.timed)
+        if self.scaler.scalings and paths:
+            cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
+            with self.timed("transform"):
+                self.scaler.scale(self.walk, stack.spec, cut, stored)
         if self.walk is None:
             self._pack(dict.fromkeys(paths), stored)
             return
@@ -223,21 +249,6 @@ class _Run:
         if before is None:
             return None
         return Passed(before, walk.hidden[0] if further else walk.outputs(1)[0])
-
-    def _cut(self, block: BoundBlock, plan: BlockPlan) -> None:
-        refitted: dict[str, Tensor] = {}
-        consumers = consumer_cuts(block, plan)
-        if self.plan.refit and self.walk is not None and consumers:
-            modules = {path: self.model.get_submodule(path) for path in consumers}
-            with self.timed("calibrate"):
-                statistics = self.walk.statistics(modules)
-            with self.timed("solve"):
-                for path, kept in consumers.items():
-                    refitted[path] = refit_columns(matrix(modules[path]).float(), statistics[path], kept)
-        cut_block(block, plan)
-        for path, weight in refitted.items():
-            module = self.model.get_submodule(path)
-            set_matrix(module, weight, module.bias.data if isinstance(module.bias, nn.Parameter) else None)
 
     def _pack(self, statistics: Mapping[str, InputStatistics | None], stored: torch.dtype) -> None:
         """Pack the matrices at the paths of `statistics`."""

@@ -10,6 +10,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.folder import OutputFolder, copy_side_files
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.checkpoint.save import bind as bind_save
@@ -109,11 +110,12 @@ def _measure(
     speed = compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS)
     show("comparing speed", 1, 1)
     record.report.evaluation = for_report(result, speed)
-    if dense.can_generate() and not dense.config.is_encoder_decoder and callable(getattr(processing, "decode", None)):
+    writer = tokenizer_of(processing)
+    if dense.can_generate() and not dense.config.is_encoder_decoder and writer is not None:
         show("comparing completions", 0, 2)
         record.report.completions = {
             "prompt": PROMPT,
-            "dense": greedy_completion(dense, processing, PROMPT),
-            "compressed": greedy_completion(model, processing, PROMPT),
+            "dense": greedy_completion(dense, writer, PROMPT),
+            "compressed": greedy_completion(model, writer, PROMPT),
         }
         show("comparing completions", 2, 2)

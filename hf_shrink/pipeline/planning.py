@@ -15,6 +15,7 @@ from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import resolve_formats
 from hf_shrink.pipeline.recipes import depth_method, quantization_method, width_method
 from hf_shrink.pipeline.targets import resolve_schemes
+from hf_shrink.pipeline.transforming import transform_notes
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
@@ -93,6 +94,8 @@ def plan_recipe(
         damage=damage,
     )
     if quantize:
+        if quantize.transforms and binding is None:
+            raise RecipeError("only transformers models have transforms; leave quantize.transforms out for this module")
         schemes, formats, found_notes = _resolve(model, binding, recipe, quantize, plan)
         plan = replace(
             plan,
@@ -105,7 +108,7 @@ def plan_recipe(
             starved_experts=quantize.starved_experts,
             effort=quantize.effort,
         )
-        notes += found_notes
+        notes += [*found_notes, *transform_notes(plan)]
     if not plan.stacks and not plan.bits:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))

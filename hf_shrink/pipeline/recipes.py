@@ -14,6 +14,7 @@ from hf_shrink.quantization.base import METHODS, Method, ModelMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
 from hf_shrink.resources import recipes_folder
+from hf_shrink.transforms import Transform, build_transforms
 from hf_shrink.tuning.options import Tuning
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
@@ -52,6 +53,7 @@ def check_methods(recipe: Recipe) -> None:
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
             quantization_method(step)
+            build_transforms(step.transforms)
             Tuning.from_options(step.tune)
         elif step.what == "depth":
             depth_method(step)
@@ -73,6 +75,11 @@ def plan_method(plan: Plan) -> Method | None:
     return method
 
 
+def plan_transforms(plan: Plan) -> tuple[Transform, ...]:
+    """What is folded into the weights before they are rounded."""
+    return build_transforms(plan.transforms)
+
+
 def depth_method(step: PruneStep) -> DepthMethod:
     return DEPTH.build(step.method, step.options, _own_keys(PruneStep))
 
@@ -89,7 +96,8 @@ def needs_calibration(recipe: Recipe) -> bool:
     """Whether any step of the recipe looks at data."""
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
-            needed = quantization_method(step).needs_statistics or bool(step.tune)
+            parts = quantization_method(step), *build_transforms(step.transforms)
+            needed = any(part.needs_statistics for part in parts) or bool(step.tune)
         elif step.what == "depth":
             needed = True
         else:

@@ -23,7 +23,14 @@ from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
-from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, load_recipe, needs_calibration, plan_method
+from hf_shrink.pipeline.recipes import (
+    DEFAULT_RECIPE,
+    RecipeLike,
+    load_recipe,
+    needs_calibration,
+    plan_method,
+    plan_transforms,
+)
 from hf_shrink.pipeline.targets import check_inputs
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import CalibrationSpec, Recipe
@@ -132,6 +139,7 @@ class Job:
             self.recipe, self.calibration = replace(self.recipe, calibration=spec), None
         if isinstance(self.asked, Plan):
             plan_method(self.asked)
+            plan_transforms(self.asked)
         check_dense(self.model)
         self.show = Progress(quiet=not self.progress)
 
@@ -142,7 +150,8 @@ class Job:
         else:
             assert isinstance(self.asked, Plan)
             method, spec = plan_method(self.asked), CalibrationSpec()
-            needed = (method is not None and method.needs_statistics) or (self.asked.refit and self.asked.prunes)
+            solvers = *((method,) if method is not None else ()), *plan_transforms(self.asked)
+            needed = any(s.needs_statistics for s in solvers) or (self.asked.refit and self.asked.prunes)
             needed = needed or bool(self.asked.tune)
         if not needed:
             return NO_DATA

@@ -67,9 +67,11 @@ def resolve_schemes(
 ) -> Resolved:
     """The scheme of every weight that the step quantizes.
 
-    Without `targets`: every matrix inside the blocks. Without `ignore`: not the output head, task heads, routers and
-    tied weights, unless an override names them. An exact path wins over regexes in their written order, those over
-    class names. Tied weights that are both chosen get one scheme.
+    Without `targets`: every matrix inside the blocks, not those of towers in front of them. Without `ignore`: not the
+    output head, task heads, routers and tied weights, unless an override names them; towers and what lies between them
+    and the blocks only where an override names them, or a path or regex of `targets` that names no matrix of the
+    blocks. An exact path wins over regexes in their written order, those over class names. Tied weights that are both
+    chosen get one scheme.
 
     Args:
         narrowed: input widths, by path, of matrices that lose inputs before they are quantized.
@@ -121,8 +123,13 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
     _check_patterns(model, step)
     # Subclasses of Embedding compute something of their own (a scale, positions), which a packed one would lose.
     candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
+    if binding is not None and binding.towers and isinstance(model, PreTrainedModel):
+        # A regex that names a tower means its matrices, not its table of positions.
+        candidates = {p: m for p, m in candidates.items() if is_matrix(m) or m is model.get_input_embeddings()}
     inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
     spared = _spared(model, binding, candidates, inside) if step.ignore is None else set()
+    before_text = _outside_text(model, binding, candidates, inside)
+    spared -= _named_apart(model, before_text, inside, step.targets or ())
     chosen: dict[str, str | None] = {}
     by_name: set[str] = set()
     for path, module in candidates.items():
@@ -137,6 +144,11 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         if named or any(t != class_of(module) and matches(path, module, t) for t in step.targets or ()):
             by_name.add(path)
     notes = _keep_ties(model, chosen, by_name) + _unknown_experts(binding, step)
+    if left := [p for p in before_text & spared if any(matches(p, candidates[p], t) for t in step.targets or ())]:
+        notes.append(
+            f"{min(left)} and what else of the image side the targets match stays as it is, because they mean the text "
+            "blocks too; to quantize it, add a target that matches nothing else"
+        )
     if not chosen:
         raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
     return Selected(chosen, frozenset(by_name & chosen.keys()), notes)
@@ -209,6 +221,21 @@ def _unknown_experts(binding: Binding | None, step: QuantizeStep) -> list[str]:
     if not stacked:
         return []
     return [f"{stacked[0]} and its like stay dense: matrices in 3D parameters that nothing says how to take apart"]
+
+
+def _outside_text(model: nn.Module, binding: Binding | None, candidates: Iterable[str], inside: set[str]) -> set[str]:
+    """The matrices of towers and of what lies between them and the blocks; none where the model has no towers."""
+    if binding is None or not binding.towers or not isinstance(model, PreTrainedModel):
+        return set()
+    modules = {path: model.get_submodule(path) for path in candidates if path not in inside}
+    return {p for p, module in modules.items() if is_matrix(module) and module is not model.get_output_embeddings()}
+
+
+def _named_apart(model: nn.Module, paths: set[str], inside: set[str], targets: Iterable[str]) -> set[str]:
+    """Those of `paths` that a target names which names nothing `inside`."""
+    modules = {path: model.get_submodule(path) for path in paths | inside}
+    apart = [t for t in targets if not any(matches(path, modules[path], t) for path in inside)]
+    return {path for path in paths if any(matches(path, modules[path], t) for t in apart)}
 
 
 def weight_holders(model: nn.Module) -> dict[int, list[str]]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
-from hf_shrink.plan import STRATEGIES, Scheme, Strategy
+from hf_shrink.plan import STRATEGIES, Scheme, Strategy, TransformSpec, split_transform
 from hf_shrink.recipe.formats import FORMAT_METHOD, check_formats, format_of
 from hf_shrink.registry import did_you_mean
 
@@ -63,7 +63,8 @@ class QuantizeStep:
             group size does not apply to them, another one is an error.
         effort: in place of method, transforms and tune: "fast", "balanced" or "best"; see `recipe/effort.py`. Already
             expanded when a step was read from a recipe; kept to be shown.
-        transforms: names of transforms that are folded into the weights before they are rounded, in their order.
+        transforms: transforms that are folded into the weights before they are rounded, in their order; each a name,
+            or {name: options}.
         tune: options of the tuning of scales, zero points and norms after rounding, for example {steps: 100}; empty:
             no tuning.
         starved_experts: what happens to experts that saw too few calibration tokens for statistics of their own:
@@ -80,7 +81,7 @@ class QuantizeStep:
     ignore: tuple[str, ...] | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     effort: str | None = None
-    transforms: tuple[str, ...] = ()
+    transforms: tuple[TransformSpec, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
     starved_experts: Literal["error", "rtn"] = "error"
     options: Mapping[str, Any] = field(default_factory=dict)
@@ -90,10 +91,12 @@ class QuantizeStep:
             raise RecipeError(f"quantize.tune must be a mapping such as {{steps: 100}}, not {self.tune!r}")
         for name in ("targets", "ignore", "transforms"):
             value = getattr(self, name)
-            if isinstance(value, str):
+            if isinstance(value, str | Mapping):
                 raise RecipeError(f"quantize.{name} is a list, for example [{value}]")
             if value is not None:
                 object.__setattr__(self, name, tuple(value))
+        for transform in self.transforms:
+            split_transform(transform)
         if self.starved_experts not in STARVED:
             hint = did_you_mean(str(self.starved_experts), STARVED)
             raise RecipeError(f"unknown quantize.starved_experts {self.starved_experts!r}; {hint}")

@@ -2,7 +2,8 @@
 
     python stock.py JOBS.json    [{"folder": ..., "class": ..., "ids": ...}]
 
-Writes stock.pt (logits) or stock.txt (the error) into each folder.
+Writes stock.pt (logits) or stock.txt (the error) into each folder. With "inputs" (a file with a list of dicts of model
+inputs) in place of "ids": for each its logits and what the model generates.
 """
 
 from __future__ import annotations
@@ -10,9 +11,15 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
+
+
+def run(model: Any, batch: dict[str, torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return model(**batch).logits, model.generate(**batch, do_sample=False, max_new_tokens=4, min_new_tokens=4)
 
 
 def main(jobs: str) -> None:
@@ -21,6 +28,9 @@ def main(jobs: str) -> None:
         folder = Path(job["folder"])
         try:
             model = getattr(transformers, job["class"]).from_pretrained(folder)
+            if "inputs" in job:
+                torch.save([run(model.eval(), batch) for batch in torch.load(job["inputs"])], folder / "stock.pt")
+                continue
             ids = torch.tensor(job["ids"])
             extra = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
             with torch.no_grad():

@@ -26,6 +26,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
     MistralConfig,
     MistralForCausalLM,
     OPTConfig,
@@ -34,8 +36,12 @@ from transformers import (
     Phi3ForCausalLM,
     PretrainedConfig,
     PreTrainedModel,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen2VLConfig,
+    Qwen2VLForConditionalGeneration,
     Qwen3Config,
     Qwen3ForCausalLM,
     SmolLM3Config,
@@ -157,6 +163,44 @@ def _gemma3() -> Gemma3Config:
     )
 
 
+IMAGE_TOKENS: dict[str, Any] = {
+    "image_token_id": 4,
+    "video_token_id": 3,
+    "vision_start_token_id": 2,
+    "vision_end_token_id": 2,
+}
+
+
+def _llava(**changes: Any) -> LlavaConfig:
+    vision: dict[str, Any] = {
+        "model_type": "clip_vision_model",
+        "hidden_size": 32,
+        "intermediate_size": 40,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": 16,
+        "patch_size": 4,
+        "projection_dim": 16,
+        "vocab_size": 3,  # as in LLaVA's checkpoints, this says nothing of the text
+    }
+    text = {**GROUPED, "head_dim": 10, "model_type": "llama"}
+    settings = {"image_token_index": 4, "image_seq_length": 16, "tie_word_embeddings": False, **changes}
+    return LlavaConfig(text_config=text, vision_config=vision, **settings)
+
+
+def _qwen2_vl(kind: type[PretrainedConfig] = Qwen2VLConfig, **changes: Any) -> PretrainedConfig:
+    if kind is Qwen2VLConfig:
+        vision: dict[str, Any] = {"embed_dim": 32, "hidden_size": 48, "mlp_ratio": 2}
+    else:
+        vision = {"hidden_size": 32, "intermediate_size": 40, "out_hidden_size": 48, "window_size": 16}
+        vision["fullatt_block_indexes"] = [1]
+    vision |= {"depth": 3, "num_heads": 2, "patch_size": 4}
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    text = {**{k: v for k, v in GROUPED.items() if k != "tie_word_embeddings"}, "rope_parameters": rope}
+    settings = {**IMAGE_TOKENS, "tie_word_embeddings": False, **changes}
+    return kind(text_config=text, vision_config=vision, **settings)
+
+
 def _gpt2(**changes: Any) -> GPT2Config:
     return GPT2Config(**{**SPECIAL, "n_embd": 48, "n_layer": BLOCKS, "n_head": 6, "n_positions": 64, **changes})
 
@@ -178,6 +222,19 @@ CASES: dict[str, Case] = {
     "gemma2": Case(lambda: _build(Gemma2ForCausalLM, Gemma2Config(**GEMMA))),
     "gemma3_text": Case(lambda: _build(Gemma3ForCausalLM, Gemma3TextConfig(**GEMMA))),
     "gemma3": Case(lambda: _build(Gemma3ForConditionalGeneration, _gemma3()), stack="text"),
+    "llava": Case(lambda: _build(LlavaForConditionalGeneration, _llava()), stack="text"),
+    "llava_tied": Case(lambda: _build(LlavaForConditionalGeneration, _llava(tie_word_embeddings=True)), stack="text"),
+    "qwen2_vl": Case(lambda: _build(Qwen2VLForConditionalGeneration, _qwen2_vl()), portable_heads=False, stack="text"),
+    "qwen2_vl_tied": Case(
+        lambda: _build(Qwen2VLForConditionalGeneration, _qwen2_vl(tie_word_embeddings=True)),
+        portable_heads=False,
+        stack="text",
+    ),
+    "qwen2_5_vl": Case(
+        lambda: _build(Qwen2_5_VLForConditionalGeneration, _qwen2_vl(Qwen2_5_VLConfig)),
+        portable_heads=False,
+        stack="text",
+    ),
     "smollm3": Case(lambda: _build(SmolLM3ForCausalLM, _smollm3())),
     "phi3": Case(lambda: _build(Phi3ForCausalLM, Phi3Config(**GROUPED))),
     "gpt2": Case(lambda: _build(GPT2LMHeadModel, _gpt2()), portable_heads=False),

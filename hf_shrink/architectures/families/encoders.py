@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_shrink.architectures.base import Attention, Family, Mlp, Stack
+from hf_shrink.architectures.base import LAYER_NORM, Attention, Family, Mlp, Stack
 
 
 def _bert_attention(path: str) -> Attention:
@@ -21,8 +21,9 @@ BERT = Stack(
     "encoder",
     "encoder.layer",
     _bert_attention("attention"),
-    Mlp(up="intermediate.dense", down="output.dense"),
+    Mlp(up="intermediate.dense", down="output.dense", activation="hidden_act"),
     cross_attention=_bert_attention("crossattention"),
+    residual=LAYER_NORM,
 )
 DISTILBERT = Stack(
     "encoder",
@@ -37,8 +38,9 @@ DISTILBERT = Stack(
         head_size="attention_head_size",
         attributes={"n_heads": "heads", "dim": "query_width"},
     ),
-    Mlp(up="ffn.lin1", down="ffn.lin2", channels="hidden_dim"),
+    Mlp(up="ffn.lin1", down="ffn.lin2", channels="hidden_dim", activation="activation"),
     depth="n_layers",
+    residual=LAYER_NORM,
 )
 # The first block has no norm in front of its attention: the embeddings are normalised already.
 MODERNBERT = Stack(
@@ -51,10 +53,12 @@ MODERNBERT = Stack(
         value="attn.Wqkv",
         output="attn.Wo",
         layout="concatenated",
+        norm="attn_norm",
     ),
-    Mlp(up="mlp.Wi", down="mlp.Wo", gate="mlp.Wi"),
+    Mlp(up="mlp.Wi", down="mlp.Wo", gate="mlp.Wi", norm="mlp_norm"),
     block_lists=("layer_types",),
     first_is_special=True,
+    residual=LAYER_NORM,
 )
 
 FAMILIES = [

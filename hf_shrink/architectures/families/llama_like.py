@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from hf_shrink.architectures.base import Attention, Family, Mlp, Stack
+from hf_shrink.architectures.base import Attention, Family, Mlp, Residual, Stack
 
 ATTENTION = Attention(
     module="self_attn",
@@ -15,6 +15,7 @@ ATTENTION = Attention(
     kv_heads="num_key_value_heads",
     head_size_key="head_dim",
     attributes={"num_key_value_groups": "heads_per_group"},
+    norm="input_layernorm",
 )
 MLP = Mlp(
     up="mlp.up_proj",
@@ -22,8 +23,25 @@ MLP = Mlp(
     gate="mlp.gate_proj",
     module="mlp",
     attributes={"intermediate_size": "channels"},
+    norm="post_attention_layernorm",
 )
-STACK = Stack("decoder", "layers", ATTENTION, MLP, block_lists=("layer_types",), cached=True)
+STACK = Stack(
+    "decoder",
+    "layers",
+    ATTENTION,
+    MLP,
+    block_lists=("layer_types",),
+    cached=True,
+    residual=Residual("embed_tokens", "norm", ("lm_head", "score", "qa_outputs")),
+)
+
+# Norms store their weight minus 1; two more of them weigh what a block adds to the residual stream.
+FOUR_NORMS = dataclasses.replace(
+    STACK,
+    mlp=dataclasses.replace(MLP, norm="pre_feedforward_layernorm"),
+    norm_offset=1.0,
+    residual="norms weigh what attention and MLP add to the residual stream, channel by channel",
+)
 
 # The attention finds where its queries end by the config's number of heads.
 FUSED_ATTENTION = dataclasses.replace(
@@ -38,15 +56,13 @@ FUSED_ATTENTION = dataclasses.replace(
         "config.num_attention_heads": "heads",
     },
 )
-FUSED_MLP = Mlp(up="mlp.gate_up_proj", down="mlp.down_proj", gate="mlp.gate_up_proj")
+FUSED_MLP = Mlp(up="mlp.gate_up_proj", down="mlp.down_proj", gate="mlp.gate_up_proj", norm=MLP.norm)
 
 FAMILIES = [
-    Family(("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text"), (STACK,)),
-    # The text half; the image tower in front of it stays as it is.
-    Family(
-        ("gemma3",),
-        (dataclasses.replace(STACK, name="text", blocks="language_model.layers", config="text_config"),),
-    ),
+    Family(("llama", "mistral", "qwen2", "qwen3"), (STACK,)),
+    # Of this kind's first generation: norms store their weight minus 1, and that is all.
+    Family(("gemma",), (dataclasses.replace(STACK, norm_offset=1.0),)),
+    Family(("gemma2", "gemma3_text"), (FOUR_NORMS,)),
     Family(("smollm3",), (dataclasses.replace(STACK, block_lists=("layer_types", "no_rope_layers")),)),
     Family(("phi3",), (dataclasses.replace(STACK, attention=FUSED_ATTENTION, mlp=FUSED_MLP),)),
 ]

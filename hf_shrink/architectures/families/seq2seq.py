@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from hf_shrink.architectures.base import Attention, Family, Mlp, Stack
+import dataclasses
+
+from hf_shrink.architectures.base import LAYER_NORM, Attention, Family, Mlp, Stack
+
+TWO_STACKS = "encoder and decoder share one embedding, and the decoder's cross attention reads both streams"
 
 
 def _t5_attention(path: str, *, per_head: dict[str, int]) -> Attention:
@@ -18,14 +22,16 @@ def _t5_attention(path: str, *, per_head: dict[str, int]) -> Attention:
         head_size_key="d_kv",
         attributes={"n_heads": "heads", "inner_dim": "query_width"},
         per_head=per_head,
+        norm=f"{path.rpartition('.')[0]}.layer_norm",
         tied=True,
     )
 
 
 def _t5_mlp(path: str) -> tuple[Mlp, Mlp]:
+    norm = f"{path.rpartition('.')[0]}.layer_norm"
     return (
-        Mlp(up=f"{path}.wi_1", down=f"{path}.wo", gate=f"{path}.wi_0", channels="d_ff"),
-        Mlp(up=f"{path}.wi", down=f"{path}.wo", channels="d_ff"),
+        Mlp(up=f"{path}.wi_1", down=f"{path}.wo", gate=f"{path}.wi_0", channels="d_ff", norm=norm),
+        Mlp(up=f"{path}.wi", down=f"{path}.wo", channels="d_ff", norm=norm, activation="dense_act_fn"),
     )
 
 
@@ -38,6 +44,7 @@ T5 = (
         _t5_mlp("layer.1.DenseReluDense"),
         depth="num_layers",
         first_is_special=True,
+        residual=TWO_STACKS,
     ),
     Stack(
         "decoder",
@@ -48,6 +55,7 @@ T5 = (
         depth="num_decoder_layers",
         first_is_special=True,
         cached=True,
+        residual=TWO_STACKS,
     ),
 )
 
@@ -69,21 +77,39 @@ BART = (
         "encoder",
         "encoder.layers",
         _bart_attention("self_attn", "encoder_attention_heads"),
-        Mlp(up="fc1", down="fc2", channels="encoder_ffn_dim"),
+        Mlp(up="fc1", down="fc2", channels="encoder_ffn_dim", activation="activation_function"),
         depth="encoder_layers",
+        residual=LAYER_NORM,
     ),
     Stack(
         "decoder",
         "decoder.layers",
         _bart_attention("self_attn", "decoder_attention_heads"),
-        Mlp(up="fc1", down="fc2", channels="decoder_ffn_dim"),
+        Mlp(up="fc1", down="fc2", channels="decoder_ffn_dim", activation="activation_function"),
         cross_attention=_bart_attention("encoder_attn", "decoder_attention_heads"),
         depth="decoder_layers",
         cached=True,
+        residual=LAYER_NORM,
     ),
 )
 
+
+def _pre_norm(stack: Stack) -> Stack:
+    """The same blocks with their norms in front of what they feed."""
+    assert stack.attention is not None and isinstance(stack.mlp, Mlp)
+    cross = stack.cross_attention
+    return dataclasses.replace(
+        stack,
+        attention=dataclasses.replace(stack.attention, norm="self_attn_layer_norm"),
+        mlp=dataclasses.replace(stack.mlp, norm="final_layer_norm"),
+        cross_attention=dataclasses.replace(cross, norm="encoder_attn_layer_norm") if cross else None,
+    )
+
+
+WHISPER = tuple(_pre_norm(stack) for stack in BART)
+
 FAMILIES = [
     Family(("t5",), T5),
-    Family(("bart", "whisper"), BART),
+    Family(("bart",), BART),
+    Family(("whisper",), WHISPER),
 ]

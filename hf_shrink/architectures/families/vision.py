@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from hf_shrink.architectures.base import Attention, Family, Mlp, Stack
+from hf_shrink.architectures.base import LAYER_NORM, Attention, Family, Mlp, Stack
 
 VIT = Stack(
     "vision",
@@ -16,8 +16,10 @@ VIT = Stack(
         # Not among the declared config keys, but the model reads it where it is set.
         head_size_key="head_dim",
         attributes={"num_attention_heads": "heads"},
+        norm="layernorm_before",
     ),
-    Mlp(up="mlp.fc1", down="mlp.fc2"),
+    Mlp(up="mlp.fc1", down="mlp.fc2", norm="layernorm_after", activation="hidden_act"),
+    residual=LAYER_NORM,
 )
 
 
@@ -32,9 +34,11 @@ def _clip(name: str, tower: str = "", config: str = "") -> Stack:
             value="self_attn.v_proj",
             output="self_attn.out_proj",
             attributes={"num_heads": "heads"},
+            norm="layer_norm1",
         ),
-        Mlp(up="mlp.fc1", down="mlp.fc2"),
+        Mlp(up="mlp.fc1", down="mlp.fc2", norm="layer_norm2", activation="hidden_act"),
         config=config,
+        residual=LAYER_NORM,
     )
 
 
