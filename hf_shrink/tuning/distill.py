@@ -6,7 +6,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.binding import bind
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback
+from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.tuning.opened import open_model
 from hf_shrink.tuning.options import Tuning
 from hf_shrink.tuning.teacher import Teacher
 
 WARMUP = 0.05  # of the steps
+MOST_ROUNDED = 1_000_000_000  # weights whose rounding is trained where the user leaves it to us
 
 
 def tune(
@@ -47,19 +49,25 @@ def tune(
     held = max(1, round(batches * options.held_out))
     training, held_out = range(batches - held), range(batches - held, batches)
     before = _mean_loss(model, teacher, held_out)
-    opened = open_model(model, options.rounding)
-    try:
+    weights = sum(module.numel for module in model.modules() if type(module) is CompressedLinear)
+    rounding = weights <= MOST_ROUNDED if options.rounding == "auto" else options.rounding
+    opened = open_model(model, rounding)
+    with ExitStack() as stack:
+        stack.callback(opened.undo)
         with torch.enable_grad(), rerunning_blocks(model):
             _train(model, teacher, training, opened.parameter_groups(options), options, seed, progress)
-    except BaseException:
-        opened.undo()
-        raise
+        stack.pop_all()
     opened.close()
     after = _mean_loss(model, teacher, held_out)
     if not after < before:
         opened.undo()
         return [f"tuning was taken back: {teacher.unit} on held-out batches {before:.4g} before, {after:.4g} after"]
-    return [f"tuning took the {teacher.unit} on held-out batches from {before:.4g} to {after:.4g}"]
+    notes = [f"tuning took the {teacher.unit} on held-out batches from {before:.4g} to {after:.4g}"]
+    if options.rounding == "auto" and not rounding:
+        notes.append(
+            f"tuning left the rounding of {weights:,} weights alone; tune.rounding: true trains it (16 bytes each)"
+        )
+    return notes
 
 
 def _train(

@@ -63,6 +63,18 @@ def test_it_comes_nearer_to_the_dense_model_on_fresh_data(rounding: bool) -> Non
     assert not any("embed" in name or "lm_head" in name for name in moved)
 
 
+def test_rounding_is_left_alone_where_it_would_take_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"steps": 10, "learning_rate": 0.01, "rounding_rate": 0.02}
+    small = shrunk(tiny_llama(), {**options, "rounding": "auto"})
+    monkeypatch.setattr("hf_shrink.tuning.distill.MOST_ROUNDED", 1000)
+    large = shrunk(tiny_llama(), {**options, "rounding": "auto"})
+    for found, rounding in ((small, True), (large, False)):
+        expected = shrunk(tiny_llama(), {**options, "rounding": rounding})
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(tensor, found.state_dict()[name]), name
+        assert any("tune.rounding: true" in note for note in found.shrink_report.notes) != rounding
+
+
 def test_the_loss_is_the_divergence() -> None:
     dense, data = tiny_llama(), batches(2)
     teacher = Teacher(dense, data, lambda *_: None)
@@ -142,7 +154,7 @@ def test_one_batch_is_not_enough() -> None:
         ({"step": 3}, "did you mean 'steps'"),
         ({"learning_rate": 0.1}, "needs steps"),
         ({"steps": 0}, "whole number"),
-        ({"steps": 3, "rounding": "yes"}, "true or false"),
+        ({"steps": 3, "rounding": "yes"}, "true, false or auto"),
         ({"steps": 3, "held_out": 1.0}, "above 0 and below 1"),
     ],
 )
