@@ -25,9 +25,9 @@ class Tuning:
     """
 
     steps: int
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     rounding: bool | Literal["auto"] = False
-    rounding_rate: float = 0.01
+    rounding_rate: float = 3e-3
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
