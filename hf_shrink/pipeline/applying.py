@@ -228,15 +228,16 @@ class _Run:
         """Pack a block's matrices and go on to the next block; None when nobody looked at the block's output before."""
         modules = {path: self.model.get_submodule(path) for path in paths}
         if paths and self.method is not None and self.method.needs_statistics:
-            passed = walk.advance_in_stages(
-                modules,
-                lambda found: self._pack(found, stored),
-                self.model.get_submodule,
-                further=further,
-                dense=self.dense if goes_along else None,
-            )
-            if passed is not None:
-                return passed
+            if getattr(self.method, "true_sequential", True):
+                passed = walk.advance_in_stages(
+                    modules,
+                    lambda found: self._pack(found, stored),
+                    self.model.get_submodule,
+                    further=further,
+                    dense=self.dense if goes_along else None,
+                )
+                if passed is not None:
+                    return passed
             if self.dense is not None and goes_along:
                 self.dense.advance()
             statistics = walk.statistics(modules)

@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 class QuantizationMethod(Protocol):
     """A frozen dataclass whose fields are the options a recipe may set.
 
-    One that also has a true `follows_dense` gets statistics with a `drift` where the dense model can be followed.
+    One that also has a true `follows_dense` gets statistics with a `drift` where the dense model can be followed; one
+    with a false `true_sequential` gets the statistics of a whole block before it solves any of its weights.
     """
 
     needs_statistics: ClassVar[bool]

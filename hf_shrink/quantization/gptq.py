@@ -41,6 +41,8 @@ class GPTQ:
             group. Otherwise all scales are chosen before, and act order goes by columns.
         block_size: columns after which the errors are applied to all later columns; changes speed only.
         refinements: rounds of coordinate descent on integers and scales after GPTQ's own pass.
+        true_sequential: within a block, later weights see what the rounded earlier ones give (attention in, attention
+            out, MLP in, MLP out). Otherwise all see what the block gave before, and there is no asymmetric target.
         asymmetric: aim at the dense model's outputs on the compressed model's inputs, as far as held-out tokens gain
             by it; see `drift.py`.
     """
@@ -50,6 +52,7 @@ class GPTQ:
     rescale: bool = True
     block_size: int = 64
     refinements: int = 1
+    true_sequential: bool = True
     asymmetric: bool = True
     needs_statistics: ClassVar[bool] = True
 
@@ -63,7 +66,7 @@ class GPTQ:
     @property
     def follows_dense(self) -> bool:
         """Statistics should have a drift."""
-        return self.asymmetric
+        return self.asymmetric and self.true_sequential
 
     def solve(
         self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
@@ -18,22 +18,23 @@ class Tuning:
         steps: optimizer steps, each on one calibration batch.
         learning_rate: of the logarithms of scales, and of norms and biases relative to their size; zero points and
             roundings move by `rounding_rate`.
-        rounding: also train which way every weight is rounded. Takes 16 bytes a weight.
+        rounding: also train which way every weight is rounded, which takes 16 bytes a weight. "auto": where that is not
+            more than 16 GB.
         rounding_rate: in steps of the grid.
         held_out: fraction of the calibration batches that is not trained on and decides whether tuning is kept.
     """
 
     steps: int
     learning_rate: float = 1e-3
-    rounding: bool = False
+    rounding: bool | Literal["auto"] = False
     rounding_rate: float = 0.01
     held_out: float = 0.125
 
     def __post_init__(self) -> None:
         if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
             raise RecipeError(f"tune.steps must be a whole number of at least 1, not {self.steps!r}")
-        if not isinstance(self.rounding, bool):
-            raise RecipeError(f"tune.rounding must be true or false, not {self.rounding!r}")
+        if not isinstance(self.rounding, bool) and self.rounding != "auto":
+            raise RecipeError(f"tune.rounding must be true, false or auto, not {self.rounding!r}")
         for name in ("learning_rate", "rounding_rate", "held_out"):
             value = getattr(self, name)
             if not isinstance(value, int | float) or not 0 < value < 1:

@@ -12,6 +12,7 @@ from transformers import BertConfig, BertForSequenceClassification, BertModel, P
 from hf_shrink import shrink
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.tuning import Teacher, Tuning, tune
+from hf_shrink.tuning.distill import rerunning_blocks
 
 SCHEME = {"scheme": "W2A16", "group_size": 16, "symmetric": False}
 
@@ -60,6 +61,18 @@ def test_it_comes_nearer_to_the_dense_model_on_fresh_data(rounding: bool) -> Non
     assert ("weight_packed" in kinds) == rounding
     assert "weight_scale" in kinds and any("norm" in name for name in moved)
     assert not any("embed" in name or "lm_head" in name for name in moved)
+
+
+def test_rounding_is_left_alone_where_it_would_take_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    options = {"steps": 10, "learning_rate": 0.01, "rounding_rate": 0.02}
+    small = shrunk(tiny_llama(), {**options, "rounding": "auto"})
+    monkeypatch.setattr("hf_shrink.tuning.distill.MOST_ROUNDED", 1000)
+    large = shrunk(tiny_llama(), {**options, "rounding": "auto"})
+    for found, rounding in ((small, True), (large, False)):
+        expected = shrunk(tiny_llama(), {**options, "rounding": rounding})
+        for name, tensor in expected.state_dict().items():
+            assert torch.equal(tensor, found.state_dict()[name]), name
+        assert any("tune.rounding: true" in note for note in found.shrink_report.notes) != rounding
 
 
 def test_the_loss_is_the_divergence() -> None:
@@ -112,13 +125,22 @@ def test_models_without_an_output_head(kind: type[PreTrainedModel]) -> None:
     assert ("KL divergence" if kind is BertForSequenceClassification else "relative squared error") in note
 
 
-def test_blocks_that_run_again_give_the_same_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = shrunk(tiny_llama(), {"steps": 8})
-    monkeypatch.setattr("hf_shrink.tuning.distill.RERUN_FROM", 0)
-    again = shrunk(tiny_llama(), {"steps": 8})
-    for name, tensor in plain.state_dict().items():
-        torch.testing.assert_close(tensor, again.state_dict()[name], rtol=1e-4, atol=1e-6)
-    assert not any("forward" in vars(layer) for layer in again.model.layers)
+def test_blocks_that_run_again_give_the_same_gradients() -> None:
+    model, data = tiny_llama(), batches(1)
+    teacher = Teacher(tiny_llama(seed=1), data, lambda *_: None)
+    teacher.loss(model, 0).backward()
+    expected = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    runs = []
+    hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
+    with rerunning_blocks(model):
+        teacher.loss(model, 0).backward()
+    hook.remove()
+    assert len(runs) == 2
+    assert len(expected) > 30
+    for name, gradient in expected.items():
+        torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
+    assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
 def test_one_batch_is_not_enough() -> None:
@@ -132,7 +154,7 @@ def test_one_batch_is_not_enough() -> None:
         ({"step": 3}, "did you mean 'steps'"),
         ({"learning_rate": 0.1}, "needs steps"),
         ({"steps": 0}, "whole number"),
-        ({"steps": 3, "rounding": "yes"}, "true or false"),
+        ({"steps": 3, "rounding": "yes"}, "true, false or auto"),
         ({"steps": 3, "held_out": 1.0}, "above 0 and below 1"),
     ],
 )
