@@ -19,7 +19,7 @@ from torch import Tensor
 
 from hf_shrink import shrink
 
-SCHEME = {"method": "gptq", "scheme": "W8A16", "group_size": 8}
+SCHEME = {"method": "rtn", "scheme": "W8A16", "group_size": 8}
 TOWERS = "re:.*(?:vision_tower|multi_modal_projector|visual).*"
 ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llava": ("llava", {}),
@@ -30,7 +30,7 @@ ROWS: dict[str, tuple[str, dict[str, Any]]] = {
     "llava, asymmetric": ("llava", {"symmetric": False, "group_size": 4}),
     "qwen2_vl": ("qwen2_vl", {}),
     "qwen2_vl, tied": ("qwen2_vl_tied", {}),
-    "qwen2_vl, all of it": ("qwen2_vl", {"overrides": {TOWERS: {"scheme": "W4A16"}, "lm_head": {}}}),
+    "qwen2_vl, all of it": ("qwen2_vl", {"method": "gptq", "overrides": {TOWERS: {"scheme": "W4A16"}, "lm_head": {}}}),
     "qwen2_vl, asymmetric": ("qwen2_vl", {"symmetric": False}),
     "qwen2_5_vl": ("qwen2_5_vl", {"overrides": {TOWERS: {"scheme": "W4A16"}}}),
     "gemma3": ("gemma3", {}),
