@@ -59,7 +59,7 @@ class QuantizeStep:
         ignore: the same forms; None: output head, task heads, routers, tied weights. `[]`: nothing is ignored.
         overrides: by target, any of scheme, symmetric, strategy, group_size. Exact path before regexes in written
             order before class names.
-        scheme, symmetric, strategy, group_size: W8A8 and FP8A16 are symmetric with one scale per channel; the default
+        symmetric, strategy, group_size: W8A8 and FP8A16 are symmetric with one scale per channel; the default
             group size does not apply to them, another one is an error.
         effort: in place of method, transforms and tune: "fast", "balanced" or "best"; see `recipe/effort.py`. Already
             expanded when a step was read from a recipe; kept to be shown.
