@@ -30,6 +30,7 @@ class Attention:
             after the residual sum.
         tied: every block of the stack must keep the same heads (a position bias is handed from block to block).
         fixed: why heads cannot be removed at all; None when they can.
+        head_count: attribute of `module` with the number of query heads, where none says the size of a head.
     """
 
     module: str
@@ -47,6 +48,7 @@ class Attention:
     norm: str | tuple[str, ...] | None = None
     tied: bool = False
     fixed: str | None = None
+    head_count: str | None = None
 
 
 @dataclass(frozen=True)
@@ -141,6 +143,8 @@ class Stack:
         depth_fixed: why blocks cannot be removed; None when they can.
         norm_offset: what the blocks' norms add to their stored weight (1 where they store the weight minus 1).
         residual: what is needed to rotate the residual stream, or why it cannot be rotated.
+        found: derived by convention and verified, not written down: a block may lack any of the parts and may hold
+            other matrices beside them, and nothing is known of norms.
     """
 
     name: str
@@ -159,6 +163,7 @@ class Stack:
     depth_fixed: str | None = None
     norm_offset: float = 0.0
     residual: Residual | str = NOT_DECLARED
+    found: bool = False
 
 
 @dataclass(frozen=True)
