@@ -175,6 +175,7 @@ class Plan:
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
             inputs = "" if scheme.activation_bits == 16 else f", inputs in int{scheme.activation_bits} per token"
+            inputs += " without zero points" if scheme.activation_symmetric else ""
             lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}{inputs}")
         for kind in dict.fromkeys(self.formats.values()):
             count = sum(found == kind for found in self.formats.values())

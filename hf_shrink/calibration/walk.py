@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from hf_shrink.calibration.memory import release_free_memory
 from hf_shrink.calibration.stages import StagedRun, find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
+from hf_shrink.ops.precision import fast_precision
 from hf_shrink.runtime.experts import watching
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class StackWalk:
         compute_dtype: dtype of the hidden states; blocks must be in it when they run (see `computing`).
         padded: whether `attention_mask` is about this stack's tokens (False in a tower: it is about the text's).
         starved_experts: "error", or "rtn": their matrices get no statistics.
+        fast: blocks may multiply in bfloat16 where that is native. Hidden states and statistics stay in float32.
     """
 
     def __init__(
@@ -59,6 +61,7 @@ class StackWalk:
         compute_dtype: torch.dtype = torch.float32,
         padded: bool = True,
         starved_experts: Literal["error", "rtn"] = "error",
+        fast: bool = False,
     ) -> None:
         found = capture(model, blocks, batches)
         self._blocks = list(blocks)
@@ -71,6 +74,7 @@ class StackWalk:
         # What each batch's current call hands to the block besides the hidden states.
         self._given: list[list[Tensor]] = [[] for _ in batches]
         self.hidden = [h.to(compute_dtype) for h in found.hidden]
+        self._fast = fast
         self.position = 0
         self.reference: Tensor | None = None
         self.starved: dict[str, int] = {}
@@ -95,7 +99,8 @@ class StackWalk:
         """As `call`, with gradients where they are enabled."""
         args, kwargs = self._arguments(batch)
         self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        with watching(self._masks[batch]) as watch:
+        precise = nullcontext() if not self._fast else fast_precision(self.hidden[batch].device, cached=False)
+        with watching(self._masks[batch]) as watch, precise:
             self._experts.watches[batch] = watch
             return self._blocks[self.position](self.hidden[batch], *args, **kwargs)
 
@@ -229,7 +234,7 @@ class StackWalk:
             raise CalibrationError(
                 f"NaN or Inf in the output of block {self.position}; check the weights and the calibration data"
             )
-        self.hidden[batch] = hidden
+        self.hidden[batch] = hidden.to(self._dtype)
         for links in self._links:
             for block, place in links.values():
                 if block == self.position:

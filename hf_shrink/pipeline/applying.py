@@ -36,6 +36,8 @@ from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
 from hf_shrink.surgery import is_uneven, settle_config
 
+COARSE = 4  # bits up to which a weight's error is far above what products in bfloat16 add
+
 
 def apply_plan(
     model: nn.Module,
@@ -167,7 +169,11 @@ class _Run:
         if solves or refits or scales:
             given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts, "padded": batches is None}
+                settings: dict[str, Any] = {
+                    "starved_experts": self.plan.starved_experts,
+                    "padded": batches is None,
+                    "fast": bool(self.schemes) and all(s.bits <= COARSE for s in self.schemes.values()),
+                }
                 self.walk = StackWalk(self.model, modules, given, **settings)
                 if solves and (self.learning is not None or self.follows):
                     everything = self.learning is not None
