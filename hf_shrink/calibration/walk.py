@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,8 @@ from hf_shrink.calibration.capture import Call, capture, first_output, run_with_
 from hf_shrink.calibration.collect import Collector, LastInputSeen
 from hf_shrink.calibration.experts import ExpertTokens, refuse_starved
 from hf_shrink.calibration.memory import release_free_memory
+from hf_shrink.calibration.padding import without_padding
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.stages import StagedRun, find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
@@ -23,13 +25,6 @@ if TYPE_CHECKING:
     from hf_shrink.calibration.dense_stream import DenseStream, Follower
 
 MOST_WAITING = 16 << 30  # bytes of batches that wait inside a block, most of them in a file
-
-
-class Passed(NamedTuple):
-    """A block's output for the first batch, before and after it was compressed."""
-
-    before: Tensor
-    after: Tensor
 
 
 class StackWalk:
@@ -271,8 +266,8 @@ class StackWalk:
 
         def real(x: Tensor) -> Tensor:
             if self._contexts and any(x is given for given in self._given[batch]):
-                return _without_padding(x, self._contexts[batch])
-            return _without_padding(x, self._masks[batch])
+                return without_padding(x, self._contexts[batch])
+            return without_padding(x, self._masks[batch])
 
         return real
 
@@ -293,12 +288,3 @@ class StackWalk:
         if isinstance(value, tuple):
             return tuple(self._cast(v) for v in value)
         return value
-
-
-def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of a matrix's input that are not padding; some blocks merge batch and sequence before their MLP."""
-    if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
-        return x[mask]
-    if mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
-        return x[mask.reshape(-1)]
-    return x

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
@@ -18,9 +18,10 @@ from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.experts import starved_note
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
 from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
@@ -229,7 +230,7 @@ class _Run:
         else:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
-        self.moved = None if passed is None else _relative_error(passed, inputs)
+        self.moved = None if passed is None else passed.relative_error(inputs)
 
     def _now(self, stack: BoundStack, block: BoundBlock) -> BoundBlock:
         """The block as it is bound at present: its experts may have been taken apart since, its units cut."""
@@ -293,9 +294,3 @@ class _Run:
         else:
             self.phases.append(phase)
         self.since = now
-
-
-def _relative_error(passed: Passed, inputs: Tensor) -> float:
-    """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
-    size = (passed.before - inputs).float().square().sum()
-    return float((passed.after - passed.before).float().square().sum() / size.clamp_min(1e-30))

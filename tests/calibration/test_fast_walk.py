@@ -65,13 +65,12 @@ def test_statistics_are_those_of_float32_but_for_the_products(staged: bool) -> N
 def test_four_bits_come_out_as_good(method: str) -> None:
     dense = tiny_llama()
     ids = torch.randint(3, 300, (8, 16), generator=torch.Generator().manual_seed(1))
+    batches = [{"input_ids": part} for part in ids.split(2)]
     errors = []
     for scheme in ("W4A16", "W8A16"):
         step = {"method": method, "scheme": scheme, "group_size": 16}
         step |= {"steps": 4} if method == "learned" else {}
-        model: Any = shrink(
-            copy.deepcopy(dense), {"steps": [{"quantize": step}]}, calibration=[{"input_ids": ids}], progress=False
-        )
+        model: Any = shrink(copy.deepcopy(dense), {"steps": [{"quantize": step}]}, calibration=batches, progress=False)
         with torch.no_grad():
             errors.append(float((model(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm()))
     assert errors[1] < 0.03 < errors[0] < 0.4
