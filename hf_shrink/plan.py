@@ -51,15 +51,17 @@ class BlockPlan:
         query_heads: kept query heads, ascending, as numbered in the source; the same number from every KV group kept.
         channels: kept MLP channels, ascending.
         cross_heads: as query_heads, of the attention to the encoder.
+        removed: the parts that go as a whole, of "attention", "cross_attention" and "mlp".
     """
 
     query_heads: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
     cross_heads: tuple[int, ...] | None = None
+    removed: tuple[str, ...] = ()
 
     @property
     def keeps_all(self) -> bool:
-        return self.query_heads is None and self.channels is None and self.cross_heads is None
+        return self == BlockPlan()
 
 
 @dataclass(frozen=True)
@@ -141,10 +143,7 @@ class Plan:
             stacks = {
                 name: StackPlan(
                     kept=tuple(stack["kept"]),
-                    blocks={
-                        int(i): BlockPlan(**{k: None if v is None else tuple(v) for k, v in block.items()})
-                        for i, block in stack["blocks"].items()
-                    },
+                    blocks={int(i): _block_plan(block) for i, block in stack["blocks"].items()},
                 )
                 for name, stack in data.pop("stacks").items()
             }
@@ -167,7 +166,8 @@ class Plan:
                     continue
                 heads = "all" if block.query_heads is None else str(len(block.query_heads))
                 channels = "all" if block.channels is None else str(len(block.channels))
-                lines.append(f"  block {index}: query heads {heads}, channels {channels}")
+                gone = f", without its {' and '.join(block.removed)}".replace("_", " ") if block.removed else ""
+                lines.append(f"  block {index}: query heads {heads}, channels {channels}{gone}")
         by_scheme: dict[Scheme, int] = {}
         for scheme in self.schemes.values():
             by_scheme[scheme] = by_scheme.get(scheme, 0) + 1
@@ -200,6 +200,11 @@ class Plan:
         if tune:
             lines.append(f"after rounding, scales, zero points and norms are tuned: {tune}")
         return lines
+
+
+def _block_plan(data: Mapping[str, Any]) -> BlockPlan:
+    fields: dict[str, Any] = {key: None if value is None else tuple(value) for key, value in data.items()}
+    return BlockPlan(**fields)
 
 
 def _named(transform: TransformSpec) -> str:

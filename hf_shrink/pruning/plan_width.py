@@ -69,7 +69,8 @@ def plan_width(
     plans: dict[tuple[str, int], BlockPlan] = {}
     for part, kept in allocation.kept:
         plan = plans.get(part.block, BlockPlan())
-        plans[part.block] = dataclasses.replace(plan, **{FIELDS[part.kind]: kept})
+        change: dict[str, Any] = {FIELDS[part.kind]: kept}
+        plans[part.block] = dataclasses.replace(plan, **change)
     return WidthPlan(plans, [*prunable.notes, *allocation.notes])
 
 
