@@ -40,7 +40,18 @@ class AbsentMatrix(nn.Module):
 
 
 class NoRows(nn.Module):
-    """In the place of a matrix whose outputs are gone: (..., 0)."""
+    """In the place of a matrix whose outputs are gone: (..., 0).
+
+    Attributes:
+        weight, bias: for those who ask for them (`_init_weights` of some families); never read, never saved.
+    """
+
+    bias: None = None
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        unused = torch.zeros(1, dtype=weight.dtype, device=weight.device)
+        self.register_buffer("weight", unused, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         return x.new_empty(*x.shape[:-1], 0)
@@ -80,7 +91,8 @@ def is_absent(block: nn.Module, spec: Attention | Mlp) -> bool:
 def take_out(block: nn.Module, spec: Attention | Mlp) -> Callable[[], None]:
     """Put stand-ins where a part's modules are, in place; returns what puts the part back."""
     if isinstance(spec, Mlp):
-        inner: dict[str, nn.Module] = {path: NoRows() for path in (spec.gate, spec.up) if path is not None}
+        rows = [path for path in (spec.gate, spec.up) if path is not None]
+        inner: dict[str, nn.Module] = {path: NoRows(_weight(block.get_submodule(path))) for path in rows}
         return _swap(block, {**inner, spec.down: _absent(block.get_submodule(spec.down))})
     output = _absent(block.get_submodule(spec.output))
     inside = spec.output.startswith(spec.module + ".")
@@ -128,9 +140,14 @@ def without_parts(takings: Sequence[tuple[nn.Module, Stack, Sequence[str]]]) -> 
 
 
 def _absent(module: nn.Module) -> AbsentMatrix:
-    weight, bias = module.weight, module.bias
+    bias = module.bias
+    return AbsentMatrix(shape(module)[0], _weight(module), bias if isinstance(bias, nn.Parameter) else None)
+
+
+def _weight(module: nn.Module) -> Tensor:
+    weight = module.weight
     assert isinstance(weight, Tensor)
-    return AbsentMatrix(shape(module)[0], weight, bias if isinstance(bias, nn.Parameter) else None)
+    return weight
 
 
 def _swap(block: nn.Module, new: dict[str, nn.Module]) -> Callable[[], None]:

@@ -10,7 +10,7 @@ from torch import nn
 from hf_shrink.architectures.absent import PARTS
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundBlock, BoundMlp, BoundStack
-from hf_shrink.surgery.depth import stack_configs, why_part_stays
+from hf_shrink.surgery.depth import stack_configs, why_part_stays, writes_cache
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,7 @@ class Items:
     def __init__(self, model: nn.Module, binding: Binding, parts: str = "blocks") -> None:
         self._stacks = binding.stacks
         self._types = {stack.name: _layer_types(model, stack) for stack in binding.stacks}
+        self._cached = {stack.name for stack in binding.stacks if writes_cache(model, stack)}
         self.parts = parts
         self.total = sum(block.parameters for block in binding.blocks)
         self.notes: tuple[str, ...] = tuple(self._reasons())
@@ -106,7 +107,7 @@ class Items:
         return all(left.kept[stack.name] and self._serves_cache(stack, left) for stack in self._stacks)
 
     def _serves_cache(self, stack: BoundStack, left: Left) -> bool:
-        if stack.spec is None or not stack.spec.cached or stack.spec.attention is None:
+        if stack.name not in self._cached:
             return True
         types = self._types[stack.name]
         first = {types[index]: index for index in reversed(left.kept[stack.name])}

@@ -72,6 +72,13 @@ def remove_parts(stack: BoundStack, block: BoundBlock, parts: Sequence[str]) -> 
     take_parts(block.module, stack.spec, parts)
 
 
+def writes_cache(model: nn.Module, stack: BoundStack) -> bool:
+    """Whether the stack's blocks write a KV cache, by the family's table or by what its config makes of it."""
+    if stack.spec is None:
+        return False
+    return stack.spec.cached or bool(getattr(stack_configs(model, stack)[0], "is_decoder", False))
+
+
 def why_part_stays(block: BoundBlock, part: str) -> str | None:
     """Why a block cannot do without a part; None when it can. Whether a KV cache needs it is not asked here."""
     bound = getattr(block, part, None)

@@ -81,9 +81,8 @@ def test_divergence_is_that_of_a_model_cut_for_good() -> None:
 
 def divergence_between(dense: nn.Module, cut: nn.Module, data: Any) -> float:
     with torch.no_grad():
-        p, q = (
-            torch.cat([m(**x, use_cache=False).logits for x in data]).double().log_softmax(-1) for m in (dense, cut)
-        )
+        logits = [torch.cat([model(**x, use_cache=False).logits for x in data]) for model in (dense, cut)]
+    p, q = (found.double().log_softmax(-1) for found in logits)
     return float(F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean())
 
 
