@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_shrink.pruning.base import DEPTH, DepthProblem, Look, Removal
-from hf_shrink.pruning.depth.kl_greedy import KlGreedy
+from hf_shrink.pruning.greedy import cheapest_first
 from hf_shrink.pruning.options import check_counts
 
 LARGEST_STEP = 3  # swaps of one offspring
@@ -53,10 +53,7 @@ class Evolve:
             raise ValueError(f"minutes must be a number of at least 0, not {self.minutes!r}")
 
     def removals(self, problem: DepthProblem) -> Iterator[Removal]:
-        start = KlGreedy(
-            min(self.tokens, KlGreedy.tokens), min(self.predictions, KlGreedy.predictions), self.candidates
-        )
-        greedy = list(start.removals(problem))
+        greedy = cheapest_first(problem, self._look(2), self.candidates)
         best, loss = self._search(problem, sorted(removal.item for removal in greedy))
         for item in best:
             yield Removal(item, loss)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from hf_shrink.pruning.base import DEPTH, DepthProblem, Look, Removal
+from hf_shrink.pruning.greedy import cheapest_first
 from hf_shrink.pruning.options import check_counts
 
 
@@ -34,19 +35,4 @@ class KlGreedy:
         check_counts(self, "tokens", "predictions", "candidates", optional=("candidates",))
 
     def removals(self, problem: DepthProblem) -> Iterator[Removal]:
-        look = Look(self.tokens, self.predictions, fast=True)
-        removed: list[int] = []
-        now = 0.0
-        costs: dict[int, float] = {}  # nats for the size, when last tried
-        while left := problem.candidates(removed):
-            tried = sorted(sorted(left, key=lambda item: (costs.get(item, 0.0), item))[: self._most(bool(costs))])
-            found = problem.divergences(removed, [[*removed, item] for item in tried], look)
-            for item, value in zip(tried, found, strict=True):
-                costs[item] = (value - now) / problem.sizes[item]
-            best = min(tried, key=lambda item: (costs[item], item))
-            now = found[tried.index(best)]
-            removed.append(best)
-            yield Removal(best, now)
-
-    def _most(self, tried_before: bool) -> int | None:
-        return self.candidates if tried_before else None
+        return cheapest_first(problem, Look(self.tokens, self.predictions, fast=True), self.candidates)
