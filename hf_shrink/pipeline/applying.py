@@ -34,7 +34,7 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import is_uneven, settle_config
+from hf_shrink.surgery import cut_experts, is_uneven, settle_config, stack_configs
 
 
 def apply_plan(
@@ -195,11 +195,14 @@ class _Run:
         if self.dense is not None and not goes_along:
             with self.timed("calibrate"):
                 self.dense.advance()
+        if plan.experts is not None:
+            cut_experts(self._now(stack, block), plan, stack_configs(self.model, stack)[0])
+            block = self._now(stack, block)
         if not plan.keeps_all:
             walk = self.walk if self.plan.refit else None
             cut_and_refit(self.model, block, plan, walk, self.timed)
         if self.scaler.scalings and paths:
-            cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
+            cut = block if plan.keeps_all else self._now(stack, block)
             with self.timed("transform"):
                 self.scaler.scale(self.walk, stack.spec, cut, stored)
         if self.walk is None:
@@ -221,6 +224,10 @@ class _Run:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
         self.moved = None if passed is None else _relative_error(passed, inputs)
+
+    def _now(self, stack: BoundStack, block: BoundBlock) -> BoundBlock:
+        """The block as it is bound at present: its experts may have been taken apart since, its units cut."""
+        return bind(self.model).stack(stack.name).blocks[block.index]
 
     def _pack_on_the_way(
         self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool, goes_along: bool

@@ -13,11 +13,12 @@ from hf_shrink.registry import did_you_mean
 # to say how much. Kinds that decide by themselves what goes take none.
 AMOUNTS: Mapping[str, tuple[str, ...]] = {
     "depth": ("ratio", "blocks"),
+    "experts": ("ratio", "experts"),
     "width": ("ratio",),
 }
 PRUNE_KINDS = tuple(AMOUNTS)
 AMOUNT_KEYS = tuple(dict.fromkeys(key for keys in AMOUNTS.values() for key in keys))
-COUNTS = ("blocks",)  # whole numbers
+COUNTS = ("blocks", "experts")  # whole numbers
 UNITS = ("all", "attention", "mlp")
 PARTS = ("blocks", "attention", "mlp", "any")
 
@@ -27,9 +28,10 @@ class PruneStep:
     """Take something out of the model.
 
     Attributes:
-        what: whole blocks (`depth`), or heads and channels inside the blocks (`width`).
+        what: whole blocks (`depth`), experts of mixtures (`experts`), or heads and channels in the blocks (`width`).
         ratio: the fraction of all block parameters, as they are when the step starts, that the step removes.
         blocks: of depth: how many blocks go.
+        experts: of experts: how many go from each block that has some.
         units: of width: which units.
         refit: whether matrices that read or write what was cut are refitted by least squares.
         options: the fields of the method's own dataclass.
@@ -40,6 +42,7 @@ class PruneStep:
     method: str
     ratio: float | None = None
     blocks: int | None = None
+    experts: int | None = None
     units: Literal["all", "attention", "mlp"] = "all"
     refit: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
