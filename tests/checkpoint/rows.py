@@ -110,6 +110,18 @@ def pruned(channels: dict[int, int], scheme: Scheme | None = None) -> Callable[[
     return build
 
 
+def without_parts(scheme: Scheme | None = None) -> Callable[[], PreTrainedModel]:
+    """A Llama without one attention and one MLP."""
+
+    def build() -> PreTrainedModel:
+        model = tiny_llama()
+        blocks = {1: BlockPlan(removed=("attention",)), 2: BlockPlan(removed=("mlp",))}
+        apply_structure(model, Plan("llama", {"decoder": StackPlan((0, 1, 2, 3), blocks)}))
+        return pack(model, {} if scheme is None else dict.fromkeys(inner_linears(model), scheme))
+
+    return build
+
+
 def gpt2(only: str = "") -> Callable[[], PreTrainedModel]:
     def build() -> PreTrainedModel:
         torch.manual_seed(0)
@@ -218,6 +230,8 @@ ROWS: dict[str, Row] = {
     "unevenly pruned, w4": Row(pruned({1: 64, 3: 48}, W4), "shape"),
     # 78 and 80 columns of 4 bits fill the same 10 words: only the out dimension of up and gate tells.
     "unevenly pruned by a hair, w4": Row(pruned({1: 78}, channel(4)), "shape"),
+    "without parts": Row(without_parts(), "shape"),
+    "without parts, w4": Row(without_parts(W4), "shape"),
     "conv1d": Row(gpt2(), "Conv1D"),
     "square conv1d": Row(gpt2("attn.c_proj"), "Conv1D"),
     "t5": Row(t5(head=False), "dequantize"),
