@@ -23,7 +23,7 @@ from hf_shrink.architectures.keys import with_channels, with_depth, with_heads
 from hf_shrink.architectures.probe import ProbeError, build, find_inputs, outputs
 from hf_shrink.architectures.search import find_stacks
 from hf_shrink.architectures.tiny import rebuilt, shrunken
-from hf_shrink.architectures.verify import Probe, check_width, parts_of
+from hf_shrink.architectures.verify import Probe, check_absence, check_width, parts_of
 
 FOUND = "found by the names of its modules, which says nothing of norms"
 
@@ -36,7 +36,8 @@ class Derived:
     reasons: tuple[str, ...]
 
 
-_known: dict[tuple[type, str], Derived] = {}
+_Modules = set[tuple[str, str]]  # every module's place and class
+_known: dict[tuple[type, str], tuple[Derived, _Modules]] = {}
 
 
 def derive(model: PreTrainedModel) -> Derived:
@@ -48,10 +49,13 @@ def derive(model: PreTrainedModel) -> Derived:
     try:
         small = rebuilt(shrunken(model.config))
         key = (kind, json.dumps(small.to_dict(), sort_keys=True, default=str))
-        if key not in _known:
-            with _plain_tensors():
-                _known[key] = _derive(kind, model.config, small)
-        return _known[key]
+        with _plain_tensors():
+            if key not in _known:
+                _known[key] = _derive(kind, small)
+            derived, modules = _known[key]
+            if modules != _structure(build(kind, _dense(model.config), meta=True)):
+                return Derived(None, ("a small copy to verify on has other modules than the model",))
+        return derived
     except (ProbeError, ValueError, TypeError, KeyError, AttributeError) as error:  # a config that cannot be narrow
         return Derived(None, (f"a small copy to verify on: {error}",))
 
@@ -68,14 +72,12 @@ def _plain_tensors() -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def _derive(kind: type[PreTrainedModel], config: PretrainedConfig, small: PretrainedConfig) -> Derived:
+def _derive(kind: type[PreTrainedModel], small: PretrainedConfig) -> tuple[Derived, _Modules]:
     model = build(kind, small)
-    before = _structure(model)
-    if before != _structure(build(kind, _dense(config), meta=True)):
-        return Derived(None, ("a small copy to verify on has other modules than the model",))
+    modules = _structure(model)
     inputs = find_inputs(model)
-    if _structure(model) != before:
-        return Derived(None, ("it exchanges modules of its own while it runs",))
+    if _structure(model) != modules:
+        return Derived(None, ("it exchanges modules of its own while it runs",)), modules
     probe = Probe(model, inputs, outputs(model, inputs))
     reasons: list[str] = []
     specs = []
@@ -84,7 +86,7 @@ def _derive(kind: type[PreTrainedModel], config: PretrainedConfig, small: Pretra
         specs.append(_stack(probe, stack, names, reasons))
     usable = any(s.attention or s.cross_attention or s.mlp or s.depth_fixed is None for s in specs)
     family = Family((small.model_type,), tuple(specs)) if usable else None
-    return Derived(family, tuple(reasons))
+    return Derived(family, tuple(reasons)), modules
 
 
 def _dense(config: PretrainedConfig) -> PretrainedConfig:
@@ -95,7 +97,7 @@ def _dense(config: PretrainedConfig) -> PretrainedConfig:
     return again
 
 
-def _structure(model: nn.Module) -> set[tuple[str, str]]:
+def _structure(model: nn.Module) -> _Modules:
     """Every module's place and class, however many experts there are."""
     return {(re.sub(r"experts\.\d+", "experts.*", name), type(m).__name__) for name, m in model.named_modules()}
 
@@ -131,11 +133,24 @@ def _with_attention(
             found = dataclasses.replace(spec, **{part: form})  # type: ignore[arg-type]
             failed = check_width(probe, found, part)
             if failed is None:
+                found = _with_absence(probe, found, part, form)
                 return with_heads(probe, found, part, _bound_parts(probe, found, part))
             reason = reason or failed
     if part == "attention":
         reasons.append(f"{spec.name}: {reason or 'no attention with query, key, value and output was found'}")
     return spec
+
+
+def _with_absence(probe: Probe, spec: Stack, part: str, form: Attention) -> Stack:
+    """`spec` with what an attention returns behind its output, or why it cannot be taken out whole."""
+    reason = None
+    for returns in ((None,), (None, None), ()):
+        found = dataclasses.replace(spec, **{part: dataclasses.replace(form, returns=returns)})  # type: ignore[arg-type]
+        failed = check_absence(probe, found, part)
+        if failed is None:
+            return found
+        reason = reason or failed
+    return dataclasses.replace(spec, **{part: dataclasses.replace(form, whole=reason)})  # type: ignore[arg-type]
 
 
 def _with_mlp(probe: Probe, spec: Stack, proposed: list[list[Mlp]], reasons: list[str]) -> Stack:
@@ -146,6 +161,9 @@ def _with_mlp(probe: Probe, spec: Stack, proposed: list[list[Mlp]], reasons: lis
         found = dataclasses.replace(spec, mlp=form.mlp)
         failed = check_width(probe, found, "mlp")
         if failed is None:
+            found = dataclasses.replace(
+                found, mlp=dataclasses.replace(form.mlp, whole=check_absence(probe, found, "mlp"))
+            )
             with_key = with_channels(probe, found, _bound_parts(probe, found, "mlp")).mlp
             assert isinstance(with_key, Mlp)
             accepted.append(with_key)

@@ -14,6 +14,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
+from hf_shrink.architectures.absent import take_parts
 from hf_shrink.architectures.base import Stack
 from hf_shrink.architectures.bound import BoundAttention, BoundMlp, BoundStack
 from hf_shrink.architectures.declared import bind_stack
@@ -23,6 +24,7 @@ from hf_shrink.architectures.probe import TOLERANCE, VISIBLE, Inputs, ProbeError
 from hf_shrink.architectures.tiny import rebuilt
 from hf_shrink.errors import ArchitectureError
 
+READERS: dict[type, str] = {BoundAttention: "output", BoundMlp: "down"}  # the roles that read units
 Part = BoundAttention | BoundMlp
 Keep = Callable[[Part, int], Sequence[int]]  # the units of a part to keep, in the block of that number
 
@@ -76,6 +78,25 @@ def check_width(probe: Probe, spec: Stack, name: str) -> str | None:
     return probe.judge(found, expected, what)
 
 
+def check_absence(probe: Probe, spec: Stack, name: str) -> str | None:
+    """Why the parts `name` cannot be taken out of all blocks but the first; None when that equals masking them."""
+    what = f"taking out {name.replace('_', ' ')}"
+
+    def kept(part: Part, block: int) -> Sequence[int]:
+        return () if block else range(len(part.slot(READERS[type(part)]).index))
+
+    try:
+        with _masked(probe.model, spec, name, kept):
+            expected = outputs(probe.model, probe.inputs)
+        smaller = copy.deepcopy(probe.model)
+        for block in _bound(smaller, spec).blocks[1:]:
+            if getattr(block, name) is not None:
+                take_parts(block.module, spec, [name])
+        return probe.judge(outputs(smaller, probe.inputs), expected, what)
+    except (ArchitectureError, ProbeError) as error:
+        return f"{what}: {error}"
+
+
 def cut_model(model: PreTrainedModel, spec: Stack, name: str, keep: Keep) -> PreTrainedModel:
     """A copy without the units that are not kept."""
     smaller = copy.deepcopy(model)
@@ -109,7 +130,7 @@ def _masked(model: nn.Module, spec: Stack, name: str, keep: Keep) -> Iterator[No
     """The model with zero columns where other matrices read the units that are not kept."""
     undo: list[tuple[Tensor, Tensor]] = []
     for block, part in parts_of(_bound(model, spec), name):
-        slot = part.slot("down" if isinstance(part, BoundMlp) else "output")
+        slot = part.slot(READERS[type(part)])
         weight = matrix(part.modules[slot.path])
         undo.append((weight, weight.clone()))
         kept = set(keep(part, block))

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
@@ -18,9 +18,10 @@ from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.experts import starved_note
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
 from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
@@ -34,7 +35,9 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import is_uneven, settle_config
+from hf_shrink.surgery import cut_experts, is_uneven, settle_config, stack_configs
+
+COARSE = 4  # bits up to which a weight's error is far above what products in bfloat16 add
 
 
 def apply_plan(
@@ -167,7 +170,11 @@ class _Run:
         if solves or refits or scales:
             given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts, "padded": batches is None}
+                settings: dict[str, Any] = {
+                    "starved_experts": self.plan.starved_experts,
+                    "padded": batches is None,
+                    "fast": bool(self.schemes) and all(s.bits <= COARSE for s in self.schemes.values()),
+                }
                 self.walk = StackWalk(self.model, modules, given, **settings)
                 if solves and (self.learning is not None or self.follows):
                     everything = self.learning is not None
@@ -195,11 +202,14 @@ class _Run:
         if self.dense is not None and not goes_along:
             with self.timed("calibrate"):
                 self.dense.advance()
+        if plan.experts is not None:
+            cut_experts(self._now(stack, block), plan, stack_configs(self.model, stack)[0])
+            block = self._now(stack, block)
         if not plan.keeps_all:
             walk = self.walk if self.plan.refit else None
             cut_and_refit(self.model, block, plan, walk, self.timed)
         if self.scaler.scalings and paths:
-            cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
+            cut = block if plan.keeps_all else self._now(stack, block)
             with self.timed("transform"):
                 self.scaler.scale(self.walk, stack.spec, cut, stored)
         if self.walk is None:
@@ -220,7 +230,11 @@ class _Run:
         else:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
-        self.moved = None if passed is None else _relative_error(passed, inputs)
+        self.moved = None if passed is None else passed.relative_error(inputs)
+
+    def _now(self, stack: BoundStack, block: BoundBlock) -> BoundBlock:
+        """The block as it is bound at present: its experts may have been taken apart since, its units cut."""
+        return bind(self.model).stack(stack.name).blocks[block.index]
 
     def _pack_on_the_way(
         self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool, goes_along: bool
@@ -280,9 +294,3 @@ class _Run:
         else:
             self.phases.append(phase)
         self.since = now
-
-
-def _relative_error(passed: Passed, inputs: Tensor) -> float:
-    """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
-    size = (passed.before - inputs).float().square().sum()
-    return float((passed.after - passed.before).float().square().sum() / size.clamp_min(1e-30))

@@ -22,10 +22,7 @@ def test_an_unknown_family_can_be_quantized_but_not_pruned() -> None:
     assert [stack.path for stack in binding.stacks] == ["model.layers"]
     linears = {name for name, m in model.named_modules() if isinstance(m, nn.Linear) and ".layers." in name}
     assert {path for block in binding.blocks for path in block.roles} == linears
-    with pytest.raises(
-        ArchitectureError,
-        match=r"could not be found and verified \(a small copy to verify on: nothing that it reads is known\)",
-    ):
+    with pytest.raises(ArchitectureError, match=r"could not be found and verified .*nothing that it reads is known"):
         binding.require_roles()
     with pytest.raises(ArchitectureError, match="no role table"):
         apply_structure(model, Plan(binding.model_type, {"model.layers": StackPlan((0, 1))}))

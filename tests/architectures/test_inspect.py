@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conformance.cases import CASES
+from tiny import tiny_unknown
 
 from hf_shrink.architectures.inspect import Heads, describe
 from hf_shrink.plan import BlockPlan, Plan, StackPlan

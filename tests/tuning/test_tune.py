@@ -10,9 +10,10 @@ from tiny import tiny_llama
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
 
 from hf_shrink import shrink
+from hf_shrink.architectures import bind
+from hf_shrink.calibration.rerunning import rerunning_blocks
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.tuning import Teacher, Tuning, tune
-from hf_shrink.tuning.distill import rerunning_blocks
 
 SCHEME = {"scheme": "W2A16", "group_size": 16, "symmetric": False}
 
@@ -133,7 +134,7 @@ def test_blocks_that_run_again_give_the_same_gradients() -> None:
     model.zero_grad()
     runs = []
     hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    with rerunning_blocks(model):
+    with rerunning_blocks([block.module for block in bind(model).blocks]):
         teacher.loss(model, 0).backward()
     hook.remove()
     assert len(runs) == 2
@@ -154,6 +155,7 @@ def test_one_batch_is_not_enough() -> None:
         ({"step": 3}, "did you mean 'steps'"),
         ({"learning_rate": 0.1}, "needs steps"),
         ({"steps": 0}, "whole number"),
+        ({"steps": 3, "tokens": 0.5}, "tune.tokens must be a whole number"),
         ({"steps": 3, "rounding": "yes"}, "true, false or auto"),
         ({"steps": 3, "held_out": 1.0}, "above 0 and below 1"),
     ],
@@ -169,6 +171,6 @@ def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CalibrationError, match=r"not finite.*learning_rate"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher, "loss", lambda m, i: sum(p.sum() for p in m.parameters() if p.requires_grad) * torch.nan)
-        tune(model, teacher, len(data), Tuning(steps=2), 0, lambda *_: None)
+        tune(model, teacher, Tuning(steps=2), 0, lambda *_: None)
     for name, tensor in before.items():
         assert torch.equal(tensor, model.state_dict()[name])
