@@ -34,7 +34,7 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import is_uneven, settle_config
+from hf_shrink.surgery import cut_block, is_uneven, settle_config
 
 
 def apply_plan(
@@ -123,7 +123,7 @@ class _Run:
     done: int = 0
     walk: StackWalk | None = None
     learning: Learning | None = None
-    dense: DenseStream | None = None  # where a method learns
+    dense: DenseStream | None = None  # where a method learns or follows, or matrices are refitted
     moved: float | None = None  # relative error of the last block's output
     phases: list[str] = field(default_factory=list)
     since: float = 0.0
@@ -169,9 +169,11 @@ class _Run:
             with self.timed("calibrate"):
                 settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts, "padded": batches is None}
                 self.walk = StackWalk(self.model, modules, given, **settings)
-                if solves and (self.learning is not None or self.follows):
-                    everything = self.learning is not None
-                    self.dense = DenseStream(self.model, modules, given, everything=everything, **settings)
+                if refits or (solves and (self.learning is not None or self.follows)):
+                    everything = self.learning is not None or refits
+                    self.dense = DenseStream(
+                        self.model, modules, given, everything=everything, measure_all=refits, **settings
+                    )
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -192,12 +194,19 @@ class _Run:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
         paths = [path for path in self.schemes if path.startswith(block.path + ".")]
         goes_along = self.follows and plan.keeps_all and bool(paths)  # through the block's stages, see `DenseStream`
-        if self.dense is not None and not goes_along:
+        refits = self.walk is not None and self.plan.refit and not plan.keeps_all
+        if self.dense is not None and not goes_along and not refits:
             with self.timed("calibrate"):
                 self.dense.advance()
-        if not plan.keeps_all:
-            walk = self.walk if self.plan.refit else None
-            cut_and_refit(self.model, block, plan, walk, self.timed)
+        if refits:
+            assert self.walk is not None
+            inputs, on = self.walk.hidden[0], further and not paths
+            passed = cut_and_refit(self.model, block, plan, self.walk, self.dense, self.timed, further=on)
+            if passed is not None and not paths:
+                self.moved = _relative_error(passed, inputs)
+                return
+        elif not plan.keeps_all:
+            cut_block(block, plan)
         if self.scaler.scalings and paths:
             cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
             with self.timed("transform"):
@@ -206,7 +215,6 @@ class _Run:
             self._pack(dict.fromkeys(paths), stored)
             return
         inputs = self.walk.hidden[0]
-        passed: Passed | None
         if self.learning is not None and self.dense is not None and paths:
             walk = self.walk
             passed = self.learning.block(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.registry import Registry
 
 
@@ -20,20 +21,23 @@ class UnitView:
             gate), biases aside. For query heads only the query's: keys and values stay when a head goes.
         columns: float32 (out, units, width) of the matrix that reads them (output or down).
         second_moment: float32 (units * width, units * width), the mean of x x^T over the inputs of that matrix, ordered
-            as `columns`; None when the method needs no statistics.
+            as `columns`; None when the method needs no statistics. Where a refit puts their mean into a bias, of
+            the inputs without their mean.
+        groups: query heads: the number of KV groups, which all lose a head before any loses its next; else None.
     """
 
     rows: tuple[Tensor, ...]
     columns: Tensor
     second_moment: Tensor | None = None
+    groups: int | None = None
 
     @property
     def units(self) -> int:
         return self.columns.shape[1]
 
 
-class WidthMethod(Protocol):
-    """Scores units.
+class ScoringMethod(Protocol):
+    """Scores units one by one.
 
     Scores add up: what it costs to lose several units is the sum of their scores. So a norm is returned squared; a
     block's scores are only ever compared after division by their total.
@@ -44,6 +48,24 @@ class WidthMethod(Protocol):
     def score(self, view: UnitView) -> Tensor:
         """Importance of every unit, float32 (units,), at least 0; higher is more important."""
         ...
+
+
+@runtime_checkable
+class OrderingMethod(Protocol):
+    """Says in which order units go, where what one costs depends on which others are gone."""
+
+    needs_statistics: ClassVar[bool]
+
+    def curve(self, view: UnitView) -> RemovalCurve:
+        """All units in the order in which they go. Losses are in the same measure for every view of one matrix."""
+        ...
+
+    def improved(self, view: UnitView, removed: Tensor) -> Tensor:
+        """A set of units to remove that is no worse than `removed`, int64 ascending, and as large (in every group)."""
+        ...
+
+
+WidthMethod = ScoringMethod | OrderingMethod
 
 
 class DepthProblem(Protocol):

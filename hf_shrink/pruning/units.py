@@ -12,6 +12,11 @@ from hf_shrink.architectures.linears import matrix
 from hf_shrink.pruning.base import UnitView
 
 
+def reader(part: BoundAttention | BoundMlp) -> Slot:
+    """Where a part's units are read: the columns of its output or down matrix."""
+    return part.slot("down" if isinstance(part, BoundMlp) else "output")
+
+
 def group_view(attention: BoundAttention, moment: Tensor | None) -> UnitView:
     """KV groups, each with its query heads. `moment`: mean x x^T of the output matrix's input, in the model's order."""
     groups = attention.kv_heads
@@ -24,7 +29,8 @@ def head_view(attention: BoundAttention, moment: Tensor | None) -> UnitView:
     """Query heads; keys and values stay when one goes, so they are not shown."""
     heads, output = attention.heads, attention.slot("output")
     rows = (_rows(attention.modules, attention.slot("query"), heads),)
-    return UnitView(rows, _columns(attention.modules, output, heads), _in_unit_order(moment, output))
+    columns = _columns(attention.modules, output, heads)
+    return UnitView(rows, columns, _in_unit_order(moment, output), groups=attention.kv_heads)
 
 
 def channel_view(mlp: BoundMlp, moment: Tensor | None) -> UnitView:
