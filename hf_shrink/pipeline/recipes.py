@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
-from hf_shrink.pruning.base import DEPTH, WIDTH, DepthMethod, WidthMethod
+from hf_shrink.pruning.base import DEPTH, EXPERTS, WIDTH, DepthMethod, ExpertMethod, GradientMethod, WidthMethod
 from hf_shrink.quantization.base import METHODS, Method, ModelMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
@@ -55,10 +55,8 @@ def check_methods(recipe: Recipe) -> None:
             quantization_method(step)
             build_transforms(step.transforms)
             Tuning.from_options(step.tune)
-        elif step.what == "depth":
-            depth_method(step)
         else:
-            width_method(step)
+            PRUNE_METHODS[step.what](step)
 
 
 def quantization_method(step: QuantizeStep) -> Method:
@@ -88,6 +86,18 @@ def width_method(step: PruneStep) -> WidthMethod:
     return WIDTH.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def expert_method(step: PruneStep) -> ExpertMethod:
+    return EXPERTS.build(step.method, step.options, _own_keys(PruneStep))
+
+
+# How the method of a step is made, by what is pruned.
+PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {
+    "depth": depth_method,
+    "experts": expert_method,
+    "width": width_method,
+}
+
+
 def _own_keys(step: type[Any]) -> set[str]:
     return {field.name for field in fields(step)} - {"options"}
 
@@ -98,10 +108,11 @@ def needs_calibration(recipe: Recipe) -> bool:
         if isinstance(step, QuantizeStep):
             parts = quantization_method(step), *build_transforms(step.transforms)
             needed = any(part.needs_statistics for part in parts) or bool(step.tune)
-        elif step.what == "depth":
+        elif step.what in ("depth", "experts"):
             needed = True
         else:
-            needed = step.refit or width_method(step).needs_statistics
+            method = width_method(step)
+            needed = step.refit or method.needs_statistics or isinstance(method, GradientMethod)
         if needed:
             return True
     return False

@@ -8,6 +8,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from hf_shrink.calibration.labels import Labels
 from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.registry import Registry
 
@@ -23,17 +24,33 @@ class UnitView:
         second_moment: float32 (units * width, units * width), the mean of x x^T over the inputs of that matrix, ordered
             as `columns`; None when the method needs no statistics. Where a refit puts their mean into a bias, of
             the inputs without their mean.
+        mask_gradients: float32 (samples, units), the gradient of each calibration sample's loss by a mask on the unit,
+            at 1; None for methods that need none.
         groups: query heads: the number of KV groups, which all lose a head before any loses its next; else None.
     """
 
     rows: tuple[Tensor, ...]
     columns: Tensor
     second_moment: Tensor | None = None
+    mask_gradients: Tensor | None = None
     groups: int | None = None
 
     @property
     def units(self) -> int:
         return self.columns.shape[1]
+
+
+@runtime_checkable
+class GradientMethod(Protocol):
+    """What a width method that reads `UnitView.mask_gradients` has besides.
+
+    Attributes:
+        tokens: about how many calibration tokens to take gradients on; None: all.
+        labels: what the loss is of: the data's labels, those that the model draws itself, or either ("auto").
+    """
+
+    tokens: int | None
+    labels: Labels
 
 
 class ScoringMethod(Protocol):
@@ -109,5 +126,34 @@ class DepthMethod(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class ExpertView:
+    """What a scorer sees of the experts of one block, measured on calibration data, padding left out.
+
+    Attributes:
+        tokens: int64 (experts,), the tokens that the router sent to each.
+        mass: float64 (experts,), the sum of the router's weights over these tokens.
+        energy: float64 (experts,), the sum of the router's weight times the L2 norm of the expert's output.
+        likeness: float64 (experts, experts), the cosine between two experts' router logits over all tokens.
+    """
+
+    tokens: Tensor
+    mass: Tensor
+    energy: Tensor
+    likeness: Tensor
+
+
+class ExpertMethod(Protocol):
+    """Scores experts. `merge`: whether removed ones are merged into what is kept."""
+
+    @property
+    def merge(self) -> bool: ...
+
+    def score(self, view: ExpertView) -> Tensor:
+        """Importance of every expert, float64 (experts,); higher is more important."""
+        ...
+
+
 WIDTH: Registry[WidthMethod] = Registry("width pruning method", "hf_shrink.pruning.width")
 DEPTH: Registry[DepthMethod] = Registry("depth pruning method", "hf_shrink.pruning.depth")
+EXPERTS: Registry[ExpertMethod] = Registry("expert pruning method", "hf_shrink.pruning.experts")

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp
+from hf_shrink.calibration.precision import float32_for_now
 from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.plan import BlockPlan
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.allocate import Request, allocate
-from hf_shrink.pruning.base import WidthMethod
+from hf_shrink.pruning.base import GradientMethod, WidthMethod
 from hf_shrink.pruning.curves import PartCurves
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.prunable import Prunable, config_key, find_prunable
 from hf_shrink.pruning.scorer import Scorer
-from hf_shrink.pruning.sensitivity import Sensitivity
+from hf_shrink.pruning.sensitivities import mask_gradients
 from hf_shrink.pruning.shares import parts_of
+from hf_shrink.pruning.trials import Trials
 from hf_shrink.pruning.units import reader
 from hf_shrink.recipe import PruneStep
 
@@ -57,7 +57,7 @@ def plan_width(
         batches: model inputs; unused when the method needs no statistics.
         portable: only what stock transformers can load: the same counts in all blocks, heads only where the config has
             a head size of its own.
-        seed: chooses the samples that sensitivity is measured on.
+        seed: which calibration samples are used where only some are looked at.
 
     Raises:
         ArchitectureError: the family has no role table.
@@ -72,9 +72,9 @@ def plan_width(
     total = sum(stack.parameters for stack in binding.stacks)
     request = Request(total, step.ratio, step.units, portable, measured=_compares(binding, prunable, method, portable))
     with Shelf() as shelf:
-        scorer = Scorer(method, step, shelf)
+        scorer = Scorer(method, step, shelf, _gradients(model, binding, prunable, method, batches, seed, progress))
         if request.measured:
-            scorer.sensitivity = Sensitivity(model, binding, batches, seed)
+            scorer.trials = Trials(model, binding, batches, seed)
         curves = _curves(model, binding, prunable, scorer, batches, progress)
         if not request.measured:
             curves = {key: found.shares for key, found in curves.items()}
@@ -84,7 +84,8 @@ def plan_width(
             progress("choosing units", done, len(allocation.kept))
             better = kept if part.tied is not None else scorer.improved(part.block, part.kind, kept)
             plan = plans.get(part.block, BlockPlan())
-            plans[part.block] = dataclasses.replace(plan, **{FIELDS[part.kind]: better})
+            change: dict[str, Any] = {FIELDS[part.kind]: better}
+            plans[part.block] = dataclasses.replace(plan, **change)
         progress("choosing units", len(allocation.kept), len(allocation.kept))
     return WidthPlan(plans, [*prunable.notes, *allocation.notes])
 
@@ -134,29 +135,48 @@ def _curves(
     return curves
 
 
+def _gradients(
+    model: nn.Module,
+    binding: Binding,
+    prunable: Prunable,
+    method: WidthMethod,
+    batches: Sequence[Mapping[str, Any]],
+    seed: int,
+    progress: ProgressCallback,
+) -> dict[str, Tensor]:
+    """Mask gradients at the inputs of every matrix that reads units which may go, by path."""
+    if not isinstance(method, GradientMethod):
+        return {}
+    parts = [
+        part
+        for stack in binding.stacks
+        for block in stack.blocks
+        for kind in FIELDS
+        if (stack.name, kind) in prunable.kinds and (part := getattr(block, kind)) is not None
+    ]
+    readers = {path: part.modules[path] for part in parts for path in [reader(part).path]}
+    blocks = [block.module for block in binding.blocks]
+    return mask_gradients(
+        model,
+        blocks,
+        readers,
+        batches,
+        tokens=method.tokens,
+        labels=method.labels,
+        seed=seed,
+        progress=progress,
+    )
+
+
 def _statistics(
     walk: StackWalk | None, block: BoundBlock, parts: Mapping[Kind, BoundAttention | BoundMlp], *, last: bool
 ) -> dict[Kind, InputStatistics]:
     """Of the inputs of what reads each part's units; the walk goes on to the next block."""
     if walk is None:
         return {}
-    with _in_float32(block.module):
+    with float32_for_now(block.module):
         readers = {kind: reader(part).path for kind, part in parts.items()}
         found = walk.statistics({path: parts[kind].modules[path] for kind, path in readers.items()})
         if not last:
             walk.advance()
     return {kind: found[path] for kind, path in readers.items()}
-
-
-@contextmanager
-def _in_float32(block: nn.Module) -> Iterator[None]:
-    """The block in float32 while it computes; afterwards its own tensors are back, untouched."""
-    tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point() and t.dtype != torch.float32]
-    stored = [t.data for t in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, data in zip(tensors, stored, strict=True):
-            tensor.data = data

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -16,7 +16,7 @@ from hf_shrink.pruning.base import OrderingMethod, WidthMethod
 from hf_shrink.pruning.curves import PartCurves, curve_of
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.refit import refit_reader
-from hf_shrink.pruning.sensitivity import Sensitivity
+from hf_shrink.pruning.trials import Trials
 from hf_shrink.pruning.units import channel_view, group_view, head_view, reader
 from hf_shrink.recipe import PruneStep
 
@@ -29,13 +29,15 @@ class Scorer:
 
     Attributes:
         shelf: for the second moments of all parts that may be improved in the end.
-        sensitivity: measures what losses cost; None: losses are as the method gives them.
+        gradients: by a mask on each input of a reading matrix, by its path, for methods that look at them.
+        trials: measures what losses cost; None: losses are as the method gives them.
     """
 
     method: WidthMethod
     step: PruneStep
     shelf: Shelf
-    sensitivity: Sensitivity | None = None
+    gradients: Mapping[str, Tensor] = field(default_factory=dict)
+    trials: Trials | None = None
     _parts: dict[tuple[Block, Kind], tuple[BoundAttention | BoundMlp, Tensor | None]] = field(default_factory=dict)
 
     def curves(
@@ -46,13 +48,14 @@ class Scorer:
         if statistics is not None:
             centred = self.step.refit and bias_of(part.modules[reader(part).path]) is not None
             moment = statistics.covariance if centred else statistics.mean
+        gradients = self.gradients.get(reader(part).path)
         if isinstance(part, BoundMlp):
-            found = PartCurves(curve_of(self.method, channel_view(part, moment), part.path))
+            found = PartCurves(curve_of(self.method, channel_view(part, moment, gradients), part.path))
         else:
-            heads = curve_of(self.method, head_view(part, moment), part.path)
-            found = PartCurves(heads, curve_of(self.method, group_view(part, moment), part.path))
-        if self.sensitivity is not None and statistics is not None:
-            found = found.scaled(self._cost_of_loss(self.sensitivity, block, part, found, statistics))
+            heads = curve_of(self.method, head_view(part, moment, gradients), part.path)
+            found = PartCurves(heads, curve_of(self.method, group_view(part, moment, gradients), part.path))
+        if self.trials is not None and statistics is not None:
+            found = found.scaled(self._cost_of_loss(self.trials, block, part, found, statistics))
         if isinstance(self.method, OrderingMethod):
             if moment is not None:
                 self.shelf.take(len(self._parts), [moment])
@@ -84,7 +87,7 @@ class Scorer:
 
     def _cost_of_loss(
         self,
-        sensitivity: Sensitivity,
+        trials: Trials,
         block: Block,
         part: BoundAttention | BoundMlp,
         curves: PartCurves,
@@ -107,7 +110,7 @@ class Scorer:
             masked[:, kept], bias = refitted.weight, refitted.bias
         else:
             masked[:, kept] = weight[:, kept]
-        return sensitivity.divergence(block, module, masked, bias) / loss
+        return trials.divergence(block, module, masked, bias) / loss
 
 
 def _probe(part: BoundAttention | BoundMlp, curves: PartCurves, ratio: float) -> tuple[list[int], float]:

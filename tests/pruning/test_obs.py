@@ -17,7 +17,7 @@ from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.pruning.base import WIDTH
 from hf_shrink.pruning.plan_width import WidthPlan, plan_width
 from hf_shrink.pruning.refit import refit_reader
-from hf_shrink.pruning.sensitivity import Sensitivity
+from hf_shrink.pruning.trials import Trials
 from hf_shrink.pruning.units import channel_view, group_view, head_view
 from hf_shrink.recipe import PruneStep
 
@@ -124,12 +124,12 @@ def test_portable_takes_from_where_the_predictions_need_it_least() -> None:
     assert all(p.query_heads is None for p in planned(model, 0.25).blocks.values())
 
 
-def test_sensitivity_is_the_divergence_of_the_changed_model_and_leaves_the_model_alone() -> None:
+def test_a_trial_is_the_divergence_of_the_changed_model_and_leaves_the_model_alone() -> None:
     model, data = tiny_llama(), tokens(1, 2, 30)
-    sensitivity = Sensitivity(model, bind(model), data, seed=0)
+    trials = Trials(model, bind(model), data, seed=0)
     module = model.model.layers[2].mlp.down_proj
     own, changed = module.weight.detach().clone(), module.weight.detach() * 0.5
-    found = sensitivity.divergence(("decoder", 2), module, changed, None)
+    found = trials.divergence(("decoder", 2), module, changed, None)
     assert torch.equal(module.weight, own)
     with torch.no_grad():
         dense = keep(predictions_of(model(**data[0]), data[0]))

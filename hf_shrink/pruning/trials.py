@@ -21,7 +21,7 @@ KEPT_BYTES = 400 * 2**20  # of the dense model's log-probabilities
 LEAST = 1e-7  # nats; smaller divergences are rounding errors
 
 
-class Sensitivity:
+class Trials:
     """KL(dense || changed) of the predictions when one matrix of the dense model is another.
 
     What every block puts out is kept, so that a measurement runs only the blocks from the changed one on.
@@ -32,7 +32,7 @@ class Sensitivity:
 
     def __init__(self, model: nn.Module, binding: Binding, batches: Sequence[Mapping[str, Any]], seed: int) -> None:
         if not batches:
-            raise CalibrationError("there is no calibration data to measure sensitivity on")
+            raise CalibrationError("there is no calibration data to try removals on")
         self._model = model
         owners = [(stack.name, block) for stack in binding.stacks for block in stack.blocks]
         self._blocks = {number: block.module for number, (_, block) in enumerate(owners)}
