@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
@@ -16,9 +16,10 @@ from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.experts import starved_note
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.clock import Clock
 from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
@@ -34,6 +35,8 @@ from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, Qua
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
 from hf_shrink.surgery import consumer_cuts, cut_block, cut_experts, is_uneven, settle_config, stack_configs
+
+COARSE = 4  # bits up to which a weight's error is far above what products in bfloat16 add
 
 
 def apply_plan(
@@ -167,7 +170,11 @@ class _Run:
         if solves or refits or scales:
             given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts, "padded": batches is None}
+                settings: dict[str, Any] = {
+                    "starved_experts": self.plan.starved_experts,
+                    "padded": batches is None,
+                    "fast": bool(self.schemes) and all(s.bits <= COARSE for s in self.schemes.values()),
+                }
                 self.walk = StackWalk(self.model, modules, given, **settings)
                 if refits or (solves and (self.learning is not None or self.follows)):
                     everything = self.learning is not None or refits
@@ -206,7 +213,7 @@ class _Run:
             inputs, on = self.walk.hidden[0], further and not paths
             passed = cut_and_refit(self.model, block, plan, self.walk, self.dense, self.timed, further=on)
             if passed is not None and not paths:
-                self.moved = _relative_error(passed, inputs)
+                self.moved = passed.relative_error(inputs)
                 return
         elif not plan.keeps_all:
             cut_block(block, plan)
@@ -231,7 +238,7 @@ class _Run:
         else:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
-        self.moved = None if passed is None else _relative_error(passed, inputs)
+        self.moved = None if passed is None else passed.relative_error(inputs)
 
     def _now(self, stack: BoundStack, block: BoundBlock) -> BoundBlock:
         """The block as it is bound at present: its experts may have been taken apart since, its units cut."""
@@ -276,9 +283,3 @@ class _Run:
 
     def task(self, path: str, statistics: InputStatistics | None, stored: torch.dtype) -> Task:
         return Task(path, self.model.get_submodule(path), self.schemes[path], statistics, stored)
-
-
-def _relative_error(passed: Passed, inputs: Tensor) -> float:
-    """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
-    size = (passed.before - inputs).float().square().sum()
-    return float((passed.after - passed.before).float().square().sum() / size.clamp_min(1e-30))

@@ -12,8 +12,9 @@ from hf_shrink.architectures.binding import bind
 from hf_shrink.architectures.bound import BoundBlock
 from hf_shrink.architectures.linears import bias_of, matrix
 from hf_shrink.calibration.dense_stream import DenseStream
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.pipeline.kept import KeptStack
 from hf_shrink.plan import BlockPlan, StackPlan
 from hf_shrink.pruning.refit import refit_reader

@@ -85,44 +85,74 @@ class OrderingMethod(Protocol):
 WidthMethod = ScoringMethod | OrderingMethod
 
 
-class DepthProblem(Protocol):
-    """A model seen as numbered blocks, which can be measured with some of them left out.
+@dataclass(frozen=True)
+class Look:
+    """How closely a measurement looks.
 
     Attributes:
-        labels: what to call each block in reports.
+        tokens: calibration tokens that run through the model, rounded up to whole samples.
+        predictions: how many of their predictions are compared, evenly spread; the output head runs on these only.
+        fast: multiply in bfloat16 where that is native.
+    """
+
+    tokens: int
+    predictions: int
+    fast: bool = False
+
+
+class DepthProblem(Protocol):
+    """A model seen as numbered items (blocks, or parts of blocks), which can be measured with some of them left out.
+
+    Attributes:
+        labels: what to call each item in reports.
+        sizes: what each takes towards the goal.
+        stacks: the number of the stack that each lies in; neighbours with the same number are neighbours there.
     """
 
     labels: tuple[str, ...]
+    sizes: tuple[int, ...]
+    stacks: tuple[int, ...]
 
     def candidates(self, removed: Sequence[int]) -> tuple[int, ...]:
-        """The blocks that may go next, ascending: at least one is left in every stack."""
+        """The items that may go next, ascending: none once the goal is reached."""
+        ...
+
+    def allowed(self, removed: Sequence[int]) -> bool:
+        """Whether the model works without these, whatever the goal is."""
         ...
 
     def influences(self, removed: Sequence[int], tokens: int | None = None) -> Mapping[int, float]:
         """Mean over tokens of 1 - cos(input, output) of every block left, without the `removed` ones."""
         ...
 
-    def divergences(self, removed: Sequence[int], candidates: Sequence[int], tokens: int) -> Mapping[int, float]:
-        """How far the model's predictions move from the dense ones without `removed` and one candidate more.
+    def divergences(self, base: Sequence[int], trials: Sequence[Sequence[int]], look: Look) -> list[float]:
+        """How far the model's predictions move from the dense ones without the items of each trial.
 
         KL(dense || pruned) in nats a prediction; 1 - cos of the last hidden states where the model predicts nothing.
+        A trial costs what runs behind the first block in which it differs from `base`.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One block taken out, and the damage that the method predicts of it."""
+    """One item taken out, and the damage that the method predicts of it."""
 
-    block: int
+    item: int
     damage: float
 
 
 class DepthMethod(Protocol):
-    """Chooses blocks."""
+    """Chooses items.
+
+    Attributes:
+        takes_parts: whether it can choose among parts of blocks.
+    """
+
+    takes_parts: ClassVar[bool]
 
     def removals(self, problem: DepthProblem) -> Iterator[Removal]:
-        """Blocks in the order in which they go; the planner stops asking when it has enough."""
+        """What goes, until the problem has no more candidates."""
         ...
 
 

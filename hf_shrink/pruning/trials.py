@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.linears import bias_of, matrix
 from hf_shrink.calibration.capture import model_inputs
-from hf_shrink.calibration.predictions import Predictions, divergence, keep, predictions_of
+from hf_shrink.calibration.predictions import divergence
 from hf_shrink.errors import CalibrationError
+from hf_shrink.pruning.predicting import Predictor
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
 
 TOKENS = 1024
+PREDICTIONS = 512  # of them are compared
 KEPT_BYTES = 400 * 2**20  # of the dense model's log-probabilities
 LEAST = 1e-7  # nats; smaller divergences are rounding errors
 
@@ -27,24 +28,24 @@ class Trials:
     What every block puts out is kept, so that a measurement runs only the blocks from the changed one on.
 
     Args:
-        batches: model inputs; about TOKENS tokens of them are used.
+        batches: model inputs; about TOKENS tokens of them run, and PREDICTIONS of their predictions are compared.
     """
 
     def __init__(self, model: nn.Module, binding: Binding, batches: Sequence[Mapping[str, Any]], seed: int) -> None:
         if not batches:
             raise CalibrationError("there is no calibration data to try removals on")
-        self._model = model
         owners = [(stack.name, block) for stack in binding.stacks for block in stack.blocks]
         self._blocks = {number: block.module for number, (_, block) in enumerate(owners)}
         self._numbers = {(name, block.index): number for number, (name, block) in enumerate(owners)}
         self._samples = [model_inputs(model, batch) for batch in choose(batches, TOKENS, seed)]
-        self._dense: list[Predictions] = []
+        self._predictor = Predictor(model, fast=False)
+        count = len(self._samples)
+        most, largest = -(-PREDICTIONS // count), KEPT_BYTES // count
+        self._dense = [self._predictor.reference(inputs, most, largest) for inputs in self._samples]
         self._outputs: list[dict[int, Any]] = []
         for inputs in self._samples:
             with recording(self._blocks) as outputs:
-                found = predictions_of(self._forward(inputs), inputs)
-            most = KEPT_BYTES // (4 * found.values.shape[1] * len(self._samples))
-            self._dense.append(keep(found.thinned(max(1, most))))
+                self._predictor.run(inputs)
             self._outputs.append(outputs)
 
     def divergence(self, block: tuple[str, int], module: nn.Module, weight: Tensor, bias: Tensor | None) -> float:
@@ -66,7 +67,7 @@ class Trials:
         finally:
             for (place, _), value in zip(places, before, strict=True):
                 place.copy_(value)
-        return max(total / sum(len(reference.values) for reference in self._dense), LEAST)
+        return max(total / sum(len(reference.kept.values) for reference in self._dense), LEAST)
 
     def _divergence(self, number: int, sample: int) -> float:
         outputs, inputs, reference = self._outputs[sample], self._samples[sample], self._dense[sample]
@@ -74,9 +75,4 @@ class Trials:
         if number not in outputs:
             raise CalibrationError("a block never runs on this calibration data; give data that reaches every block")
         with replaying({n: self._blocks[n] for n in order[: order.index(number)]}, outputs):
-            found = self._forward(inputs)
-        return divergence(reference, predictions_of(found, inputs).thinned(len(reference.values)))
-
-    def _forward(self, inputs: Mapping[str, Any]) -> Any:
-        with torch.no_grad():
-            return self._model(**inputs)
+            return divergence(reference.kept, self._predictor.predict(inputs, reference))
