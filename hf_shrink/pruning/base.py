@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from hf_shrink.calibration.labels import Labels
+from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.registry import Registry
 
 
@@ -21,15 +22,18 @@ class UnitView:
             gate), biases aside. For query heads only the query's: keys and values stay when a head goes.
         columns: float32 (out, units, width) of the matrix that reads them (output or down).
         second_moment: float32 (units * width, units * width), the mean of x x^T over the inputs of that matrix, ordered
-            as `columns`; None when the method needs no statistics.
+            as `columns`; None when the method needs no statistics. Where a refit puts their mean into a bias, of
+            the inputs without their mean.
         mask_gradients: float32 (samples, units), the gradient of each calibration sample's loss by a mask on the unit,
             at 1; None for methods that need none.
+        groups: query heads: the number of KV groups, which all lose a head before any loses its next; else None.
     """
 
     rows: tuple[Tensor, ...]
     columns: Tensor
     second_moment: Tensor | None = None
     mask_gradients: Tensor | None = None
+    groups: int | None = None
 
     @property
     def units(self) -> int:
@@ -49,8 +53,8 @@ class GradientMethod(Protocol):
     labels: Labels
 
 
-class WidthMethod(Protocol):
-    """Scores units.
+class ScoringMethod(Protocol):
+    """Scores units one by one.
 
     Scores add up: what it costs to lose several units is the sum of their scores. So a norm is returned squared; a
     block's scores are only ever compared after division by their total.
@@ -61,6 +65,24 @@ class WidthMethod(Protocol):
     def score(self, view: UnitView) -> Tensor:
         """Importance of every unit, float32 (units,), at least 0; higher is more important."""
         ...
+
+
+@runtime_checkable
+class OrderingMethod(Protocol):
+    """Says in which order units go, where what one costs depends on which others are gone."""
+
+    needs_statistics: ClassVar[bool]
+
+    def curve(self, view: UnitView) -> RemovalCurve:
+        """All units in the order in which they go. Losses are in the same measure for every view of one matrix."""
+        ...
+
+    def improved(self, view: UnitView, removed: Tensor) -> Tensor:
+        """A set of units to remove that is no worse than `removed`, int64 ascending, and as large (in every group)."""
+        ...
+
+
+WidthMethod = ScoringMethod | OrderingMethod
 
 
 @dataclass(frozen=True)
