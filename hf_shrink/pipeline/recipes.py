@@ -9,7 +9,17 @@ from typing import Any
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
-from hf_shrink.pruning.base import DEPTH, EXPERTS, WIDTH, DepthMethod, ExpertMethod, GradientMethod, WidthMethod
+from hf_shrink.pruning.base import (
+    DEPTH,
+    EXPERTS,
+    HIDDEN,
+    WIDTH,
+    DepthMethod,
+    ExpertMethod,
+    GradientMethod,
+    HiddenMethod,
+    WidthMethod,
+)
 from hf_shrink.quantization.base import METHODS, Method, ModelMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
@@ -90,9 +100,14 @@ def expert_method(step: PruneStep) -> ExpertMethod:
     return EXPERTS.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def hidden_method(step: PruneStep) -> HiddenMethod:
+    return HIDDEN.build(step.method, step.options, _own_keys(PruneStep))
+
+
 # How the method of a step is made, by what is pruned.
 PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {
     "depth": depth_method,
+    "hidden": hidden_method,
     "experts": expert_method,
     "width": width_method,
 }
@@ -108,7 +123,7 @@ def needs_calibration(recipe: Recipe) -> bool:
         if isinstance(step, QuantizeStep):
             parts = quantization_method(step), *build_transforms(step.transforms)
             needed = any(part.needs_statistics for part in parts) or bool(step.tune)
-        elif step.what in ("depth", "experts"):
+        elif step.what in ("depth", "hidden", "experts"):
             needed = True
         else:
             method = width_method(step)

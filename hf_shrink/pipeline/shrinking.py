@@ -152,7 +152,7 @@ class Job:
             method, spec = plan_method(self.asked), CalibrationSpec()
             solvers = *((method,) if method is not None else ()), *plan_transforms(self.asked)
             needed = any(s.needs_statistics for s in solvers) or (self.asked.refit and self.asked.prunes)
-            needed = needed or bool(self.asked.tune)
+            needed = needed or bool(self.asked.tune) or self.asked.hidden is not None
         if not needed:
             return NO_DATA
         if not isinstance(self.model, PreTrainedModel):

@@ -132,6 +132,20 @@ class ExpertMethod(Protocol):
         ...
 
 
+class HiddenMethod(Protocol):
+    """Chooses the directions of a residual stream that are kept."""
+
+    def directions(self, moment: Tensor) -> Tensor:
+        """An orthogonal matrix, float64 (width, width), its columns the directions, the most important first.
+
+        Args:
+            moment: float64 (width, width), the mean of x x^T over what the norms pass on of the stream, before their
+                weights, over all tokens and all norms.
+        """
+        ...
+
+
 WIDTH: Registry[WidthMethod] = Registry("width pruning method", "hf_shrink.pruning.width")
 DEPTH: Registry[DepthMethod] = Registry("depth pruning method", "hf_shrink.pruning.depth")
 EXPERTS: Registry[ExpertMethod] = Registry("expert pruning method", "hf_shrink.pruning.experts")
+HIDDEN: Registry[HiddenMethod] = Registry("residual width method", "hf_shrink.pruning.hidden")

@@ -13,6 +13,7 @@ from hf_shrink.registry import did_you_mean
 # to say how much. Kinds that decide by themselves what goes take none.
 AMOUNTS: Mapping[str, tuple[str, ...]] = {
     "depth": ("ratio", "blocks"),
+    "hidden": ("ratio",),
     "experts": ("ratio", "experts"),
     "width": ("ratio",),
 }
@@ -27,7 +28,8 @@ class PruneStep:
     """Take something out of the model.
 
     Attributes:
-        what: whole blocks (`depth`), experts of mixtures (`experts`), or heads and channels in the blocks (`width`).
+        what: whole blocks (`depth`), channels of the residual stream (`hidden`), experts of mixtures (`experts`), or
+            heads and channels inside the blocks (`width`).
         ratio: the fraction of all block parameters, as they are when the step starts, that the step removes.
         blocks: of depth: how many blocks go.
         experts: of experts: how many go from each block that has some.

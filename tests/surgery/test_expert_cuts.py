@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.cases import tokens
-from conformance.cases_mixtures import MIXTURES, count_of
+from conformance.cases_mixtures import MIXTURES, MORE, count_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -64,6 +64,36 @@ def masked_routers(model: PreTrainedModel, plan: Plan, monkeypatch: pytest.Monke
         patch.setattr(F, "linear", linear)
         patch.setattr(nn.functional, "linear", linear)
         yield
+
+
+@pytest.mark.parametrize("name", MORE)
+def test_cut_equals_masked_where_routers_correct_their_scores_or_choose_groups(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = MORE[name](), tokens(3, 14)
+    grouped = name == "glm4_moe"
+    plan = plan_of(model, 3)
+    if grouped:  # two of each group of three
+        kept = {index: BlockPlan(experts=(0, 2, 3, 4)) for index in plan.stacks["decoder"].blocks}
+        plan = Plan(name, {"decoder": StackPlan((0, 1), kept)})
+    dense, masked_model = logits(model, ids), copy.deepcopy(model)
+    for block in sparse(masked_model):
+        gone = sorted(set(range(block.experts.count)) - set(plan.stacks["decoder"].blocks[block.index].experts))
+        correction = getattr(masked_model.get_submodule(block.routers[0]), "e_score_correction_bias", None)
+        if correction is not None:
+            correction[gone] = -torch.inf
+    with masked_routers(masked_model, plan, monkeypatch):
+        masked = logits(masked_model, ids)
+    check_plan(bind(model), plan)
+    apply_structure(model, plan)
+    assert (masked - dense).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model, ids), masked, rtol=1e-5, atol=1e-5)
+    assert model.config.num_local_experts == (4 if grouped else 3) and model.config.num_experts_per_tok == 2
+    if grouped:
+        for experts in ((0, 1, 2, 3), (0, 3)):
+            blocks = {1: BlockPlan(experts=experts)}
+            with pytest.raises(ArchitectureError, match="the same number of experts in each group, at least 2"):
+                apply_structure(MORE[name](), Plan(name, {"decoder": StackPlan((0, 1), blocks)}))
 
 
 @every_mixture
