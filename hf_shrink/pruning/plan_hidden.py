@@ -101,11 +101,17 @@ def channel_parameters(model: nn.Module, stack: BoundStack, stream: ResidualStre
     total = 0
     for reader in stream.readers:
         if reader.norm.startswith(inside):
-            total += 1 + sum(model.get_submodule(path).weight.numel() // stream.width for path in reader.matrices)  # type: ignore[operator]
+            total += 1 + sum(_weight(model, path).numel() // stream.width for path in reader.matrices)
     for path in stream.writers:
-        module = model.get_submodule(path)
-        total += module.weight.numel() // stream.width + isinstance(module.bias, nn.Parameter)  # type: ignore[operator]
+        biased = isinstance(model.get_submodule(path).bias, nn.Parameter)
+        total += _weight(model, path).numel() // stream.width + int(biased)
     return total
+
+
+def _weight(model: nn.Module, path: str) -> nn.Parameter:
+    weight = model.get_submodule(path).weight
+    assert isinstance(weight, nn.Parameter)
+    return weight
 
 
 def _around(wanted: float, slack: float, width: int) -> Iterator[int]:
@@ -136,14 +142,13 @@ def _check_stock_builds(model: PreTrainedModel, stack: BoundStack, stream: Resid
 def narrowed_shapes(model: nn.Module, stream: ResidualStream, width: int) -> dict[str, tuple[int, ...]]:
     """Shapes, by name, of the parameters that are cut, once the stream has `width` channels."""
     shapes: dict[str, tuple[int, ...]] = {}
-    embedding = model.get_submodule(stream.embedding).weight
-    shapes[f"{stream.embedding}.weight"] = (len(embedding), width)  # type: ignore[arg-type]
+    shapes[f"{stream.embedding}.weight"] = (len(_weight(model, stream.embedding)), width)
     for reader in stream.readers:
         shapes[f"{reader.norm}.weight"] = (width,)
         for path in reader.matrices:
-            shapes[f"{path}.weight"] = (model.get_submodule(path).weight.shape[0], width)  # type: ignore[union-attr,index]
+            shapes[f"{path}.weight"] = (_weight(model, path).shape[0], width)
     for path in stream.writers:
-        shapes[f"{path}.weight"] = (width, model.get_submodule(path).weight.shape[1])  # type: ignore[union-attr,index]
+        shapes[f"{path}.weight"] = (width, _weight(model, path).shape[1])
         shapes[f"{path}.bias"] = (width,)
     return shapes
 

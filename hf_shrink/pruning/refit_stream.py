@@ -116,7 +116,7 @@ def _refit_block(
             for stage, part in enumerate((0, 0, 1, 1)):
                 reads = stage in (0, 2)
                 source = entering if stage == 0 else middle
-                moment, cross, tokens = 0.0, 0.0, 0
+                sums = _Sums()
                 for batch in range(len(walk.hidden)):
                     given = run.reach(batch, stage)
                     assert given is not None
@@ -125,13 +125,11 @@ def _refit_block(
                     missing = streams[part][batch] - inside[batch] - _bias(model.get_submodule(writers[part]))
                     target = twin(readers[part].norm)(source[batch]) if reads else missing
                     real = walk.real_tokens(batch)
-                    x, y = real(given).reshape(-1, given.shape[-1]), real(target).reshape(-1, target.shape[-1])
-                    moment, cross, tokens = moment + x.T @ x, cross + y.T @ x, tokens + len(x)
+                    sums.add(real(given), real(target))
                     run.rest(batch)
-                assert isinstance(moment, Tensor) and isinstance(cross, Tensor)
                 for path in found.stages[stage]:
                     through = matrix(twin(path)).float() if reads else None
-                    _refit(model.get_submodule(path), moment / tokens, cross / tokens, through)
+                    _refit(model.get_submodule(path), sums, through)
             for batch in range(len(walk.hidden)):
                 walk.take(batch, run.finish(batch))
     finally:
@@ -155,8 +153,32 @@ def _bias(module: nn.Module) -> Tensor | float:
     return module.bias.data if isinstance(module.bias, nn.Parameter) else 0.0
 
 
-def _refit(module: nn.Module, moment: Tensor, cross: Tensor, through: Tensor | None) -> None:
-    """Fit a matrix, its bias aside. `through`: the dense matrix whose outputs count, where `cross` is of its input."""
+class _Sums:
+    """Second moments of an input x, and of a target y with it."""
+
+    def __init__(self) -> None:
+        self._moment: Tensor | None = None
+        self._cross: Tensor | None = None
+        self._tokens = 0
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add a batch: (..., in) and (..., target)."""
+        x, y = (part.reshape(-1, part.shape[-1]).float() for part in (x, y))
+        moment, cross = x.T @ x, y.T @ x
+        self._moment = moment if self._moment is None else self._moment + moment
+        self._cross = cross if self._cross is None else self._cross + cross
+        self._tokens += len(x)
+
+    @property
+    def means(self) -> tuple[Tensor, Tensor]:
+        """E x x^T (in, in) and E y x^T (target, in)."""
+        assert self._moment is not None and self._cross is not None
+        return self._moment / max(self._tokens, 1), self._cross / max(self._tokens, 1)
+
+
+def _refit(module: nn.Module, sums: _Sums, through: Tensor | None) -> None:
+    """Fit a matrix, its bias aside. `through`: the dense matrix whose outputs count, where targets are its inputs."""
+    moment, cross = sums.means
     weight = matrix(module)
     for start in range(0, len(weight), ROWS):
         rows = slice(start, start + ROWS)
@@ -167,13 +189,10 @@ def _refit(module: nn.Module, moment: Tensor, cross: Tensor, through: Tensor | N
 def _refit_heads(model: PreTrainedModel, reader: Reader, dense: DenseCopy, walk: StackWalk) -> None:
     """Fit heads with a weight of their own to what the dense ones make of the dense stream."""
     norm = model.get_submodule(reader.norm)
-    moment, cross, tokens = 0.0, 0.0, 0
+    sums = _Sums()
     with torch.no_grad():
         for batch, hidden in enumerate(walk.hidden if dense.heads else ()):
             real = walk.real_tokens(batch)
-            x, y = real(norm(hidden)), real(dense.norm(dense.walk.hidden[batch]))
-            x, y = (part.reshape(-1, part.shape[-1]).float() for part in (x, y))
-            moment, cross, tokens = moment + x.T @ x, cross + y.T @ x, tokens + len(x)
+            sums.add(real(norm(hidden)), real(dense.norm(dense.walk.hidden[batch])))
     for path, weight in dense.heads.items():
-        assert isinstance(moment, Tensor) and isinstance(cross, Tensor)
-        _refit(model.get_submodule(path), moment / tokens, cross / tokens, weight.float())
+        _refit(model.get_submodule(path), sums, weight.float())

@@ -145,7 +145,7 @@ def _narrow_embedding(model: PreTrainedModel, stream: ResidualStream, into: Tens
         if isinstance(module, nn.Embedding):
             module.embedding_dim = kept
         else:
-            module.in_features = kept
+            module.in_features = kept  # type: ignore[assignment]
 
 
 def _follow_sizes(model: PreTrainedModel, sizes: torch.Size) -> None:

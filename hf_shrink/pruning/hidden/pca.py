@@ -36,4 +36,5 @@ class Pca:
     def directions(self, moment: Tensor) -> Tensor:
         """See `HiddenMethod.directions`."""
         values, vectors = torch.linalg.eigh(moment.double())
-        return vectors[:, values.argsort(descending=True, stable=True)]
+        ordered: Tensor = vectors[:, values.argsort(descending=True, stable=True)]
+        return ordered
