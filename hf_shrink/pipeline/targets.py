@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.linears import is_matrix
+from hf_shrink.architectures.matching import class_of, matches
 from hf_shrink.checkpoint.experts import expert_matrices
 from hf_shrink.checkpoint.portability import needs_dequantize, portability
 from hf_shrink.errors import RecipeError
@@ -44,18 +45,6 @@ class Selected:
     paths: dict[str, str | None]
     named: frozenset[str]
     notes: list[str]
-
-
-def matches(path: str, module: nn.Module, target: str) -> bool:
-    """Whether a target (exact path, "re:" regex from the start of the path, or class name) means this module."""
-    if target.startswith("re:"):
-        return re.match(target[3:], path) is not None
-    return target in (path, class_of(module))
-
-
-def class_of(module: nn.Module) -> str:
-    """The class name that a target uses; Conv1D, a Linear stored transposed, counts as Linear."""
-    return "Linear" if isinstance(module, Conv1D) else type(module).__name__
 
 
 def resolve_schemes(
