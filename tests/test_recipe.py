@@ -80,6 +80,9 @@ def test_set_changes_every_step_of_the_kind_and_sections() -> None:
     depth, width = recipe.prune("depth"), recipe.prune("width")
     assert depth is not None and width is not None
     assert (depth.ratio, depth.blocks, width.ratio) == (0.5, None, 0.5)
+    depth, width = (recipe.with_overrides(["prune.blocks=1"]).prune(kind) for kind in ("depth", "width"))
+    assert depth is not None and width is not None  # an amount goes to the steps that take it
+    assert (depth.ratio, depth.blocks, width.ratio, width.blocks) == (None, 1, 0.5, None)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -55,10 +55,8 @@ def check_methods(recipe: Recipe) -> None:
             quantization_method(step)
             build_transforms(step.transforms)
             Tuning.from_options(step.tune)
-        elif step.what == "depth":
-            depth_method(step)
         else:
-            width_method(step)
+            PRUNE_METHODS[step.what](step)
 
 
 def quantization_method(step: QuantizeStep) -> Method:
@@ -86,6 +84,10 @@ def depth_method(step: PruneStep) -> DepthMethod:
 
 def width_method(step: PruneStep) -> WidthMethod:
     return WIDTH.build(step.method, step.options, _own_keys(PruneStep))
+
+
+# How the method of a step is made, by what is pruned.
+PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {"depth": depth_method, "width": width_method}
 
 
 def _own_keys(step: type[Any]) -> set[str]:

@@ -15,8 +15,9 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Scheme
 from hf_shrink.recipe.effort import expand
 from hf_shrink.recipe.formats import GRID_KEYS, check_formats
+from hf_shrink.recipe.pruning import AMOUNT_KEYS, AMOUNTS, PRUNE_KINDS, PruneStep
 from hf_shrink.recipe.specs import METRICS, CalibrationSpec, EvaluationSpec
-from hf_shrink.recipe.steps import PRUNE_KINDS, PruneStep, QuantizeStep, Step
+from hf_shrink.recipe.steps import QuantizeStep, Step
 from hf_shrink.registry import did_you_mean
 
 __all__ = ["METRICS", "CalibrationSpec", "EvaluationSpec", "PruneStep", "QuantizeStep", "Recipe", "Step"]
@@ -139,12 +140,12 @@ class Recipe:
                 bodies = [s[section] for s in data["steps"] if section in s]
                 if not bodies:
                     raise RecipeError(f"--set {assignment!r}: the recipe has no {section} step")
+                if section == "prune" and leaf in AMOUNT_KEYS:
+                    bodies = _give_way(bodies, leaf)
                 for body in bodies:
                     if section == "quantize" and leaf == "effort":
                         _forget_expansion(body)
                     body[leaf] = value
-                    if section == "prune" and leaf in ("ratio", "blocks"):
-                        body.pop("blocks" if leaf == "ratio" else "ratio", None)
             else:
                 valid = ("calibration", "evaluation", "prune", "quantize", "portable", "dtype")
                 raise RecipeError(f"--set {assignment!r}: unknown section {section!r}; {did_you_mean(section, valid)}")
@@ -169,6 +170,15 @@ def _forget_expansion(body: dict[str, Any]) -> None:
     own = {f.name for f in fields(QuantizeStep)}
     for key in [k for k in body if k in ("method", "transforms", "tune") or k not in own]:
         del body[key]
+
+
+def _give_way(bodies: list[dict[str, Any]], amount: str) -> list[dict[str, Any]]:
+    """The prune steps that take an amount, without their present one; all of them where none takes it."""
+    taking = [body for body in bodies if amount in AMOUNTS.get(body["what"], ())] or bodies
+    for body in taking:
+        for key in AMOUNT_KEYS:
+            body.pop(key, None)
+    return taking
 
 
 def _section(cls: type[Any], data: Any, where: str) -> Any:

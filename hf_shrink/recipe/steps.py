@@ -1,4 +1,4 @@
-"""What a recipe wants done: prune and quantize steps."""
+"""What a recipe wants done: quantize steps, and prune steps from their own file."""
 
 from __future__ import annotations
 
@@ -9,42 +9,10 @@ from typing import Any, Literal
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import STRATEGIES, Scheme, Strategy, TransformSpec, split_transform
 from hf_shrink.recipe.formats import FORMAT_METHOD, check_formats, format_of
+from hf_shrink.recipe.pruning import PruneStep
 from hf_shrink.registry import did_you_mean
 
-PRUNE_KINDS = ("depth", "width")
-UNITS = ("all", "attention", "mlp")
 STARVED = ("error", "rtn")
-
-
-@dataclass(frozen=True)
-class PruneStep:
-    """Take out whole blocks (`depth`, by `blocks` or `ratio`) or units inside them (`width`, by `ratio`).
-
-    `ratio` is the fraction of all block parameters, as they are when the step starts, that the step removes.
-    `options` are the fields of the method's own dataclass.
-    """
-
-    what: Literal["depth", "width"]
-    method: str
-    ratio: float | None = None
-    blocks: int | None = None
-    units: Literal["all", "attention", "mlp"] = "all"
-    refit: bool = True
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __post_init__(self) -> None:
-        if self.what not in PRUNE_KINDS:
-            raise RecipeError(f"prune.what {self.what!r} is unknown; {did_you_mean(str(self.what), PRUNE_KINDS)}")
-        if self.units not in UNITS:
-            raise RecipeError(f"prune.units {self.units!r} is unknown; {did_you_mean(str(self.units), UNITS)}")
-        if (self.ratio is None) == (self.blocks is None):
-            raise RecipeError("prune takes either ratio or blocks")
-        if self.blocks is not None and self.what != "depth":
-            raise RecipeError("prune.blocks goes with what: depth; for width give ratio")
-        if self.blocks is not None and (not isinstance(self.blocks, int) or self.blocks < 0):
-            raise RecipeError(f"prune.blocks must be a whole number of at least 0, not {self.blocks!r}")
-        if self.ratio is not None and not (isinstance(self.ratio, int | float) and 0 <= self.ratio < 1):
-            raise RecipeError(f"prune.ratio must be at least 0 and below 1, not {self.ratio!r}")
 
 
 @dataclass(frozen=True)

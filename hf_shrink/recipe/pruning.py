@@ -1,0 +1,69 @@
+"""What a recipe wants taken out: prune steps, and the amounts that each kind of pruning takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from hf_shrink.errors import RecipeError
+from hf_shrink.registry import did_you_mean
+
+# Kinds of pruning in the order in which they are carried out, each with the keys of which a step takes exactly one
+# to say how much. Kinds that decide by themselves what goes take none.
+AMOUNTS: Mapping[str, tuple[str, ...]] = {
+    "depth": ("ratio", "blocks"),
+    "width": ("ratio",),
+}
+PRUNE_KINDS = tuple(AMOUNTS)
+AMOUNT_KEYS = tuple(dict.fromkeys(key for keys in AMOUNTS.values() for key in keys))
+COUNTS = ("blocks",)  # whole numbers
+UNITS = ("all", "attention", "mlp")
+
+
+@dataclass(frozen=True)
+class PruneStep:
+    """Take something out of the model.
+
+    Attributes:
+        what: whole blocks (`depth`), or heads and channels inside the blocks (`width`).
+        ratio: the fraction of all block parameters, as they are when the step starts, that the step removes.
+        blocks: of depth: how many blocks go.
+        units: of width: which units.
+        refit: whether matrices that read or write what was cut are refitted by least squares.
+        options: the fields of the method's own dataclass.
+    """
+
+    what: str
+    method: str
+    ratio: float | None = None
+    blocks: int | None = None
+    units: Literal["all", "attention", "mlp"] = "all"
+    refit: bool = True
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.what not in AMOUNTS:
+            raise RecipeError(f"prune.what {self.what!r} is unknown; {did_you_mean(str(self.what), AMOUNTS)}")
+        if self.units not in UNITS:
+            raise RecipeError(f"prune.units {self.units!r} is unknown; {did_you_mean(str(self.units), UNITS)}")
+        self._check_amounts()
+        for key in COUNTS:
+            value = getattr(self, key)
+            if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+                raise RecipeError(f"prune.{key} must be a whole number of at least 0, not {value!r}")
+        if self.ratio is not None and not (isinstance(self.ratio, int | float) and 0 <= self.ratio < 1):
+            raise RecipeError(f"prune.ratio must be at least 0 and below 1, not {self.ratio!r}")
+
+    def _check_amounts(self) -> None:
+        """Raises RecipeError unless exactly one amount that the kind takes is given, and none that it does not take."""
+        taken = AMOUNTS[self.what]
+        given = [key for key in AMOUNT_KEYS if getattr(self, key) is not None]
+        for key in given:
+            if key not in taken:
+                homes = " or ".join(f"what: {kind}" for kind, keys in AMOUNTS.items() if key in keys)
+                instead = f"give {' or '.join(taken)}" if taken else "leave it out"
+                raise RecipeError(f"prune.{key} goes with {homes}; for {self.what} {instead}")
+        if taken and len(given) != 1:
+            either = "either " if len(taken) == 2 else "one of " if len(taken) > 2 else ""
+            raise RecipeError(f"prune with what: {self.what} takes {either}{' or '.join(taken)}")
