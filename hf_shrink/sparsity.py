@@ -41,8 +41,7 @@ class Amount:
         """N and M of the pattern. Raises RecipeError where it is none."""
         found = re.fullmatch(r"(\d+):(\d+)", str(self.pattern))
         if found is None:
-            # YAML 1.1 reads 2:4 without quotes as a number to the base of 60.
-            raise RecipeError(f'pattern is written "N:M" with quotes, for example "2:4", not {self.pattern!r}')
+            raise RecipeError(f'pattern is written "N:M", for example "2:4", not {self.pattern!r}')
         return int(found[1]), int(found[2])
 
     def __str__(self) -> str:
@@ -69,6 +68,11 @@ class WeightsPlan:
     amounts: Mapping[str, Amount]
     options: Mapping[str, Any] = field(default_factory=dict)
     refit: bool = True
+
+    @property
+    def modules(self) -> list[str]:
+        """Paths of the modules that own the weights."""
+        return [path.rpartition(".")[0] for path in self.amounts]
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> WeightsPlan:

@@ -66,7 +66,7 @@ class WeightRef:
         if isinstance(self.owner, Conv1D):
             shaped = rows.t()
         else:
-            shaped = rows.view(old.shape[0], *old.shape[2:], old.shape[1]).movedim(-1, 1)
+            shaped = rows.reshape(old.shape[0], *old.shape[2:], old.shape[1]).movedim(-1, 1)
         with torch.no_grad():
             old.copy_(shaped)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
+
 import torch
 from torch import Tensor
 
@@ -105,3 +107,39 @@ def refit_kept(weight: Tensor, start: Tensor, kept: Tensor, hessian: Tensor, ste
 def _losses(difference: Tensor, hessian: Tensor) -> Tensor:
     """(out,) the loss of every row."""
     return ((difference @ hessian) * difference).sum(1)
+
+
+def shared_counts(parts: Callable[[], Iterable[Tensor]], count: int) -> list[int]:
+    """How many of each tensor's values are among the `count` smallest of all tensors together.
+
+    The tensors are looked at one after the other, three times, so that they need not exist at once. Values are compared
+    in float32; of equal ones those that come first count.
+
+    Args:
+        parts: makes the tensors anew; the same ones in every call, without NaN.
+        count: at most the number of all values.
+    """
+    if count <= 0:
+        return [0 for _ in parts()]
+    high = sum(torch.bincount((_ordered(part) >> 16) + 32768, minlength=65536) for part in parts())
+    assert isinstance(high, Tensor)
+    bucket = int((high.cumsum(0) >= count).nonzero()[0])
+    rest = count - int(high[:bucket].sum())
+    inside = (keys[keys >> 16 == bucket - 32768] & 0xFFFF for keys in map(_ordered, parts()))
+    low = sum(torch.bincount(keys, minlength=65536) for keys in inside)
+    assert isinstance(low, Tensor)
+    place = int((low.cumsum(0) >= rest).nonzero()[0])
+    ties = rest - int(low[:place].sum())
+    limit = (bucket - 32768 << 16) + place
+    counts = []
+    for keys in map(_ordered, parts()):
+        taken = min(int((keys == limit).sum()), ties)
+        ties -= taken
+        counts.append(int((keys < limit).sum()) + taken)
+    return counts
+
+
+def _ordered(values: Tensor) -> Tensor:
+    """int64 (values,) whole numbers of 32 bits in the order of the float32 values."""
+    bits = (values.detach().flatten().float() + 0.0).view(torch.int32)  # + 0.0: no negative zero
+    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(torch.int64)

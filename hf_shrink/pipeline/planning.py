@@ -13,10 +13,11 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import resolve_formats
-from hf_shrink.pipeline.recipes import depth_method, quantization_method, width_method
+from hf_shrink.pipeline.recipes import depth_method, quantization_method, weights_method, width_method
 from hf_shrink.pipeline.targets import resolve_schemes
 from hf_shrink.pipeline.transforming import transform_notes
-from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
+from hf_shrink.pipeline.weights import choose_weights
+from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan, WeightsPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
 from hf_shrink.pruning.plan_width import plan_width
@@ -93,6 +94,20 @@ def plan_recipe(
         refit=width.refit if width else False,
         damage=damage,
     )
+    zeroing = recipe.prune("weights")
+    if zeroing:
+        with _experts_apart(model) as apart:
+            chosen = choose_weights(
+                model,
+                apart,
+                zeroing,
+                weights_method(zeroing),
+                gone=lambda path: _removed(path, binding, plan),
+                narrowed=_narrowed(binding, plan),
+            )
+        weights = WeightsPlan(zeroing.method, chosen.amounts, dict(zeroing.options), zeroing.refit)
+        plan = replace(plan, weights=weights)
+        notes += chosen.notes
     if quantize:
         if quantize.transforms and binding is None:
             raise RecipeError("only transformers models have transforms; leave quantize.transforms out for this module")
@@ -109,7 +124,7 @@ def plan_recipe(
             effort=quantize.effort,
         )
         notes += [*found_notes, *transform_notes(plan)]
-    if not plan.stacks and not plan.bits:
+    if not plan.stacks and not plan.bits and plan.weights is None:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))
 

@@ -120,8 +120,8 @@ class Masked:
 class WeightsMethod(Protocol):
     """Zeroes single weights (unstructured, or N of every M kept). A frozen dataclass; its fields are options.
 
-    One that also has `granularity` "global" has a `saliency(view, None)`; the planner then ranks all weights at once and
-    gives each its own sparsity.
+    One that also has `granularity` "global" has a `saliency(view, None)`; the planner then ranks all weights at once
+    and gives each its own sparsity. One with a true `changes_weights` also changes what it keeps.
     """
 
     needs_statistics: ClassVar[bool]

@@ -72,7 +72,7 @@ def register_importance(name: str, *, needs_statistics: bool = False) -> Callabl
 
     def add(function: Importance) -> Importance:
         if name in _REGISTERED:
-            _REGISTERED[name].function = staticmethod(function)  # type: ignore[assignment]
+            _REGISTERED[name].function = staticmethod(function)
             _REGISTERED[name].needs_statistics = needs_statistics
             return function
         if name in WEIGHTS.names():
@@ -91,5 +91,5 @@ def _checked(found: Any, given: Tensor) -> Tensor:
         raise RecipeError(f"the importance function gave {what} for a weight of shape {tuple(given.shape)}")
     if found.is_complex():
         raise RecipeError("the importance function gave complex numbers, which have no order")
-    found = found.detach()
-    return found if found.is_floating_point() else found.to(torch.float32)
+    real: Tensor = found.detach()
+    return real if real.is_floating_point() else real.to(torch.float32)

@@ -8,12 +8,14 @@ from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
+from hf_shrink.sparsity import Amount
 
 # Kinds of pruning in the order in which they are carried out, each with the keys of which a step takes exactly one
 # to say how much. Kinds that decide by themselves what goes take none.
 AMOUNTS: Mapping[str, tuple[str, ...]] = {
     "depth": ("ratio", "blocks"),
     "width": ("ratio",),
+    "weights": ("sparsity", "threshold", "pattern"),
 }
 PRUNE_KINDS = tuple(AMOUNTS)
 AMOUNT_KEYS = tuple(dict.fromkeys(key for keys in AMOUNTS.values() for key in keys))
@@ -26,10 +28,12 @@ class PruneStep:
     """Take something out of the model.
 
     Attributes:
-        what: whole blocks (`depth`), or heads and channels inside the blocks (`width`).
+        what: whole blocks (`depth`), heads and channels inside the blocks (`width`), or single weights (`weights`).
         ratio: the fraction of all block parameters, as they are when the step starts, that the step removes.
         blocks: of depth: how many blocks go.
         units: of width: which units.
+        sparsity, threshold, pattern: of weights: see `sparsity.Amount`.
+        targets, ignore: of weights: which modules, as in a quantize step.
         refit: whether matrices that read or write what was cut are refitted by least squares.
         options: the fields of the method's own dataclass.
     """
@@ -40,6 +44,11 @@ class PruneStep:
     blocks: int | None = None
     units: Literal["all", "attention", "mlp"] = "all"
     refit: bool = True
+    sparsity: float | None = None
+    threshold: float | None = None
+    pattern: str | None = None
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -48,6 +57,7 @@ class PruneStep:
         if self.units not in UNITS:
             raise RecipeError(f"prune.units {self.units!r} is unknown; {did_you_mean(str(self.units), UNITS)}")
         self._check_amounts()
+        self._check_weights()
         for key in COUNTS:
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
@@ -67,3 +77,23 @@ class PruneStep:
         if taken and len(given) != 1:
             either = "either " if len(taken) == 2 else "one of " if len(taken) > 2 else ""
             raise RecipeError(f"prune with what: {self.what} takes {either}{' or '.join(taken)}")
+
+    def _check_weights(self) -> None:
+        """Raises RecipeError for a bad amount of single weights, and for targets of another kind of pruning."""
+        for key in ("targets", "ignore"):
+            value = getattr(self, key)
+            if value is not None and self.what != "weights":
+                raise RecipeError(f"prune.{key} goes with what: weights; for {self.what} leave it out")
+            if isinstance(value, str | Mapping):
+                raise RecipeError(f"prune.{key} is a list, for example [{value}]")
+            if value is not None:
+                object.__setattr__(self, key, tuple(value))
+        if self.what == "weights":
+            if isinstance(self.pattern, int):  # YAML 1.1 reads 2:4 without quotes as minutes and seconds
+                object.__setattr__(self, "pattern", ":".join(map(str, divmod(self.pattern, 60))))
+            self.amount  # noqa: B018  # its own checks
+
+    @property
+    def amount(self) -> Amount:
+        """How many weights of every matrix become zero."""
+        return Amount(self.sparsity, self.threshold, self.pattern)

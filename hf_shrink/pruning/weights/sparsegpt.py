@@ -36,6 +36,7 @@ class SparseGPT:
     damping: float = 0.01
     block_size: int = 128
     needs_statistics: ClassVar[bool] = True
+    changes_weights: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not self.damping > 0:
