@@ -96,7 +96,7 @@ def plan_recipe(
     )
     zeroing = recipe.prune("weights")
     if zeroing:
-        with _experts_apart(model) as apart:
+        with experts_apart(model) as apart:
             chosen = choose_weights(
                 model,
                 apart,
@@ -135,7 +135,7 @@ def _resolve(
     """Schemes or formats of the weights that the step quantizes, and notes. `plan`: what is removed before it."""
     method = quantization_method(step)
     if not isinstance(method, ModelMethod):
-        with _experts_apart(model) as apart:
+        with experts_apart(model) as apart:
             resolved = resolve_schemes(model, apart, step, recipe.portable, _narrowed(binding, plan))
         return resolved.schemes, {}, resolved.notes
     if plan.prunes and not recipe.portable:
@@ -147,7 +147,7 @@ def _resolve(
 
 
 @contextmanager
-def _experts_apart(model: nn.Module) -> Iterator[Binding | None]:
+def experts_apart(model: nn.Module) -> Iterator[Binding | None]:
     """The model with its experts as Linears that look into the 3D parameters: its binding. As it was afterwards."""
     undo = separate_experts(model)
     try:
