@@ -68,10 +68,7 @@ def apply_plan(
     untie(model, tied_partner_missing(model, schemes))
     transforms = plan_transforms(plan)
     report.notes += rotate(model, [s.stack for s in stacks], transforms)
-    masking = None
-    if plan.weights is not None and zeroing is not None:
-        masking = Masking(model, zeroing, present(plan.weights.amounts, stacks), plan.weights.refit)
-        masking.without_matrices()
+    masking = Masking.begin(model, plan.weights, zeroing, stacks)
     blocks = [block.path for stack in (*towers, *(s.stack for s in stacks)) for block in stack.blocks]
     work = tuple(dict.fromkeys([*schemes, *(masking.modules if masking is not None else ())]))
     inside = {path for path in work if any(path.startswith(block + ".") for block in blocks)}

@@ -14,11 +14,12 @@ from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.ops.linalg import damped_moment
 from hf_shrink.ops.masks import refit_kept
+from hf_shrink.pipeline.kept import KeptStack, present
 from hf_shrink.pipeline.targets import weight_holders
 from hf_shrink.pipeline.weights import view_of
 from hf_shrink.pruning.base import WEIGHTS, Masked, WeightsMethod, WeightView
 from hf_shrink.quantization.drift import corrected
-from hf_shrink.sparsity import Amount
+from hf_shrink.sparsity import Amount, WeightsPlan
 
 REFIT_STEPS = 20
 DAMPING = 0.01
@@ -56,6 +57,17 @@ class Masking:
         ids = {id(ref.parameter) for ref in self._refs.values()}
         self.holders = {p for found, paths in weight_holders(self.model).items() if found in ids for p in paths}
 
+    @classmethod
+    def begin(
+        cls, model: nn.Module, plan: WeightsPlan | None, method: WeightsMethod | None, stacks: Sequence[KeptStack]
+    ) -> Masking | None:
+        """For a model that has lost its blocks, with all that is no Linear's zeroed; None where the plan has no zeros."""
+        if plan is None or method is None:
+            return None
+        masking = cls(model, method, present(plan.amounts, stacks), plan.refit)
+        masking.without_matrices()
+        return masking
+
     @property
     def needs_statistics(self) -> bool:
         """Of the matrices' inputs."""
@@ -81,7 +93,7 @@ class Masking:
         settled = dict(statistics)
         groups: dict[object, list[WeightRef]] = {}
         for path, found in statistics.items():
-            ref = self._refs.get(f"{path}.weight")
+            ref = self._refs.get(f"{path}.weight" if path else "weight")
             if ref is not None:
                 groups.setdefault(path if found is None else id(found), []).append(ref)
         for refs in groups.values():

@@ -32,11 +32,12 @@ class ByImportance(SaliencyMethod):
 
     def saliency(self, view: WeightView, statistics: InputStatistics | None) -> Tensor:
         """See `SaliencyMethod.saliency`."""
-        if not self.needs_statistics:
-            return view.as_rows(_checked(self.function(view.parameter), view.parameter))
-        if statistics is None:
-            raise CalibrationError("the importance function needs statistics of the inputs; pass calibration data")
-        return _checked(self.function(view.rows, statistics.mean), view.rows)
+        with torch.no_grad():
+            if not self.needs_statistics:
+                return view.as_rows(_checked(self.function(view.parameter), view.parameter))
+            if statistics is None:
+                raise CalibrationError("the importance function needs statistics of the inputs; pass calibration data")
+            return _checked(self.function(view.rows, statistics.mean), view.rows)
 
 
 def importance_method(function: Importance, needs_statistics: bool = False) -> type[ByImportance]:

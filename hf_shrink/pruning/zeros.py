@@ -17,9 +17,9 @@ from hf_shrink.errors import RecipeError
 class ZeroKeeper:
     """Holds a model's zeros while it is trained; made by `keep_zeros`.
 
-    Gradients of zeros are zeroed as they come (so they count neither in their norm nor in an optimizer's momentum), and
-    after every step of an optimizer that has such a parameter the zeros are put back, whatever it did to them. The model
-    itself is not changed: no parametrization, nothing more in its state dict. A context manager; or call `close`.
+    Gradients of zeros are zeroed as they come (so they count neither in their norm nor in an optimizer's momentum),
+    and after every step of an optimizer that has such a parameter the zeros are put back, whatever it did to them. The
+    model itself is not changed: no parametrization, nothing more in its state dict. A context manager; or call `close`.
 
     Attributes:
         kept: bool, by path of the parameter: where it is not zero.
@@ -104,8 +104,8 @@ def keep_zeros(model: nn.Module) -> ZeroKeeper:
     Held are the zeros of every Linear, convolution, embedding, recurrent and attention weight that wants gradients.
     Weights that are zero altogether are left alone: they are new ones that are to be trained (LoRA's B).
 
-    Not for optimizers that train copies of the parameters (DeepSpeed, FSDP): call `ZeroKeeper.apply` there after loading
-    the trained weights back.
+    Not for optimizers that train copies of the parameters (DeepSpeed, FSDP): call `ZeroKeeper.apply` there after
+    loading the trained weights back.
 
     Raises:
         RecipeError: the model has no zeros to hold.
