@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from torch.nn import functional as F
 
+from hf_shrink.calibration.targets import IGNORED, Hidden, Logits
 from hf_shrink.errors import CalibrationError
-from hf_shrink.evaluation.targets import IGNORED, Hidden, Logits
 
 # Logits handled at once, in elements: 4 MB in float32 stay in a CPU's cache (16 MB took three times as long).
 CHUNK = {"cpu": 2**20, "accelerator": 2**24}

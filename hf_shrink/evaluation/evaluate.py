@@ -15,12 +15,7 @@ import torch
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
-from hf_shrink.errors import CalibrationError, RecipeError
-from hf_shrink.evaluation.bootstrap import ratio_interval
-from hf_shrink.evaluation.divergence import Totals
-from hf_shrink.evaluation.metrics import NAMES, load_metric
-from hf_shrink.evaluation.recipes import evaluation_spec
-from hf_shrink.evaluation.targets import (
+from hf_shrink.calibration.targets import (
     Batch,
     Hidden,
     Kind,
@@ -32,6 +27,11 @@ from hf_shrink.evaluation.targets import (
     targets_of,
     without_placeholders,
 )
+from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.evaluation.bootstrap import ratio_interval
+from hf_shrink.evaluation.divergence import Totals
+from hf_shrink.evaluation.metrics import NAMES, load_metric
+from hf_shrink.evaluation.recipes import evaluation_spec
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import METRICS, EvaluationSpec
 from hf_shrink.registry import did_you_mean

@@ -61,7 +61,7 @@ class Masking:
     def begin(
         cls, model: nn.Module, plan: WeightsPlan | None, method: WeightsMethod | None, stacks: Sequence[KeptStack]
     ) -> Masking | None:
-        """For a model that has lost its blocks, with all that is no Linear's zeroed; None where the plan has no zeros."""
+        """For a model that has lost its blocks, all that is no Linear's zeroed; None where the plan has no zeros."""
         if plan is None or method is None:
             return None
         masking = cls(model, method, present(plan.amounts, stacks), plan.refit)

@@ -84,7 +84,14 @@ def plan_recipe(
         assert binding is not None
         with _without(model, binding, stacks) as (smaller, sources):
             narrower = plan_width(
-                model, smaller, width, width_method(width), batches, portable=recipe.portable, progress=progress
+                model,
+                smaller,
+                width,
+                width_method(width),
+                batches,
+                portable=recipe.portable,
+                seed=seed,
+                progress=progress,
             )
         notes += narrower.notes
         stacks = _with_width(smaller, sources, stacks, narrower.blocks)

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
-from hf_shrink.pruning.base import DEPTH, WEIGHTS, WIDTH, DepthMethod, WeightsMethod, WidthMethod
+from hf_shrink.pruning.base import DEPTH, WEIGHTS, WIDTH, DepthMethod, GradientMethod, WeightsMethod, WidthMethod
 from hf_shrink.quantization.base import METHODS, Method, ModelMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
@@ -118,7 +118,8 @@ def needs_calibration(recipe: Recipe) -> bool:
         elif step.what == "weights":
             needed = weights_method(step).needs_statistics
         else:
-            needed = step.refit or width_method(step).needs_statistics
+            method = width_method(step)
+            needed = step.refit or method.needs_statistics or isinstance(method, GradientMethod)
         if needed:
             return True
     return False

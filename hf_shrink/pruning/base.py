@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Protocol
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
+from hf_shrink.calibration.labels import Labels
 from hf_shrink.registry import Registry
 from hf_shrink.sparsity import Amount
 
@@ -25,15 +26,31 @@ class UnitView:
         columns: float32 (out, units, width) of the matrix that reads them (output or down).
         second_moment: float32 (units * width, units * width), the mean of x x^T over the inputs of that matrix, ordered
             as `columns`; None when the method needs no statistics.
+        mask_gradients: float32 (samples, units), the gradient of each calibration sample's loss by a mask on the unit,
+            at 1; None for methods that need none.
     """
 
     rows: tuple[Tensor, ...]
     columns: Tensor
     second_moment: Tensor | None = None
+    mask_gradients: Tensor | None = None
 
     @property
     def units(self) -> int:
         return self.columns.shape[1]
+
+
+@runtime_checkable
+class GradientMethod(Protocol):
+    """What a width method that reads `UnitView.mask_gradients` has besides.
+
+    Attributes:
+        tokens: about how many calibration tokens to take gradients on; None: all.
+        labels: what the loss is of: the data's labels, those that the model draws itself, or either ("auto").
+    """
+
+    tokens: int | None
+    labels: Labels
 
 
 class WidthMethod(Protocol):

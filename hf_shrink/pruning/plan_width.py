@@ -17,9 +17,10 @@ from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.plan import BlockPlan
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.allocate import Request, allocate
-from hf_shrink.pruning.base import WidthMethod
+from hf_shrink.pruning.base import GradientMethod, WidthMethod
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.prunable import Prunable, find_prunable
+from hf_shrink.pruning.sensitivities import mask_gradients
 from hf_shrink.pruning.shares import Scores, parts_of
 from hf_shrink.pruning.units import channel_view, group_view, head_view
 from hf_shrink.recipe import PruneStep
@@ -42,6 +43,7 @@ def plan_width(
     batches: Sequence[Mapping[str, Any]],
     *,
     portable: bool = True,
+    seed: int = 0,
     progress: ProgressCallback = quiet,
 ) -> WidthPlan:
     """Decide which query heads and channels a step keeps. The model is left as it was.
@@ -52,6 +54,7 @@ def plan_width(
         batches: model inputs; unused when the method needs no statistics.
         portable: only what stock transformers can load: the same counts in all blocks, heads only where the config has
             a head size of its own.
+        seed: which calibration samples are used where a method looks at only some.
 
     Raises:
         ArchitectureError: the family has no role table.
@@ -63,7 +66,8 @@ def plan_width(
     prunable = find_prunable(model, binding, step.units, portable=portable)
     if step.ratio == 0:
         return WidthPlan({}, list(prunable.notes))
-    scores = _score(model, binding, prunable, method, batches, progress)
+    gradients = _gradients(model, binding, prunable, method, batches, seed, progress)
+    scores = _score(model, binding, prunable, method, batches, gradients, progress)
     request = Request(sum(stack.parameters for stack in binding.stacks), step.ratio, step.units, portable)
     allocation = allocate(parts_of(binding, prunable, scores), request)
     plans: dict[tuple[str, int], BlockPlan] = {}
@@ -79,6 +83,7 @@ def _score(
     prunable: Prunable,
     method: WidthMethod,
     batches: Sequence[Mapping[str, Any]],
+    gradients: Mapping[str, Tensor],
     progress: ProgressCallback,
 ) -> dict[tuple[str, int, Kind], Scores]:
     """Scores of all units that may go, by stack, block and kind."""
@@ -92,35 +97,82 @@ def _score(
         for block in stack.blocks:
             progress("scoring units", done, total)
             if kinds:
-                for kind, found in _score_block(stack, block, kinds, method, walk).items():
+                for kind, found in _score_block(stack, block, kinds, method, walk, gradients).items():
                     scores[stack.name, block.index, kind] = found
             done += 1
     progress("scoring units", done, total)
     return scores
 
 
+def _gradients(
+    model: nn.Module,
+    binding: Binding,
+    prunable: Prunable,
+    method: WidthMethod,
+    batches: Sequence[Mapping[str, Any]],
+    seed: int,
+    progress: ProgressCallback,
+) -> dict[str, Tensor]:
+    """Mask gradients at the inputs of every matrix that reads units which may go, by path."""
+    if not isinstance(method, GradientMethod):
+        return {}
+    parts = [
+        part
+        for stack in binding.stacks
+        for block in stack.blocks
+        for kind in FIELDS
+        if (stack.name, kind) in prunable.kinds and (part := getattr(block, kind)) is not None
+    ]
+    readers = {path: part.modules[path] for part in parts for path in [_reader(part)]}
+    blocks = [block.module for block in binding.blocks]
+    return mask_gradients(
+        model,
+        blocks,
+        readers,
+        batches,
+        tokens=method.tokens,
+        labels=method.labels,
+        seed=seed,
+        progress=progress,
+    )
+
+
+def _reader(part: BoundAttention | BoundMlp) -> str:
+    """Path of the matrix that reads a part's units."""
+    return part.slot("down" if isinstance(part, BoundMlp) else "output").path
+
+
 def _score_block(
-    stack: BoundStack, block: BoundBlock, kinds: Sequence[Kind], method: WidthMethod, walk: StackWalk | None
+    stack: BoundStack,
+    block: BoundBlock,
+    kinds: Sequence[Kind],
+    method: WidthMethod,
+    walk: StackWalk | None,
+    gradients: Mapping[str, Tensor],
 ) -> dict[Kind, Scores]:
     parts: dict[Kind, BoundAttention | BoundMlp]
     parts = {kind: part for kind in kinds if (part := getattr(block, kind)) is not None}
     moments: dict[Kind, Tensor] = {}
     if walk is not None:
         with _in_float32(block.module):
-            readers = {kind: part.slot("down" if kind == "mlp" else "output").path for kind, part in parts.items()}
+            readers = {kind: _reader(part) for kind, part in parts.items()}
             statistics = walk.statistics({path: parts[kind].modules[path] for kind, path in readers.items()})
             moments = {kind: statistics[path].mean for kind, path in readers.items()}
             del statistics
             if block.index + 1 < len(stack.blocks):
                 walk.advance()
-    return {kind: _score_part(part, method, moments.get(kind)) for kind, part in parts.items()}
+    return {
+        kind: _score_part(part, method, moments.get(kind), gradients.get(_reader(part))) for kind, part in parts.items()
+    }
 
 
-def _score_part(part: BoundAttention | BoundMlp, method: WidthMethod, moment: Tensor | None) -> Scores:
+def _score_part(
+    part: BoundAttention | BoundMlp, method: WidthMethod, moment: Tensor | None, gradients: Tensor | None
+) -> Scores:
     if isinstance(part, BoundMlp):
-        return Scores(_checked(method.score(channel_view(part, moment)), part.channels, part.path))
-    heads = _checked(method.score(head_view(part, moment)), part.heads, part.path)
-    return Scores(heads, _checked(method.score(group_view(part, moment)), part.kv_heads, part.path))
+        return Scores(_checked(method.score(channel_view(part, moment, gradients)), part.channels, part.path))
+    heads = _checked(method.score(head_view(part, moment, gradients)), part.heads, part.path)
+    return Scores(heads, _checked(method.score(group_view(part, moment, gradients)), part.kv_heads, part.path))
 
 
 def _checked(scores: Tensor, units: int, path: str) -> Tensor:

@@ -17,7 +17,7 @@ def choose(batches: Sequence[Mapping[str, Any]], tokens: int | None, seed: int) 
 
     A batch whose inputs differ in their number of rows is one sample.
     """
-    samples = [(index, row) for index, batch in enumerate(batches) for row in range(_rows(batch) or 1)]
+    samples = [(index, row) for index, batch in enumerate(batches) for row in range(rows_of(batch) or 1)]
     if tokens is not None:
         order = torch.randperm(len(samples), generator=torch.Generator().manual_seed(seed)).tolist()
         picked, left = [], tokens
@@ -30,7 +30,7 @@ def choose(batches: Sequence[Mapping[str, Any]], tokens: int | None, seed: int) 
     chosen: list[dict[str, Any]] = []
     for index, batch in enumerate(batches):
         rows = [row for i, row in samples if i == index]
-        if rows and _rows(batch) is None:
+        if rows and rows_of(batch) is None:
             chosen.append(dict(batch))
             continue
         step = max(1, AT_ONCE // _tokens(batch))
@@ -38,7 +38,7 @@ def choose(batches: Sequence[Mapping[str, Any]], tokens: int | None, seed: int) 
     return chosen
 
 
-def _rows(batch: Mapping[str, Any]) -> int | None:
+def rows_of(batch: Mapping[str, Any]) -> int | None:
     """How many samples a batch holds; None when its tensors do not agree."""
     sizes = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.dim()}
     return sizes.pop() if len(sizes) == 1 else None

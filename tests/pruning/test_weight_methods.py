@@ -7,7 +7,6 @@ import torch
 from quantization_cases import case, statistics_of
 from torch import Tensor
 
-from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.pruning.base import WEIGHTS, Masked, WeightView
 from hf_shrink.pruning.importance import register_importance

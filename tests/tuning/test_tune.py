@@ -10,9 +10,10 @@ from tiny import tiny_llama
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
 
 from hf_shrink import shrink
+from hf_shrink.architectures import bind
+from hf_shrink.calibration.rerunning import rerunning_blocks
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.tuning import Teacher, Tuning, tune
-from hf_shrink.tuning.distill import rerunning_blocks
 
 SCHEME = {"scheme": "W2A16", "group_size": 16, "symmetric": False}
 
@@ -133,7 +134,7 @@ def test_blocks_that_run_again_give_the_same_gradients() -> None:
     model.zero_grad()
     runs = []
     hook = model.model.layers[1].mlp.register_forward_pre_hook(lambda *_: runs.append(1))
-    with rerunning_blocks(model):
+    with rerunning_blocks([block.module for block in bind(model).blocks]):
         teacher.loss(model, 0).backward()
     hook.remove()
     assert len(runs) == 2
