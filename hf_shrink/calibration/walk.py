@@ -16,7 +16,7 @@ from hf_shrink.calibration.memory import release_free_memory
 from hf_shrink.calibration.stages import StagedRun, find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
-from hf_shrink.runtime.experts import watching
+from hf_shrink.runtime.experts import Watch, watching
 
 if TYPE_CHECKING:
     from hf_shrink.calibration.dense_stream import DenseStream, Follower
@@ -102,6 +102,10 @@ class StackWalk:
     def mask(self, batch: int) -> Tensor | None:
         """bool (batch, sequence) of the real tokens; None when nothing is padded."""
         return self._masks[batch]
+
+    def routing(self, batch: int) -> Watch:
+        """What the current block's experts got of a batch, once `call` has run on it."""
+        return self._experts.watches[batch]
 
     def outputs(self, batches: int | None = None) -> list[Tensor]:
         """The current block's hidden states for the first `batches` batches (all by default), not kept."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,6 +20,7 @@ from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import Passed, StackWalk
 from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.clock import Clock
 from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
 from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
 from hf_shrink.pipeline.learning import Learning
@@ -35,7 +34,7 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import is_uneven, settle_config
+from hf_shrink.surgery import cut_experts, is_uneven, settle_config, stack_configs
 
 
 def apply_plan(
@@ -61,7 +60,7 @@ def apply_plan(
     solves = any(m is not None and m.needs_statistics for m in (method, zeroing))
     reaching = tower_batches(model, towers, batches) if solves else {}
     stacks = remove_planned(model, binding, plan) if binding is not None else []
-    put_back = separate_experts(model) if binding is not None and packs_experts(binding, touched) else None
+    put_back = separate_experts(model) if packs_experts(binding, touched) else None
     schemes, formats = present(plan.schemes, stacks), present(plan.formats, stacks)
     whole = method if isinstance(method, ModelMethod) else None
     method = None if isinstance(method, ModelMethod) else method
@@ -88,7 +87,7 @@ def apply_plan(
         statistics = run.stack(stack, heads)
     report.notes += scaler.notes()
     run.pack({path: statistics.get(path) for path in outer})
-    if put_back is not None and not (binding is not None and packs_experts(binding, plan.schemes)):
+    if put_back is not None and not packs_experts(binding, plan.schemes):
         put_back()
     for experts in separate_modules(model).values():
         experts.own_weights()
@@ -131,8 +130,9 @@ class _Run:
     learning: Learning | None = None
     dense: DenseStream | None = None  # where a method learns
     moved: float | None = None  # relative error of the last block's output
-    phases: list[str] = field(default_factory=list)
-    since: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.timed = Clock(self.report.seconds).timed
 
     @property
     def solves(self) -> bool:
@@ -202,11 +202,14 @@ class _Run:
         if self.dense is not None and not goes_along:
             with self.timed("calibrate"):
                 self.dense.advance()
+        if plan.experts is not None:
+            cut_experts(self._now(stack, block), plan, stack_configs(self.model, stack)[0])
+            block = self._now(stack, block)
         if not plan.keeps_all:
             walk = self.walk if self.plan.refit else None
             cut_and_refit(self.model, block, plan, walk, self.timed)
         if self.scaler.scalings and paths:
-            cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
+            cut = block if plan.keeps_all else self._now(stack, block)
             with self.timed("transform"):
                 self.scaler.scale(self.walk, stack.spec, cut, stored)
         if self.walk is None:
@@ -228,6 +231,10 @@ class _Run:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
         self.moved = None if passed is None else _relative_error(passed, inputs)
+
+    def _now(self, stack: BoundStack, block: BoundBlock) -> BoundBlock:
+        """The block as it is bound at present: its experts may have been taken apart since, its units cut."""
+        return bind(self.model).stack(stack.name).blocks[block.index]
 
     def _pack_on_the_way(
         self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool, goes_along: bool
@@ -272,25 +279,6 @@ class _Run:
         module, sparse = self.model.get_submodule(path), self.masking is not None and path in self.masking.holders
         given = statistics if self.method is not None and self.method.needs_statistics else None
         return Task(path, module, self.schemes[path], given, stored or _dtype(module), sparse)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Count the time inside for `phase`; a phase inside another one stops the other's clock."""
-        self._switch(phase)
-        try:
-            yield
-        finally:
-            self._switch(None)
-
-    def _switch(self, phase: str | None) -> None:
-        now, seconds = time.perf_counter(), self.report.seconds
-        if self.phases:
-            seconds[self.phases[-1]] = seconds.get(self.phases[-1], 0.0) + now - self.since
-        if phase is None:
-            self.phases.pop()
-        else:
-            self.phases.append(phase)
-        self.since = now
 
 
 def _relative_error(passed: Passed, inputs: Tensor) -> float:

@@ -9,8 +9,8 @@ from typing import TypeVar
 from torch import nn
 
 from hf_shrink.architectures.binding import Binding, bind
-from hf_shrink.architectures.bound import BoundStack
-from hf_shrink.plan import Plan, StackPlan
+from hf_shrink.architectures.bound import BoundBlock, BoundStack
+from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.surgery import check_plan, remove_blocks
 
 T = TypeVar("T")
@@ -42,17 +42,31 @@ def remove_planned(model: nn.Module, binding: Binding, plan: Plan) -> list[KeptS
 
 
 def present(by_path: Mapping[str, T], stacks: Sequence[KeptStack]) -> dict[str, T]:
-    """What a plan says of modules, by present path: it names them as in the source, where blocks had other numbers."""
+    """What a plan says of modules, by the path that they end up with: it names them as in the source, where blocks and
+    experts had other numbers."""
     renamed = {}
     for path, value in by_path.items():
         for s in stacks:
             for block, source in zip(s.stack.blocks, s.kept, strict=True):
                 old = f"{s.stack.path}.{source}."
                 if path.startswith(old):
-                    path = f"{block.path}.{path.removeprefix(old)}"
+                    path = _expert_renumbered(
+                        f"{block.path}.{path.removeprefix(old)}", block, s.plan.blocks.get(source)
+                    )
                     break
             else:
                 continue
             break
         renamed[path] = value
     return renamed
+
+
+def _expert_renumbered(path: str, block: BoundBlock, plan: BlockPlan | None) -> str:
+    """The path of a matrix once the block's removed experts are gone."""
+    if block.experts is None or plan is None or plan.experts is None:
+        return path
+    start = f"{block.experts.path}."
+    number, dot, rest = path.removeprefix(start).partition(".")
+    if not path.startswith(start) or not dot:
+        return path
+    return f"{start}{plan.experts.index(int(number))}.{rest}"

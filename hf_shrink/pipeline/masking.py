@@ -47,14 +47,13 @@ class Masking:
     sparsities: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        # Still to do: what is done is let go of, because its dense weight may be packed next.
-        self._refs = {ref.path: ref for ref in weight_refs(self.model) if ref.path in self.amounts}
+        refs = {ref.path: ref for ref in weight_refs(self.model) if ref.path in self.amounts}
         for path in self.amounts:
-            if path not in self._refs:
+            if path not in refs:
                 raise RecipeError(f"the plan zeroes weights of {path}, which this model does not have; make it anew")
         # Paths of the matrices that get zeros, in the model's order; and of all modules that hold such a weight.
-        self.modules = [ref.module_path for ref in self._refs.values() if ref.is_matrix]
-        ids = {id(ref.parameter) for ref in self._refs.values()}
+        self.modules = [ref.module_path for ref in refs.values() if ref.is_matrix]
+        ids = {id(ref.parameter) for ref in refs.values()}
         self.holders = {p for found, paths in weight_holders(self.model).items() if found in ids for p in paths}
 
     @classmethod
@@ -80,8 +79,8 @@ class Masking:
 
     def without_matrices(self) -> None:
         """Zero what is no Linear's, for which there are no statistics: before anything runs."""
-        for ref in list(self._refs.values()):
-            if not ref.is_matrix:
+        for ref in list(weight_refs(self.model)):
+            if ref.path in self.amounts and not ref.is_matrix:
                 self._apply([ref], None)
 
     def matrices(self, statistics: Statistics) -> Statistics:
@@ -93,8 +92,8 @@ class Masking:
         settled = dict(statistics)
         groups: dict[object, list[WeightRef]] = {}
         for path, found in statistics.items():
-            ref = self._refs.get(f"{path}.weight" if path else "weight")
-            if ref is not None:
+            ref = WeightRef(path, self.model.get_submodule(path), "weight")
+            if ref.path in self.amounts and ref.path not in self.sparsities:
                 groups.setdefault(path if found is None else id(found), []).append(ref)
         for refs in groups.values():
             found = statistics[refs[0].module_path]
@@ -120,7 +119,6 @@ class Masking:
             found = method.prune(views, statistics)
         for ref, masked in zip(refs, found, strict=True):
             ref.write(masked.rows)
-            del self._refs[ref.path]
             elements = masked.kept.numel()
             zeros = elements - int(masked.kept.sum())
             self.sparsities[ref.path] = zeros / elements

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -13,13 +13,14 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import resolve_formats
-from hf_shrink.pipeline.recipes import depth_method, quantization_method, weights_method, width_method
+from hf_shrink.pipeline.recipes import depth_method, expert_method, quantization_method, weights_method, width_method
 from hf_shrink.pipeline.targets import resolve_schemes
 from hf_shrink.pipeline.transforming import transform_notes
 from hf_shrink.pipeline.weights import choose_weights
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan, WeightsPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
+from hf_shrink.pruning.plan_experts import plan_experts
 from hf_shrink.pruning.plan_width import plan_width
 from hf_shrink.quantization.base import ModelMethod
 from hf_shrink.recipe import QuantizeStep, Recipe
@@ -54,7 +55,8 @@ def plan_recipe(
     stacks: dict[str, StackPlan] = {}
     damage: dict[str, float] = {}
     depth, width, quantize = recipe.prune("depth"), recipe.prune("width"), recipe.quantize
-    if depth or width:
+    experts = recipe.prune("experts")
+    if depth or width or experts:
         if binding is None or not isinstance(model, PreTrainedModel):
             raise ArchitectureError(
                 "only transformers models can be pruned; this module can be quantized (method: rtn)"
@@ -62,8 +64,8 @@ def plan_recipe(
         binding.require_roles()
     if width and binding is not None and (sparse := [b.path for b in binding.blocks if b.experts is not None]):
         raise ArchitectureError(
-            f"{sparse[0]} is a mixture of experts, whose heads, channels and experts cannot be pruned yet; "
-            "use prune: {what: depth}, a quantize step, or both"
+            f"{sparse[0]} is a mixture of experts, whose heads and channels cannot be pruned yet; "
+            "use prune: {what: experts}, prune: {what: depth} or a quantize step"
         )
     if depth:
         assert binding is not None
@@ -80,6 +82,13 @@ def plan_recipe(
         notes += found.notes
         damage = found.damage
         stacks = {name: StackPlan(blocks) for name, blocks in found.kept.items()}
+    if experts:
+        assert binding is not None
+        with _without(model, binding, stacks) as (_, sources), experts_apart(model) as smaller:
+            assert smaller is not None
+            fewer = plan_experts(model, smaller, experts, expert_method(experts), batches, progress=progress)
+            stacks = _with_blocks(smaller, sources, stacks, fewer.blocks)
+        notes += fewer.notes
     if width:
         assert binding is not None
         with _without(model, binding, stacks) as (smaller, sources):
@@ -94,7 +103,7 @@ def plan_recipe(
                 progress=progress,
             )
         notes += narrower.notes
-        stacks = _with_width(smaller, sources, stacks, narrower.blocks)
+        stacks = _with_blocks(smaller, sources, stacks, narrower.blocks)
     plan = Plan(
         model_type=binding.model_type if binding is not None else type(model).__name__,
         stacks={name: stack for name, stack in stacks.items() if not _keeps_all(binding, name, stack)},
@@ -177,17 +186,21 @@ def _without(
         yield bind(model), sources
 
 
-def _with_width(
+def _with_blocks(
     binding: Binding,
     sources: Mapping[str, tuple[int, ...]],
     stacks: Mapping[str, StackPlan],
     blocks: Mapping[tuple[str, int], BlockPlan],
 ) -> dict[str, StackPlan]:
-    """Stack plans with what width pruning keeps, renumbered from the depth-pruned to the source's blocks."""
+    """Stack plans with what a step keeps of the blocks, renumbered from the depth-pruned to the source's blocks."""
     merged = {}
     for bound in binding.stacks:
         kept = sources[bound.name]
-        own = {kept[i]: plan for (name, i), plan in blocks.items() if name == bound.name and not plan.keeps_all}
+        own = dict(stacks[bound.name].blocks) if bound.name in stacks else {}
+        for (name, i), plan in blocks.items():
+            if name == bound.name and not plan.keeps_all:
+                decided = {f.name: v for f in fields(plan) if (v := getattr(plan, f.name)) is not None}
+                own[kept[i]] = replace(own.get(kept[i], BlockPlan()), **decided)
         if own or bound.name in stacks:
             merged[bound.name] = StackPlan(kept, own)
     return merged
@@ -199,12 +212,16 @@ def _keeps_all(binding: Binding | None, name: str, stack: StackPlan) -> bool:
 
 
 def _removed(path: str, binding: Binding | None, plan: Plan) -> bool:
-    """Whether a module lies in a block that the plan removes."""
+    """Whether a module lies in a block, or in an expert, that the plan removes."""
     for name, stack in plan.stacks.items():
         assert binding is not None
         for block in binding.stack(name).blocks:
-            if path.startswith(block.path + ".") and block.index not in stack.kept:
-                return True
+            if not path.startswith(block.path + "."):
+                continue
+            kept = stack.blocks.get(block.index, BlockPlan()).experts
+            if block.experts is not None and kept is not None and path.startswith(block.experts.path + "."):
+                return int(path.removeprefix(block.experts.path + ".").partition(".")[0]) not in kept
+            return block.index not in stack.kept
     return False
 
 

@@ -109,6 +109,34 @@ class DepthMethod(Protocol):
 
 
 @dataclass(frozen=True)
+class ExpertView:
+    """What a scorer sees of the experts of one block, measured on calibration data, padding left out.
+
+    Attributes:
+        tokens: int64 (experts,), the tokens that the router sent to each.
+        mass: float64 (experts,), the sum of the router's weights over these tokens.
+        energy: float64 (experts,), the sum of the router's weight times the L2 norm of the expert's output.
+        likeness: float64 (experts, experts), the cosine between two experts' router logits over all tokens.
+    """
+
+    tokens: Tensor
+    mass: Tensor
+    energy: Tensor
+    likeness: Tensor
+
+
+class ExpertMethod(Protocol):
+    """Scores experts. `merge`: whether removed ones are merged into what is kept."""
+
+    @property
+    def merge(self) -> bool: ...
+
+    def score(self, view: ExpertView) -> Tensor:
+        """Importance of every expert, float64 (experts,); higher is more important."""
+        ...
+
+
+@dataclass(frozen=True)
 class WeightView:
     """What a method that zeroes single weights sees of one of them.
 
@@ -158,4 +186,5 @@ class WeightsMethod(Protocol):
 
 WIDTH: Registry[WidthMethod] = Registry("width pruning method", "hf_shrink.pruning.width")
 DEPTH: Registry[DepthMethod] = Registry("depth pruning method", "hf_shrink.pruning.depth")
+EXPERTS: Registry[ExpertMethod] = Registry("expert pruning method", "hf_shrink.pruning.experts")
 WEIGHTS: Registry[WeightsMethod] = Registry("weights pruning method", "hf_shrink.pruning.weights")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, BoundStack
+from hf_shrink.calibration.precision import float32_for_now
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.plan import BlockPlan
@@ -73,7 +73,8 @@ def plan_width(
     plans: dict[tuple[str, int], BlockPlan] = {}
     for part, kept in allocation.kept:
         plan = plans.get(part.block, BlockPlan())
-        plans[part.block] = dataclasses.replace(plan, **{FIELDS[part.kind]: kept})
+        change: dict[str, Any] = {FIELDS[part.kind]: kept}
+        plans[part.block] = dataclasses.replace(plan, **change)
     return WidthPlan(plans, [*prunable.notes, *allocation.notes])
 
 
@@ -154,7 +155,7 @@ def _score_block(
     parts = {kind: part for kind in kinds if (part := getattr(block, kind)) is not None}
     moments: dict[Kind, Tensor] = {}
     if walk is not None:
-        with _in_float32(block.module):
+        with float32_for_now(block.module):
             readers = {kind: _reader(part) for kind, part in parts.items()}
             statistics = walk.statistics({path: parts[kind].modules[path] for kind, path in readers.items()})
             moments = {kind: statistics[path].mean for kind, path in readers.items()}
@@ -183,17 +184,3 @@ def _checked(scores: Tensor, units: int, path: str) -> Tensor:
     if not torch.isfinite(scores).all():
         raise CalibrationError(f"{path}: scores of units are NaN or Inf; check its weights and the calibration data")
     return scores
-
-
-@contextmanager
-def _in_float32(block: nn.Module) -> Iterator[None]:
-    """The block in float32 while it computes; afterwards its own tensors are back, untouched."""
-    tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point() and t.dtype != torch.float32]
-    stored = [t.data for t in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, data in zip(tensors, stored, strict=True):
-            tensor.data = data

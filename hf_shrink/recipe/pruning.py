@@ -14,12 +14,13 @@ from hf_shrink.sparsity import Amount
 # to say how much. Kinds that decide by themselves what goes take none.
 AMOUNTS: Mapping[str, tuple[str, ...]] = {
     "depth": ("ratio", "blocks"),
+    "experts": ("ratio", "experts"),
     "width": ("ratio",),
     "weights": ("sparsity", "threshold", "pattern"),
 }
 PRUNE_KINDS = tuple(AMOUNTS)
 AMOUNT_KEYS = tuple(dict.fromkeys(key for keys in AMOUNTS.values() for key in keys))
-COUNTS = ("blocks",)  # whole numbers
+COUNTS = ("blocks", "experts")  # whole numbers
 UNITS = ("all", "attention", "mlp")
 
 
@@ -28,9 +29,11 @@ class PruneStep:
     """Take something out of the model.
 
     Attributes:
-        what: whole blocks (`depth`), heads and channels inside the blocks (`width`), or single weights (`weights`).
+        what: whole blocks (`depth`), experts of mixtures (`experts`), heads and channels in the blocks (`width`), or
+            single weights (`weights`).
         ratio: the fraction of all block parameters, as they are when the step starts, that the step removes.
         blocks: of depth: how many blocks go.
+        experts: of experts: how many go from each block that has some.
         units: of width: which units.
         sparsity, threshold, pattern: of weights: see `sparsity.Amount`.
         targets, ignore: of weights: which modules, as in a quantize step.
@@ -42,6 +45,7 @@ class PruneStep:
     method: str
     ratio: float | None = None
     blocks: int | None = None
+    experts: int | None = None
     units: Literal["all", "attention", "mlp"] = "all"
     refit: bool = True
     sparsity: float | None = None

@@ -23,6 +23,8 @@ class Watch:
         inputs: by module, every expert's input (tokens it got, width), gathered when asked for; padding left out.
         middle: the same for what every expert's `down` gets (tokens it got, channels).
         counts: by module, int64 (experts,), the tokens that each expert got.
+        routed: by module, float64 (2, experts), sums over each expert's tokens: of the router's weight, and of that
+            weight times the L2 norm of the expert's output.
     """
 
     def __init__(self, real: Tensor | None) -> None:
@@ -30,6 +32,7 @@ class Watch:
         self.inputs: dict[nn.Module, Callable[[int], Tensor]] = {}
         self.middle: dict[nn.Module, Sequence[Tensor]] = {}
         self.counts: dict[nn.Module, Tensor] = {}
+        self.routed: dict[nn.Module, Tensor] = {}
 
     def without_padding(self, index: Tensor, none: int) -> Tensor:
         """Indices (tokens, experts of a token) with `none` for tokens that are padding."""
@@ -97,9 +100,32 @@ class SeparateExperts(nn.Module):
         """An expert's gate, up or down."""
         return self.get_submodule(f"{expert}.{self.names[role]}")
 
+    def keep(self, experts: Sequence[int]) -> None:
+        """Leave only some experts, renumbered from 0 in the order given."""
+        kept = [self.get_submodule(str(index)) for index in experts]
+        for index in range(self.num_experts):
+            delattr(self, str(index))
+        middle = self._modules.pop("middle")
+        for index, expert in enumerate(kept):
+            self.add_module(str(index), expert)
+        self.add_module("middle", middle)
+        self.num_experts = len(kept)
+
     def write_into(self, bound: BoundExperts) -> None:
-        """Put the weights back into the 3D parameters that they were taken from; nothing moves where they are views."""
+        """Put the weights back into the 3D parameters that they were taken from; nothing moves where they are views.
+
+        Where experts were removed since, these parameters are made anew, and what counts them is set.
+        """
         fused, channels = bound.module, bound.shapes["gate"][0]
+        if self.num_experts != bound.count:
+            for name in (bound.spec.fused, bound.spec.down_fused):
+                old = fused.get_parameter(name)
+                new = old.data.new_empty(self.num_experts, *old.shape[1:])
+                setattr(fused, name, nn.Parameter(new, requires_grad=old.requires_grad))
+            for attribute, quantity in bound.spec.attributes.items():
+                name = attribute.rpartition(".")[2]
+                if quantity == "experts" and hasattr(fused, name):
+                    setattr(fused, name, self.num_experts)
         gate_up, down = fused.get_parameter(bound.spec.fused), fused.get_parameter(bound.spec.down_fused)
         for index in range(self.num_experts):
             both = gate_up.data[index]
@@ -143,10 +169,16 @@ class SeparateExperts(nn.Module):
         del parts
         if watch is not None:
             watch.middle[self] = middle
+        routed = torch.zeros(2, self.num_experts, dtype=torch.float64)
         for index, part in zip(running, middle, strict=True):
             place, tokens = chosen[index]
-            output = self.matrix(index, "down")(part) * top_k_weights[tokens, place, None]
-            total.index_add_(0, tokens, output.to(total.dtype))
+            output, weight = self.matrix(index, "down")(part), top_k_weights[tokens, place]
+            if watch is not None:
+                size = torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32)
+                routed[:, index] = torch.stack([weight.double().sum(), (weight * size).double().sum()])
+            total.index_add_(0, tokens, (output * weight[:, None]).to(total.dtype))
+        if watch is not None:
+            watch.routed[self] = routed
         return total
 
     def extra_repr(self) -> str:
@@ -192,7 +224,8 @@ def separate_modules(model: nn.Module) -> dict[str, SeparateExperts]:
     return {path: module for path, module in model.named_modules() if isinstance(module, SeparateExperts)}
 
 
-def packs_experts(binding: Binding, paths: Iterable[str]) -> bool:
+def packs_experts(binding: Binding | None, paths: Iterable[str]) -> bool:
     """Whether any of the paths is a matrix of an expert, in 3D parameters or taken apart."""
-    matrices = {path for block in binding.blocks if block.experts is not None for path in block.experts.matrices}
+    blocks = binding.blocks if binding is not None else ()
+    matrices = {path for block in blocks if block.experts is not None for path in block.experts.matrices}
     return not matrices.isdisjoint(paths)

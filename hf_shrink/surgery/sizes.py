@@ -24,6 +24,7 @@ from hf_shrink.architectures.portable import part_keys
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.runtime.experts import separate_experts, separate_modules
 from hf_shrink.surgery.depth import stack_configs
+from hf_shrink.surgery.experts import settle_experts
 from hf_shrink.surgery.units import CONFIG_PREFIX, get_attribute, set_attribute
 
 RECORD_FORMAT = 1
@@ -36,6 +37,7 @@ def settle_config(model: PreTrainedModel) -> None:
         model.config.hf_shrink = {"format": RECORD_FORMAT, "shapes": {}, "attributes": {}}
         return
     binding = bind(model)
+    settle_experts(model, binding)
     _settle_stock_keys(model, binding)
     _settle_cache_depth(model, binding)
     _share_configs(model, binding)
