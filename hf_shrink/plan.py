@@ -56,6 +56,7 @@ class BlockPlan:
         experts: kept experts, ascending.
         merges: what removed experts leave behind: (removed expert, kept expert, share), the share that the removed
             one's weights have in the kept one's new weights. None: nothing is left of them.
+        removed: the parts that go as a whole, of "attention", "cross_attention" and "mlp".
     """
 
     query_heads: tuple[int, ...] | None = None
@@ -63,6 +64,7 @@ class BlockPlan:
     cross_heads: tuple[int, ...] | None = None
     experts: tuple[int, ...] | None = None
     merges: tuple[tuple[int, int, float], ...] | None = None
+    removed: tuple[str, ...] | None = None
 
     @property
     def keeps_all(self) -> bool:
@@ -180,9 +182,10 @@ class Plan:
                     continue
                 heads = "all" if block.query_heads is None else str(len(block.query_heads))
                 channels = "all" if block.channels is None else str(len(block.channels))
+                gone = f", without its {' and '.join(block.removed)}".replace("_", " ") if block.removed else ""
                 experts = "" if block.experts is None else f", experts {len(block.experts)}"
                 merged = f" ({len(block.merges)} merged into them)" if block.merges else ""
-                lines.append(f"  block {index}: query heads {heads}, channels {channels}{experts}{merged}")
+                lines.append(f"  block {index}: query heads {heads}, channels {channels}{experts}{merged}{gone}")
         lines += self.weights.summary() if self.weights is not None else []
         by_scheme: dict[Scheme, int] = {}
         for scheme in self.schemes.values():
@@ -191,6 +194,7 @@ class Plan:
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
             inputs = "" if scheme.activation_bits == 16 else f", inputs in int{scheme.activation_bits} per token"
+            inputs += " without zero points" if scheme.activation_symmetric else ""
             lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}{inputs}")
         for kind in dict.fromkeys(self.formats.values()):
             count = sum(found == kind for found in self.formats.values())

@@ -31,6 +31,8 @@ class Attention:
             after the residual sum.
         tied: every block of the stack must keep the same heads (a position bias is handed from block to block).
         fixed: why heads cannot be removed at all; None when they can.
+        returns: what `module` returns behind its output: the argument of that name, or None for what nobody needs.
+        whole: why the attention cannot be taken out of its block; None when it can.
     """
 
     module: str
@@ -48,6 +50,8 @@ class Attention:
     norm: str | tuple[str, ...] | None = None
     tied: bool = False
     fixed: str | None = None
+    returns: tuple[str | None, ...] = (None,)
+    whole: str | None = None
 
 
 @dataclass(frozen=True)

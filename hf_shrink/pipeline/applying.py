@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
@@ -16,9 +16,10 @@ from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.experts import starved_note
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.clock import Clock
 from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
@@ -34,7 +35,9 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import cut_experts, is_uneven, settle_config, stack_configs
+from hf_shrink.surgery import consumer_cuts, cut_block, cut_experts, is_uneven, settle_config, stack_configs
+
+COARSE = 4  # bits up to which a weight's error is far above what products in bfloat16 add
 
 
 def apply_plan(
@@ -128,7 +131,7 @@ class _Run:
     done: int = 0
     walk: StackWalk | None = None
     learning: Learning | None = None
-    dense: DenseStream | None = None  # where a method learns
+    dense: DenseStream | None = None  # where a method learns or follows, or matrices are refitted
     moved: float | None = None  # relative error of the last block's output
 
     def __post_init__(self) -> None:
@@ -174,11 +177,17 @@ class _Run:
         if solves or refits or scales:
             given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts, "padded": batches is None}
+                settings: dict[str, Any] = {
+                    "starved_experts": self.plan.starved_experts,
+                    "padded": batches is None,
+                    "fast": bool(self.schemes) and all(s.bits <= COARSE for s in self.schemes.values()),
+                }
                 self.walk = StackWalk(self.model, modules, given, **settings)
-                if solves and (self.learning is not None or self.follows):
-                    everything = self.learning is not None
-                    self.dense = DenseStream(self.model, modules, given, everything=everything, **settings)
+                if refits or (solves and (self.learning is not None or self.follows)):
+                    everything = self.learning is not None or refits
+                    self.dense = DenseStream(
+                        self.model, modules, given, everything=everything, measure_all=refits, **settings
+                    )
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -199,15 +208,22 @@ class _Run:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
         paths = [path for path in self.work if path.startswith(block.path + ".")]
         goes_along = self.follows and plan.keeps_all and bool(paths)  # through the block's stages, see `DenseStream`
-        if self.dense is not None and not goes_along:
+        refits = self.walk is not None and self.plan.refit and bool(consumer_cuts(block, plan))
+        if self.dense is not None and not goes_along and not refits:
             with self.timed("calibrate"):
                 self.dense.advance()
         if plan.experts is not None:
             cut_experts(self._now(stack, block), plan, stack_configs(self.model, stack)[0])
             block = self._now(stack, block)
-        if not plan.keeps_all:
-            walk = self.walk if self.plan.refit else None
-            cut_and_refit(self.model, block, plan, walk, self.timed)
+        if refits:
+            assert self.walk is not None
+            inputs, on = self.walk.hidden[0], further and not paths
+            passed = cut_and_refit(self.model, block, plan, self.walk, self.dense, self.timed, further=on)
+            if passed is not None and not paths:
+                self.moved = passed.relative_error(inputs)
+                return
+        elif not plan.keeps_all:
+            cut_block(block, plan)
         if self.scaler.scalings and paths:
             cut = block if plan.keeps_all else self._now(stack, block)
             with self.timed("transform"):
@@ -216,7 +232,6 @@ class _Run:
             self.pack(dict.fromkeys(paths), stored)
             return
         inputs = self.walk.hidden[0]
-        passed: Passed | None
         if self.learning is not None and self.dense is not None and paths:
             walk = self.walk
             passed = self.learning.block(
@@ -230,7 +245,7 @@ class _Run:
         else:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
-        self.moved = None if passed is None else _relative_error(passed, inputs)
+        self.moved = None if passed is None else passed.relative_error(inputs)
 
     def _now(self, stack: BoundStack, block: BoundBlock) -> BoundBlock:
         """The block as it is bound at present: its experts may have been taken apart since, its units cut."""
@@ -279,9 +294,3 @@ class _Run:
         module, sparse = self.model.get_submodule(path), self.masking is not None and path in self.masking.holders
         given = statistics if self.method is not None and self.method.needs_statistics else None
         return Task(path, module, self.schemes[path], given, stored or _dtype(module), sparse)
-
-
-def _relative_error(passed: Passed, inputs: Tensor) -> float:
-    """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
-    size = (passed.before - inputs).float().square().sum()
-    return float((passed.after - passed.before).float().square().sum() / size.clamp_min(1e-30))

@@ -1,19 +1,20 @@
-"""Wall time by phase."""
+"""Where a run's time goes."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 
+@dataclass
 class Clock:
-    """Adds the time that passes in each phase to a report's `seconds`."""
+    """Adds up seconds by phase."""
 
-    def __init__(self, seconds: dict[str, float]) -> None:
-        self._seconds = seconds
-        self._phases: list[str] = []
-        self._since = 0.0
+    seconds: dict[str, float]
+    _phases: list[str] = field(default_factory=list)
+    _since: float = 0.0
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -27,8 +28,7 @@ class Clock:
     def _switch(self, phase: str | None) -> None:
         now = time.perf_counter()
         if self._phases:
-            last = self._phases[-1]
-            self._seconds[last] = self._seconds.get(last, 0.0) + now - self._since
+            self.seconds[self._phases[-1]] = self.seconds.get(self._phases[-1], 0.0) + now - self._since
         if phase is None:
             self._phases.pop()
         else:

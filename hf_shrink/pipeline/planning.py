@@ -10,6 +10,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import resolve_formats
@@ -81,7 +82,13 @@ def plan_recipe(
         )
         notes += found.notes
         damage = found.damage
-        stacks = {name: StackPlan(blocks) for name, blocks in found.kept.items()}
+        stacks = {
+            name: StackPlan(
+                blocks,
+                {i: BlockPlan(removed=parts) for (stack, i), parts in found.parts.items() if stack == name},
+            )
+            for name, blocks in found.kept.items()
+        }
     if experts:
         assert binding is not None
         with _without(model, binding, stacks) as (_, sources), experts_apart(model) as smaller:
@@ -176,13 +183,18 @@ def experts_apart(model: nn.Module) -> Iterator[Binding | None]:
 def _without(
     model: nn.Module, binding: Binding, stacks: Mapping[str, StackPlan]
 ) -> Iterator[tuple[Binding, dict[str, tuple[int, ...]]]]:
-    """The model with the planned blocks out: its binding, and the source index of every block that is left."""
+    """The model with the planned blocks and parts out: its binding, and the source index of every block left."""
     sources = {s.name: stacks[s.name].kept if s.name in stacks else tuple(range(len(s.blocks))) for s in binding.stacks}
     with ExitStack() as stack:
         for bound in binding.stacks:
             removed = sorted(set(range(len(bound.blocks))) - set(sources[bound.name]))
             if removed:
                 stack.enter_context(without_blocks(model, bound, removed))
+            gone = stacks[bound.name].blocks if bound.name in stacks else {}
+            takings = [
+                (bound.blocks[i].module, bound.spec, b.removed) for i, b in gone.items() if bound.spec and b.removed
+            ]
+            stack.enter_context(without_parts(takings))
         yield bind(model), sources
 
 
@@ -212,13 +224,16 @@ def _keeps_all(binding: Binding | None, name: str, stack: StackPlan) -> bool:
 
 
 def _removed(path: str, binding: Binding | None, plan: Plan) -> bool:
-    """Whether a module lies in a block, or in an expert, that the plan removes."""
+    """Whether a module lies in a block, in a part of one, or in an expert, that the plan removes."""
     for name, stack in plan.stacks.items():
         assert binding is not None
         for block in binding.stack(name).blocks:
             if not path.startswith(block.path + "."):
                 continue
-            kept = stack.blocks.get(block.index, BlockPlan()).experts
+            own = stack.blocks.get(block.index, BlockPlan())
+            if any(path in getattr(block, part).modules for part in own.removed or ()):
+                return True
+            kept = own.experts
             if block.experts is not None and kept is not None and path.startswith(block.experts.path + "."):
                 return int(path.removeprefix(block.experts.path + ".").partition(".")[0]) not in kept
             return block.index not in stack.kept

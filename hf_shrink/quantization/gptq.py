@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.columns import GridColumns
 from hf_shrink.ops.grid import Grid, dequantize, min_max_grid, search_grid
-from hf_shrink.ops.linalg import damped_inverse_factor, dead_channels, relative_error
+from hf_shrink.ops.linalg import InverseFactor, damped_inverse_factor, dead_channels, relative_error
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizedWeight
 from hf_shrink.quantization.descent import descend
@@ -80,11 +80,11 @@ class GPTQ:
         """See `QuantizationMethod.solve`."""
         if statistics is None or statistics.tokens == 0:
             raise CalibrationError("GPTQ has seen no inputs of this Linear; use more calibration data, or method: rtn")
-        weight = weight.detach()
-        damping = self.damping
-        if damping is None:
-            damping = self._best_damping(weight, scheme, statistics, scale_dtype, kept)
-        return self._solve(weight, scheme, statistics, scale_dtype, damping, kept)
+        weight, moment = weight.detach(), statistics.mean.to(weight.device)
+        order = self._order(moment.diagonal(), scheme.for_width(len(moment)).group_size)
+        asked, inverse = self._best_damping(weight, scheme, statistics, scale_dtype, moment, order, kept)
+        found = self._solve(weight, scheme, statistics, scale_dtype, moment, inverse, kept)
+        return replace(found, notes=_notes(moment, asked, inverse.damping))
 
     def _best_damping(
         self,
@@ -92,19 +92,26 @@ class GPTQ:
         scheme: Scheme,
         statistics: InputStatistics,
         scale_dtype: torch.dtype,
+        moment: Tensor,
+        order: Tensor,
         kept: Tensor | None,
-    ) -> float:
-        """By the outputs that some of the rows give on held-out tokens."""
+    ) -> tuple[float, InverseFactor]:
+        """A damping and the damped inverse: by the outputs that some of the rows give on held-out tokens."""
         drift = statistics.drift
-        if drift is None or not drift.held_hessian.any():
-            return DAMPINGS[0]
+        if self.damping is not None or drift is None or not drift.held_hessian.any():
+            damping = self.damping or DAMPINGS[0]
+            return damping, damped_inverse_factor(moment, damping, order)
         step = -(-len(weight) // TRIAL_ROWS)
         rows, mask = weight[::step], None if kept is None else kept[::step]
-        losses = {}
+        best: tuple[float, float, InverseFactor] | None = None
         for damping in DAMPINGS:
-            found = self._solve(rows, scheme, statistics, scale_dtype, damping, mask)
-            losses[damping] = held_out_loss(rows, found.dequantized(), drift)
-        return min(losses, key=losses.__getitem__)
+            inverse = damped_inverse_factor(moment, damping, order)
+            found = self._solve(rows, scheme, statistics, scale_dtype, moment, inverse, mask)
+            loss = held_out_loss(rows, found.dequantized(), drift)
+            if best is None or loss < best[0]:
+                best = loss, damping, inverse
+        assert best is not None
+        return best[1:]
 
     def _solve(
         self,
@@ -112,17 +119,15 @@ class GPTQ:
         scheme: Scheme,
         statistics: InputStatistics,
         scale_dtype: torch.dtype,
-        damping: float,
+        moment: Tensor,
+        inverse: InverseFactor,
         kept: Tensor | None,
     ) -> QuantizedWeight:
-        hessian = statistics.mean.to(weight.device)
         if self.asymmetric and kept is None:  # else the correction has been taken with the mask
-            weight, _ = corrected(weight, statistics, damping)
-        scheme, diagonal = scheme.for_width(len(hessian)), hessian.diagonal()
-        order = self._order(diagonal, scheme.group_size)
-        factor = damped_inverse_factor(hessian[order][:, order], damping)
-        damped = hessian.clone()
-        damped.diagonal().add_(factor.damping * diagonal.mean() if diagonal.any() else 1.0)
+            weight, _ = corrected(weight, statistics, inverse)
+        scheme, diagonal = scheme.for_width(len(moment)), moment.diagonal()
+        damped = moment.clone()
+        damped.diagonal().add_(inverse.damping * diagonal.mean() if diagonal.any() else 1.0)
 
         # Weighting by U_jj^-2, what an error costs once later columns have made up for it, lowers the layer's error
         # but raises the model's (SmolLM2-135M, W4 g64: KL divergence 0.126 instead of 0.095).
@@ -133,12 +138,11 @@ class GPTQ:
         else:
             grid = search_grid(weight, scheme, importance, scale_dtype)
         values, grid = round_columns(
-            weight, grid, order, factor.upper.float(), self.block_size, importance if regrouped else None, kept
+            weight, grid, inverse.order, inverse.upper.float(), self.block_size, importance if regrouped else None, kept
         )
         if self.refinements:
             values, grid = descend(weight, values, grid, damped, self.refinements, kept)
-        error = relative_error(weight, dequantize(values, grid), hessian)
-        return QuantizedWeight(values, grid, error, _notes(hessian, damping, factor.damping))
+        return QuantizedWeight(values, grid, relative_error(weight, dequantize(values, grid), moment))
 
     def _order(self, diagonal: Tensor, group_size: int | None) -> Tensor:
         """(in,) the columns in the order in which they are rounded."""

@@ -22,6 +22,7 @@ PRUNE_KINDS = tuple(AMOUNTS)
 AMOUNT_KEYS = tuple(dict.fromkeys(key for keys in AMOUNTS.values() for key in keys))
 COUNTS = ("blocks", "experts")  # whole numbers
 UNITS = ("all", "attention", "mlp")
+PARTS = ("blocks", "attention", "mlp", "any")
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class PruneStep:
         targets, ignore: of weights: which modules, as in a quantize step.
         refit: whether matrices that read or write what was cut are refitted by least squares.
         options: the fields of the method's own dataclass.
+        parts: of depth: whether whole blocks go, only their attentions or MLPs, or either of these ("any").
     """
 
     what: str
@@ -54,12 +56,19 @@ class PruneStep:
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    parts: Literal["blocks", "attention", "mlp", "any"] = "blocks"
 
     def __post_init__(self) -> None:
         if self.what not in AMOUNTS:
             raise RecipeError(f"prune.what {self.what!r} is unknown; {did_you_mean(str(self.what), AMOUNTS)}")
         if self.units not in UNITS:
             raise RecipeError(f"prune.units {self.units!r} is unknown; {did_you_mean(str(self.units), UNITS)}")
+        if self.parts not in PARTS:
+            raise RecipeError(f"prune.parts {self.parts!r} is unknown; {did_you_mean(str(self.parts), PARTS)}")
+        if self.parts != "blocks" and self.what != "depth":
+            raise RecipeError(f"prune.parts goes with what: depth; for {self.what} there is units")
+        if self.parts == "any" and self.blocks is not None:
+            raise RecipeError("prune.parts any takes out things of different sizes: give ratio instead of blocks")
         self._check_amounts()
         self._check_weights()
         for key in COUNTS:
