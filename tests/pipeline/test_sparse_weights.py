@@ -75,14 +75,16 @@ def test_sparsities_and_patterns_are_exact_and_nothing_else_changes(method: str)
     assert len(half.shrink_report.block_errors) == (0 if method == "magnitude" else 4)
 
 
-def test_less_is_lost_from_magnitude_to_wanda_to_refit_to_sparsegpt() -> None:
-    lost = [
-        divergence(shrunk(step(method, refit=refit)))
-        for method, refit in (("magnitude", True), ("wanda", False), ("wanda", True), ("sparsegpt", True))
-    ]
-    assert lost == sorted(lost, reverse=True)
-    assert lost[2] < 0.9 * lost[1]
-    assert divergence(shrunk(step("sparsegpt"))) < divergence(shrunk(step("sparsegpt", refit=False)))
+def test_less_is_lost_with_data_with_updates_and_with_a_refit() -> None:
+    lost = {
+        (method, refit): divergence(shrunk(step(method, refit=refit)))
+        for method in ("magnitude", "wanda", "sparsegpt")
+        for refit in (False, True)
+        if method != "magnitude" or refit
+    }
+    assert lost["sparsegpt", False] < 0.95 * lost["wanda", False] < 0.95 * lost["magnitude", True]
+    assert lost["wanda", True] < 0.9 * lost["wanda", False]
+    assert lost["sparsegpt", True] < 0.98 * lost["sparsegpt", False]
 
 
 def test_wanda_without_refit_leaves_what_is_kept_alone() -> None:
