@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
 from hf_shrink.scheme import BITS, KINDS, STRATEGIES, Kind, Scheme, Strategy
+from hf_shrink.sparsity import WeightsPlan
 
 __all__ = [
     "BITS",
@@ -25,6 +26,7 @@ __all__ = [
     "Scheme",
     "StackPlan",
     "Strategy",
+    "WeightsPlan",
 ]
 
 PLAN_FORMAT = 1
@@ -126,6 +128,7 @@ class Plan:
         effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
+        weights: which matrices get zeros, and how many; None: none.
         hidden: to what the residual stream is cut; None: it stays.
     """
 
@@ -141,6 +144,7 @@ class Plan:
     effort: str | None = None
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
+    weights: WeightsPlan | None = None
     hidden: HiddenPlan | None = None
 
     @property
@@ -182,11 +186,13 @@ class Plan:
             }
             schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
             transforms = tuple(data.pop("transforms", ()))
+            weights = data.pop("weights", None)
+            weights = None if weights is None else WeightsPlan.from_dict(weights)
             hidden = data.pop("hidden", None)
+            hidden = None if hidden is None else HiddenPlan(**hidden)
             for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
                 raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
-            kept = None if hidden is None else HiddenPlan(**hidden)
-            return cls(stacks=stacks, schemes=schemes, transforms=transforms, hidden=kept, **data)
+            return cls(stacks=stacks, schemes=schemes, transforms=transforms, weights=weights, hidden=hidden, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error
 
@@ -209,6 +215,7 @@ class Plan:
             how = f"{self.hidden.method}{', refitted' if self.hidden.refit else ''}"
             head = ", the head gets a weight of its own" if self.hidden.untie else ""
             lines.append(f"{self.hidden.stack}: residual stream of {self.hidden.width} channels ({how}){head}")
+        lines += self.weights.summary() if self.weights is not None else []
         by_scheme: dict[Scheme, int] = {}
         for scheme in self.schemes.values():
             by_scheme[scheme] = by_scheme.get(scheme, 0) + 1
