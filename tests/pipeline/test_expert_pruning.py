@@ -92,6 +92,18 @@ def test_a_plan_does_it_again(tmp_path: Path) -> None:
         assert name == other_name and torch.equal(one, other), name
 
 
+def test_experts_and_single_weights_in_one_run() -> None:
+    zeros = {"prune": {"what": "weights", "method": "magnitude", "sparsity": 0.5}}
+    model: Any = shrink(MIXTURES["mixtral"](), {"steps": [EXPERTS, zeros]}, calibration=data(), progress=False)
+    ids = tokens(3, 14)
+    for block in bind(model).blocks:
+        assert block.experts.count == 2
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(block.experts.module, name)
+            assert weight.shape[0] == 2 and 0.4 < float((weight == 0).float().mean()) < 0.6
+    assert model.config.num_local_experts == 2 and torch.isfinite(logits(model, ids)).all()
+
+
 def test_recipes_say_what_goes_together() -> None:
     with pytest.raises(RecipeError, match=r"prune\.blocks goes with what: depth; for experts give ratio or experts"):
         make_plan(MIXTURES["mixtral"](), {"steps": [{"prune": {**EXPERTS["prune"], "experts": None, "blocks": 1}}]})

@@ -119,6 +119,18 @@ def test_cut_equals_masked(name: str, left: int, apart: bool, monkeypatch: pytes
     assert (model.config.num_experts, model.config.num_experts_per_tok) == (left, min(left, 2))
 
 
+def test_experts_cut_while_apart_go_back_without_what_was_cut() -> None:
+    model, ids = MIXTURES["mixtral"](), tokens(3, 14)
+    expected = copy.deepcopy(model)
+    plan = plan_of(model, 2)
+    apply_structure(expected, plan)
+    undo = separate_experts(model)
+    apply_structure(model, plan)
+    undo()
+    assert model.model.layers[0].mlp.experts.gate_up_proj.shape[0] == 2
+    torch.testing.assert_close(logits(model, ids), logits(expected, ids), rtol=1e-5, atol=1e-5)
+
+
 @every_mixture
 def test_saved_and_loaded_with_the_loss_that_balances_experts(name: str, tmp_path: Path) -> None:
     model, ids = MIXTURES[name](), tokens(3, 14)
