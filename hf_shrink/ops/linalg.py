@@ -84,6 +84,14 @@ def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
+def damped_moment(moment: Tensor, damping: float) -> Tensor:
+    """A copy with `damping` times the mean added to the diagonal; with 1 where no input was ever non-zero."""
+    damped = moment.clone()
+    mean = moment.diagonal().mean()
+    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return damped
+
+
 def check_finite(moment: Tensor) -> None:
     """Raises CalibrationError where a second moment holds NaN or Inf."""
     if not torch.isfinite(moment).all():
@@ -121,6 +129,28 @@ def least_squares_refit(weight: Tensor, moment: Tensor, kept: Tensor, damping: f
     lost = weight[:, removed].double() @ moment[removed][:, kept].double()
     update = torch.cholesky_solve(lost.T, lower).T
     return (weight[:, kept].double() + update).float()
+
+
+def refit_towards(weight: Tensor, cross: Tensor, moment: Tensor, damping: float) -> Tensor:
+    """The weights that best give a target from an input, near to given weights where the input says little.
+
+    Minimises E||V x - y||^2 + damping * mean(diagonal) * ||V - W||^2 over V, in closed form.
+
+    Args:
+        weight: W, (out_features, in_features), any float dtype.
+        cross: E y x^T, (out_features, in_features).
+        moment: E x x^T, (in_features, in_features).
+        damping: fraction of the mean second moment. Grown tenfold until Cholesky holds.
+
+    Returns:
+        V, float64 (out_features, in_features).
+
+    Raises:
+        CalibrationError: NaN or Inf in the moment, or no damping helps.
+    """
+    lower, _ = damped_cholesky(moment, damping)
+    missing = cross.double() - weight.double() @ moment.double()
+    return weight.double() + torch.cholesky_solve(missing.T, lower).T
 
 
 def relative_error(weight: Tensor, approximation: Tensor, moment: Tensor | None) -> float:
