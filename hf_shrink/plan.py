@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +24,7 @@ __all__ = [
     "Scheme",
     "StackPlan",
     "Strategy",
+    "VocabularyPlan",
 ]
 
 PLAN_FORMAT = 1
@@ -76,6 +77,34 @@ class StackPlan:
 
 
 @dataclass(frozen=True)
+class VocabularyPlan:
+    """What is kept of the vocabulary.
+
+    Attributes:
+        rows: of the source's embedding.
+        kept: ids of the kept tokens in the source, ascending, as ranges: "0-257,300,305-309". They are numbered from 0
+            in this order; ids from `rows` on are tokens that only the tokenizer knows.
+        tokenizer: SHA-256 of the source tokenizer's tokens and their ids.
+    """
+
+    rows: int
+    kept: str
+    tokenizer: str
+
+    @property
+    def ids(self) -> tuple[int, ...]:
+        """The kept ids. Raises RecipeError where `kept` says none."""
+        try:
+            parts = [tuple(map(int, part.split("-"))) for part in self.kept.split(",")]
+            found = tuple(i for part in parts for i in range(part[0], part[-1] + 1))
+        except ValueError as error:
+            raise RecipeError(f"the plan's kept tokens are not ranges of ids: {error}") from error
+        if list(found) != sorted(set(found)) or found[0] < 0:
+            raise RecipeError("the plan's kept tokens must be ascending ids, each once")
+        return found
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is done to one model.
 
@@ -93,6 +122,7 @@ class Plan:
         effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
+        vocabulary: what is kept of it; None: all.
     """
 
     model_type: str
@@ -107,6 +137,7 @@ class Plan:
     effort: str | None = None
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
+    vocabulary: VocabularyPlan | None = None
 
     @property
     def prunes(self) -> bool:
@@ -150,6 +181,8 @@ class Plan:
             }
             schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
             transforms = tuple(data.pop("transforms", ()))
+            vocabulary = data.pop("vocabulary", None)
+            data["vocabulary"] = None if vocabulary is None else VocabularyPlan(**vocabulary)
             for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
                 raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
             return cls(stacks=stacks, schemes=schemes, transforms=transforms, **data)
@@ -159,8 +192,11 @@ class Plan:
     def summary(self) -> str:
         """One line a stack and one a scheme: how much is kept, what is quantized how, and by which work."""
         lines = []
+        if self.vocabulary is not None:
+            kept = sum(index < self.vocabulary.rows for index in self.vocabulary.ids)
+            lines.append(f"vocabulary: {kept:,} of {self.vocabulary.rows:,} tokens kept")
         for name, stack in self.stacks.items():
-            lines.append(f"{name}: {len(stack.kept)} blocks kept ({_ranges(stack.kept)})")
+            lines.append(f"{name}: {len(stack.kept)} blocks kept ({ranges(stack.kept)})")
             for index in stack.kept:
                 block = stack.blocks.get(index)
                 if block is None or block.keeps_all:
@@ -211,12 +247,12 @@ def _pairs(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in options.items())
 
 
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """(0, 1, 2, 5) as "0-2, 5"."""
+def ranges(numbers: Sequence[int], separator: str = ", ") -> str:
+    """Ascending numbers, (0, 1, 2, 5) as "0-2, 5"."""
     parts: list[list[int]] = []
     for n in numbers:
         if parts and n == parts[-1][1] + 1:
             parts[-1][1] = n
         else:
             parts.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)
+    return separator.join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

@@ -13,12 +13,13 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import resolve_formats
-from hf_shrink.pipeline.recipes import depth_method, quantization_method, width_method
+from hf_shrink.pipeline.recipes import depth_method, quantization_method, vocabulary_method, width_method
 from hf_shrink.pipeline.targets import resolve_schemes
 from hf_shrink.pipeline.transforming import transform_notes
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
+from hf_shrink.pruning.plan_vocabulary import plan_vocabulary
 from hf_shrink.pruning.plan_width import plan_width
 from hf_shrink.quantization.base import ModelMethod
 from hf_shrink.recipe import QuantizeStep, Recipe
@@ -40,9 +41,17 @@ def find_binding(model: nn.Module) -> Binding | None:
 
 
 def plan_recipe(
-    model: nn.Module, recipe: Recipe, batches: Sequence[Mapping[str, Any]], seed: int, progress: ProgressCallback
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, Any]],
+    seed: int,
+    progress: ProgressCallback,
+    processing: Any = None,
 ) -> Planned:
     """Decide everything. The model is left as it was.
+
+    Args:
+        processing: the model's tokenizer or processor, which a smaller vocabulary needs.
 
     Raises:
         RecipeError: the recipe cannot be met on this model.
@@ -53,11 +62,11 @@ def plan_recipe(
     stacks: dict[str, StackPlan] = {}
     damage: dict[str, float] = {}
     depth, width, quantize = recipe.prune("depth"), recipe.prune("width"), recipe.quantize
+    vocabulary = recipe.prune("vocabulary")
+    if (depth or width or vocabulary) and (binding is None or not isinstance(model, PreTrainedModel)):
+        raise ArchitectureError("only transformers models can be pruned; this module can be quantized (method: rtn)")
     if depth or width:
-        if binding is None or not isinstance(model, PreTrainedModel):
-            raise ArchitectureError(
-                "only transformers models can be pruned; this module can be quantized (method: rtn)"
-            )
+        assert binding is not None
         binding.require_roles()
     if width and binding is not None and (sparse := [b.path for b in binding.blocks if b.experts is not None]):
         raise ArchitectureError(
@@ -94,11 +103,20 @@ def plan_recipe(
             )
         notes += narrower.notes
         stacks = _with_width(smaller, sources, stacks, narrower.blocks)
+    smaller_vocabulary = None
+    if vocabulary:
+        assert isinstance(model, PreTrainedModel)
+        tokens = plan_vocabulary(
+            model, processing, vocabulary_method(vocabulary), batches, seed=seed, progress=progress
+        )
+        notes += tokens.notes
+        smaller_vocabulary = tokens.plan
     plan = Plan(
         model_type=binding.model_type if binding is not None else type(model).__name__,
         stacks={name: stack for name, stack in stacks.items() if not _keeps_all(binding, name, stack)},
         refit=width.refit if width else False,
         damage=damage,
+        vocabulary=smaller_vocabulary,
     )
     if quantize:
         if quantize.transforms and binding is None:
@@ -116,7 +134,7 @@ def plan_recipe(
             effort=quantize.effort,
         )
         notes += [*found_notes, *transform_notes(plan)]
-    if not plan.stacks and not plan.bits:
+    if not plan.stacks and not plan.bits and plan.vocabulary is None:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
-from hf_shrink.pruning.base import DEPTH, WIDTH, DepthMethod, GradientMethod, WidthMethod
+from hf_shrink.pruning.base import DEPTH, VOCABULARY, WIDTH, DepthMethod, GradientMethod, VocabularyMethod, WidthMethod
 from hf_shrink.quantization.base import METHODS, Method, ModelMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
@@ -86,8 +86,16 @@ def width_method(step: PruneStep) -> WidthMethod:
     return WIDTH.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def vocabulary_method(step: PruneStep) -> VocabularyMethod:
+    return VOCABULARY.build(step.method, step.options, _own_keys(PruneStep))
+
+
 # How the method of a step is made, by what is pruned.
-PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {"depth": depth_method, "width": width_method}
+PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {
+    "depth": depth_method,
+    "vocabulary": vocabulary_method,
+    "width": width_method,
+}
 
 
 def _own_keys(step: type[Any]) -> set[str]:
@@ -102,6 +110,8 @@ def needs_calibration(recipe: Recipe) -> bool:
             needed = any(part.needs_statistics for part in parts) or bool(step.tune)
         elif step.what == "depth":
             needed = True
+        elif step.what == "vocabulary":
+            needed = not vocabulary_method(step).texts
         else:
             method = width_method(step)
             needed = step.refit or method.needs_statistics or isinstance(method, GradientMethod)

@@ -13,6 +13,7 @@ from hf_shrink.registry import did_you_mean
 # to say how much. Kinds that decide by themselves what goes take none.
 AMOUNTS: Mapping[str, tuple[str, ...]] = {
     "depth": ("ratio", "blocks"),
+    "vocabulary": (),
     "width": ("ratio",),
 }
 PRUNE_KINDS = tuple(AMOUNTS)
@@ -26,7 +27,7 @@ class PruneStep:
     """Take something out of the model.
 
     Attributes:
-        what: whole blocks (`depth`), or heads and channels inside the blocks (`width`).
+        what: whole blocks (`depth`), tokens (`vocabulary`), or heads and channels inside the blocks (`width`).
         ratio: the fraction of all block parameters, as they are when the step starts, that the step removes.
         blocks: of depth: how many blocks go.
         units: of width: which units.
