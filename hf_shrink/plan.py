@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,15 +52,27 @@ class BlockPlan:
         query_heads: kept query heads, ascending, as numbered in the source; the same number from every KV group kept.
         channels: kept MLP channels, ascending.
         cross_heads: as query_heads, of the attention to the encoder.
+        experts: kept experts, ascending.
+        merges: what removed experts leave behind: (removed expert, kept expert, share), the share that the removed
+            one's weights have in the kept one's new weights. None: nothing is left of them.
+        removed: the parts that go as a whole, of "attention", "cross_attention" and "mlp".
     """
 
     query_heads: tuple[int, ...] | None = None
     channels: tuple[int, ...] | None = None
     cross_heads: tuple[int, ...] | None = None
+    experts: tuple[int, ...] | None = None
+    merges: tuple[tuple[int, int, float], ...] | None = None
+    removed: tuple[str, ...] | None = None
 
     @property
     def keeps_all(self) -> bool:
-        return self.query_heads is None and self.channels is None and self.cross_heads is None
+        return all(getattr(self, field.name) is None for field in fields(self))
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> BlockPlan:
+        """From decoded JSON, which has lists for tuples."""
+        return cls(**{key: _tuples(value) for key, value in data.items()})
 
 
 @dataclass(frozen=True)
@@ -172,10 +184,7 @@ class Plan:
             stacks = {
                 name: StackPlan(
                     kept=tuple(stack["kept"]),
-                    blocks={
-                        int(i): BlockPlan(**{k: None if v is None else tuple(v) for k, v in block.items()})
-                        for i, block in stack["blocks"].items()
-                    },
+                    blocks={int(i): BlockPlan.from_dict(block) for i, block in stack["blocks"].items()},
                 )
                 for name, stack in data.pop("stacks").items()
             }
@@ -203,7 +212,10 @@ class Plan:
                     continue
                 heads = "all" if block.query_heads is None else str(len(block.query_heads))
                 channels = "all" if block.channels is None else str(len(block.channels))
-                lines.append(f"  block {index}: query heads {heads}, channels {channels}")
+                gone = f", without its {' and '.join(block.removed)}".replace("_", " ") if block.removed else ""
+                experts = "" if block.experts is None else f", experts {len(block.experts)}"
+                merged = f" ({len(block.merges)} merged into them)" if block.merges else ""
+                lines.append(f"  block {index}: query heads {heads}, channels {channels}{experts}{merged}{gone}")
         by_scheme: dict[Scheme, int] = {}
         for scheme in self.schemes.values():
             by_scheme[scheme] = by_scheme.get(scheme, 0) + 1
@@ -211,6 +223,7 @@ class Plan:
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
             inputs = "" if scheme.activation_bits == 16 else f", inputs in int{scheme.activation_bits} per token"
+            inputs += " without zero points" if scheme.activation_symmetric else ""
             lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}{inputs}")
         for kind in dict.fromkeys(self.formats.values()):
             count = sum(found == kind for found in self.formats.values())
@@ -236,6 +249,10 @@ class Plan:
         if tune:
             lines.append(f"after rounding, scales, zero points and norms are tuned: {tune}")
         return lines
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _named(transform: TransformSpec) -> str:

@@ -8,6 +8,7 @@ from typing import Literal
 
 AttentionLayout = Literal["separate", "concatenated", "per_head", "per_group"]
 Quantity = Literal["heads", "kv_heads", "heads_per_group", "query_width", "kv_width", "channels"]
+ExpertQuantity = Literal["experts", "experts_of_token"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,8 @@ class Attention:
             after the residual sum.
         tied: every block of the stack must keep the same heads (a position bias is handed from block to block).
         fixed: why heads cannot be removed at all; None when they can.
+        returns: what `module` returns behind its output: the argument of that name, or None for what nobody needs.
+        whole: why the attention cannot be taken out of its block; None when it can.
     """
 
     module: str
@@ -47,6 +50,8 @@ class Attention:
     norm: str | tuple[str, ...] | None = None
     tied: bool = False
     fixed: str | None = None
+    returns: tuple[str | None, ...] = (None,)
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +110,14 @@ class Experts:
         fused: parameter (experts, 2 * channels, width), every expert's [gate; up].
         down_fused: parameter (experts, width, channels).
         activation: attribute of `module`.
-        routers: modules that decide which experts a token goes to, or how much they count; always left dense.
+        routers: modules that decide which experts a token goes to, or how much they count; always left dense. The first
+            decides, and returns its logits (tokens, experts) first.
+        entries: parameters and buffers with one entry an expert in their first dimension.
+        count, of_token: config keys of the number of experts, and of how many a token goes to.
+        attributes: attributes to patch after surgery, and the quantity that each holds.
+        groups, groups_of_token: config keys of routers that choose among groups of neighbouring experts first: the
+            number of groups, and of those that a token goes to; None where all experts compete.
+        fixed: why experts cannot be removed; None when they can.
     """
 
     module: str = "mlp.experts"
@@ -116,6 +128,19 @@ class Experts:
     down_fused: str = "down_proj"
     activation: str = "act_fn"
     routers: tuple[str, ...] = ("mlp.gate",)
+    entries: tuple[str, ...] = ("mlp.gate.weight",)
+    count: str = "num_experts"
+    of_token: str = "num_experts_per_tok"
+    attributes: Mapping[str, ExpertQuantity] = field(
+        default_factory=lambda: {
+            "mlp.gate.num_experts": "experts",
+            "mlp.gate.top_k": "experts_of_token",
+            "mlp.experts.num_experts": "experts",
+        }
+    )
+    groups: str | None = None
+    groups_of_token: str | None = None
+    fixed: str | None = None
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from hf_shrink.architectures import families
+from hf_shrink.architectures.absent import is_absent
 from hf_shrink.architectures.base import Attention, Family, Mlp, Stack
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, BoundStack, Slot
 from hf_shrink.architectures.experts import bind_experts, routers_of
@@ -150,7 +151,10 @@ def _submodule(block: nn.Module, path: str, relative: str, role: str) -> nn.Modu
         raise ArchitectureError(f"the role {role!r} is missing: {path} has no module {relative!r}") from error
 
 
-def _bind_attention(spec: Attention, path: str, block: nn.Module) -> BoundAttention:
+def _bind_attention(spec: Attention, path: str, block: nn.Module) -> BoundAttention | None:
+    """None when the attention was taken out of the block."""
+    if is_absent(block, spec):
+        return None
     owner = _submodule(block, path, spec.module, "attention")
     relative = {"query": spec.query, "key": spec.key, "value": spec.value, "output": spec.output}
     modules = {f"{path}.{r}": _submodule(block, path, r, role) for role, r in relative.items()}
@@ -226,7 +230,10 @@ def _mlp_form(forms: Mlp | tuple[Mlp, ...], block: nn.Module, *, needed: bool) -
     return alternatives[-1] if needed else None
 
 
-def _bind_mlp(spec: Mlp, path: str, block: nn.Module) -> BoundMlp:
+def _bind_mlp(spec: Mlp, path: str, block: nn.Module) -> BoundMlp | None:
+    """None when the MLP was taken out of the block."""
+    if is_absent(block, spec):
+        return None
     relative = {"up": spec.up, "down": spec.down} | ({"gate": spec.gate} if spec.gate else {})
     modules = {f"{path}.{r}": _submodule(block, path, r, role) for role, r in relative.items()}
     channels = shape(modules[f"{path}.{spec.down}"])[1]

@@ -277,7 +277,8 @@ def _removable(stack: Stack) -> list[str]:
     else:
         lines.append("blocks: any but the first" if stack.first_stays else "blocks: any, at least one stays")
     if any(block.experts for block in stack.blocks):
-        return [*lines, "no heads, channels or experts can be removed: a mixture of experts"]
+        lines.append("experts: any number, portable; all blocks must keep as many")
+        return [*lines, "no heads or channels can be removed: a mixture of experts"]
     if stack.heads_fixed is not None:
         lines.append(f"no heads can be removed: {stack.heads_fixed}")
     elif stack.blocks[0].heads is not None:

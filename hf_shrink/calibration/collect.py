@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.statistics import InputStatistics
@@ -38,7 +39,8 @@ class Collector:
                     self._join(path, x, seen)
                 owner = self._shared[path]
                 if owner == path:
-                    self._statistics[path].add(real_tokens(x))
+                    with torch.autocast(x.device.type, enabled=False):
+                        self._statistics[path].add(real_tokens(x))
                 if path == self._last:
                     raise LastInputSeen
 

@@ -23,3 +23,17 @@ def in_float32(block: nn.Module, enabled: bool = True) -> Iterator[None]:
         yield
     finally:
         block.to(stored)
+
+
+@contextmanager
+def float32_for_now(block: nn.Module) -> Iterator[None]:
+    """The block in float32 while it computes; afterwards its own tensors are back, untouched."""
+    tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point() and t.dtype != torch.float32]
+    stored = [t.data for t in tensors]
+    for tensor in tensors:
+        tensor.data = tensor.data.float()
+    try:
+        yield
+    finally:
+        for tensor, data in zip(tensors, stored, strict=True):
+            tensor.data = data

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from contextlib import ExitStack, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,18 @@ from hf_shrink.calibration.capture import Call, capture, first_output, run_with_
 from hf_shrink.calibration.collect import Collector, LastInputSeen
 from hf_shrink.calibration.experts import ExpertTokens, refuse_starved
 from hf_shrink.calibration.memory import release_free_memory
+from hf_shrink.calibration.padding import without_padding
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.stages import StagedRun, find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
-from hf_shrink.runtime.experts import watching
+from hf_shrink.ops.precision import fast_precision
+from hf_shrink.runtime.experts import Watch, watching
 
 if TYPE_CHECKING:
     from hf_shrink.calibration.dense_stream import DenseStream, Follower
 
 MOST_WAITING = 16 << 30  # bytes of batches that wait inside a block, most of them in a file
-
-
-class Passed(NamedTuple):
-    """A block's output for the first batch, before and after it was compressed."""
-
-    before: Tensor
-    after: Tensor
 
 
 class StackWalk:
@@ -49,6 +45,7 @@ class StackWalk:
         compute_dtype: dtype of the hidden states; blocks must be in it when they run (see `computing`).
         padded: whether `attention_mask` is about this stack's tokens (False in a tower: it is about the text's).
         starved_experts: "error", or "rtn": their matrices get no statistics.
+        fast: blocks may multiply in bfloat16 where that is native. Hidden states and statistics stay in float32.
     """
 
     def __init__(
@@ -59,6 +56,7 @@ class StackWalk:
         compute_dtype: torch.dtype = torch.float32,
         padded: bool = True,
         starved_experts: Literal["error", "rtn"] = "error",
+        fast: bool = False,
     ) -> None:
         found = capture(model, blocks, batches)
         self._blocks = list(blocks)
@@ -71,6 +69,7 @@ class StackWalk:
         # What each batch's current call hands to the block besides the hidden states.
         self._given: list[list[Tensor]] = [[] for _ in batches]
         self.hidden = [h.to(compute_dtype) for h in found.hidden]
+        self._fast = fast
         self.position = 0
         self.reference: Tensor | None = None
         self.starved: dict[str, int] = {}
@@ -95,13 +94,18 @@ class StackWalk:
         """As `call`, with gradients where they are enabled."""
         args, kwargs = self._arguments(batch)
         self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        with watching(self._masks[batch]) as watch:
+        precise = nullcontext() if not self._fast else fast_precision(self.hidden[batch].device, cached=False)
+        with watching(self._masks[batch]) as watch, precise:
             self._experts.watches[batch] = watch
             return self._blocks[self.position](self.hidden[batch], *args, **kwargs)
 
     def mask(self, batch: int) -> Tensor | None:
         """bool (batch, sequence) of the real tokens; None when nothing is padded."""
         return self._masks[batch]
+
+    def routing(self, batch: int) -> Watch:
+        """What the current block's experts got of a batch, once `call` has run on it."""
+        return self._experts.watches[batch]
 
     def outputs(self, batches: int | None = None) -> list[Tensor]:
         """The current block's hidden states for the first `batches` batches (all by default), not kept."""
@@ -229,7 +233,7 @@ class StackWalk:
             raise CalibrationError(
                 f"NaN or Inf in the output of block {self.position}; check the weights and the calibration data"
             )
-        self.hidden[batch] = hidden
+        self.hidden[batch] = hidden.to(self._dtype)
         for links in self._links:
             for block, place in links.values():
                 if block == self.position:
@@ -262,8 +266,8 @@ class StackWalk:
 
         def real(x: Tensor) -> Tensor:
             if self._contexts and any(x is given for given in self._given[batch]):
-                return _without_padding(x, self._contexts[batch])
-            return _without_padding(x, self._masks[batch])
+                return without_padding(x, self._contexts[batch])
+            return without_padding(x, self._masks[batch])
 
         return real
 
@@ -284,12 +288,3 @@ class StackWalk:
         if isinstance(value, tuple):
             return tuple(self._cast(v) for v in value)
         return value
-
-
-def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of a matrix's input that are not padding; some blocks merge batch and sequence before their MLP."""
-    if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
-        return x[mask]
-    if mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
-        return x[mask.reshape(-1)]
-    return x

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
@@ -18,10 +16,12 @@ from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.experts import starved_note
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.clock import Clock
 from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
 from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
 from hf_shrink.pipeline.learning import Learning
@@ -34,7 +34,9 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import is_uneven, settle_config
+from hf_shrink.surgery import consumer_cuts, cut_block, cut_experts, is_uneven, settle_config, stack_configs
+
+COARSE = 4  # bits up to which a weight's error is far above what products in bfloat16 add
 
 
 def apply_plan(
@@ -123,10 +125,11 @@ class _Run:
     done: int = 0
     walk: StackWalk | None = None
     learning: Learning | None = None
-    dense: DenseStream | None = None  # where a method learns
+    dense: DenseStream | None = None  # where a method learns or follows, or matrices are refitted
     moved: float | None = None  # relative error of the last block's output
-    phases: list[str] = field(default_factory=list)
-    since: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.timed = Clock(self.report.seconds).timed
 
     @property
     def solves(self) -> bool:
@@ -167,11 +170,17 @@ class _Run:
         if solves or refits or scales:
             given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts, "padded": batches is None}
+                settings: dict[str, Any] = {
+                    "starved_experts": self.plan.starved_experts,
+                    "padded": batches is None,
+                    "fast": bool(self.schemes) and all(s.bits <= COARSE for s in self.schemes.values()),
+                }
                 self.walk = StackWalk(self.model, modules, given, **settings)
-                if solves and (self.learning is not None or self.follows):
-                    everything = self.learning is not None
-                    self.dense = DenseStream(self.model, modules, given, everything=everything, **settings)
+                if refits or (solves and (self.learning is not None or self.follows)):
+                    everything = self.learning is not None or refits
+                    self.dense = DenseStream(
+                        self.model, modules, given, everything=everything, measure_all=refits, **settings
+                    )
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -192,21 +201,30 @@ class _Run:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
         paths = [path for path in self.schemes if path.startswith(block.path + ".")]
         goes_along = self.follows and plan.keeps_all and bool(paths)  # through the block's stages, see `DenseStream`
-        if self.dense is not None and not goes_along:
+        refits = self.walk is not None and self.plan.refit and bool(consumer_cuts(block, plan))
+        if self.dense is not None and not goes_along and not refits:
             with self.timed("calibrate"):
                 self.dense.advance()
-        if not plan.keeps_all:
-            walk = self.walk if self.plan.refit else None
-            cut_and_refit(self.model, block, plan, walk, self.timed)
+        if plan.experts is not None:
+            cut_experts(self._now(stack, block), plan, stack_configs(self.model, stack)[0])
+            block = self._now(stack, block)
+        if refits:
+            assert self.walk is not None
+            inputs, on = self.walk.hidden[0], further and not paths
+            passed = cut_and_refit(self.model, block, plan, self.walk, self.dense, self.timed, further=on)
+            if passed is not None and not paths:
+                self.moved = passed.relative_error(inputs)
+                return
+        elif not plan.keeps_all:
+            cut_block(block, plan)
         if self.scaler.scalings and paths:
-            cut = block if plan.keeps_all else bind(self.model).stack(stack.name).blocks[block.index]
+            cut = block if plan.keeps_all else self._now(stack, block)
             with self.timed("transform"):
                 self.scaler.scale(self.walk, stack.spec, cut, stored)
         if self.walk is None:
             self._pack(dict.fromkeys(paths), stored)
             return
         inputs = self.walk.hidden[0]
-        passed: Passed | None
         if self.learning is not None and self.dense is not None and paths:
             walk = self.walk
             passed = self.learning.block(
@@ -220,7 +238,11 @@ class _Run:
         else:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
-        self.moved = None if passed is None else _relative_error(passed, inputs)
+        self.moved = None if passed is None else passed.relative_error(inputs)
+
+    def _now(self, stack: BoundStack, block: BoundBlock) -> BoundBlock:
+        """The block as it is bound at present: its experts may have been taken apart since, its units cut."""
+        return bind(self.model).stack(stack.name).blocks[block.index]
 
     def _pack_on_the_way(
         self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool, goes_along: bool
@@ -261,28 +283,3 @@ class _Run:
 
     def task(self, path: str, statistics: InputStatistics | None, stored: torch.dtype) -> Task:
         return Task(path, self.model.get_submodule(path), self.schemes[path], statistics, stored)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Count the time inside for `phase`; a phase inside another one stops the other's clock."""
-        self._switch(phase)
-        try:
-            yield
-        finally:
-            self._switch(None)
-
-    def _switch(self, phase: str | None) -> None:
-        now, seconds = time.perf_counter(), self.report.seconds
-        if self.phases:
-            seconds[self.phases[-1]] = seconds.get(self.phases[-1], 0.0) + now - self.since
-        if phase is None:
-            self.phases.pop()
-        else:
-            self.phases.append(phase)
-        self.since = now
-
-
-def _relative_error(passed: Passed, inputs: Tensor) -> float:
-    """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
-    size = (passed.before - inputs).float().square().sum()
-    return float((passed.after - passed.before).float().square().sum() / size.clamp_min(1e-30))

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import resolve_formats
-from hf_shrink.pipeline.recipes import depth_method, quantization_method, vocabulary_method, width_method
+from hf_shrink.pipeline.recipes import (
+    depth_method,
+    expert_method,
+    quantization_method,
+    vocabulary_method,
+    width_method,
+)
 from hf_shrink.pipeline.targets import resolve_schemes
 from hf_shrink.pipeline.transforming import transform_notes
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
+from hf_shrink.pruning.plan_experts import plan_experts
 from hf_shrink.pruning.plan_vocabulary import plan_vocabulary
 from hf_shrink.pruning.plan_width import plan_width
 from hf_shrink.quantization.base import ModelMethod
@@ -62,16 +70,16 @@ def plan_recipe(
     stacks: dict[str, StackPlan] = {}
     damage: dict[str, float] = {}
     depth, width, quantize = recipe.prune("depth"), recipe.prune("width"), recipe.quantize
-    vocabulary = recipe.prune("vocabulary")
-    if (depth or width or vocabulary) and (binding is None or not isinstance(model, PreTrainedModel)):
+    experts, vocabulary = recipe.prune("experts"), recipe.prune("vocabulary")
+    if (depth or width or experts or vocabulary) and (binding is None or not isinstance(model, PreTrainedModel)):
         raise ArchitectureError("only transformers models can be pruned; this module can be quantized (method: rtn)")
-    if depth or width:
+    if depth or width or experts:
         assert binding is not None
         binding.require_roles()
     if width and binding is not None and (sparse := [b.path for b in binding.blocks if b.experts is not None]):
         raise ArchitectureError(
-            f"{sparse[0]} is a mixture of experts, whose heads, channels and experts cannot be pruned yet; "
-            "use prune: {what: depth}, a quantize step, or both"
+            f"{sparse[0]} is a mixture of experts, whose heads and channels cannot be pruned yet; "
+            "use prune: {what: experts}, prune: {what: depth} or a quantize step"
         )
     if depth:
         assert binding is not None
@@ -87,7 +95,20 @@ def plan_recipe(
         )
         notes += found.notes
         damage = found.damage
-        stacks = {name: StackPlan(blocks) for name, blocks in found.kept.items()}
+        stacks = {
+            name: StackPlan(
+                blocks,
+                {i: BlockPlan(removed=parts) for (stack, i), parts in found.parts.items() if stack == name},
+            )
+            for name, blocks in found.kept.items()
+        }
+    if experts:
+        assert binding is not None
+        with _without(model, binding, stacks) as (_, sources), _experts_apart(model) as smaller:
+            assert smaller is not None
+            fewer = plan_experts(model, smaller, experts, expert_method(experts), batches, progress=progress)
+            stacks = _with_blocks(smaller, sources, stacks, fewer.blocks)
+        notes += fewer.notes
     if width:
         assert binding is not None
         with _without(model, binding, stacks) as (smaller, sources):
@@ -102,7 +123,7 @@ def plan_recipe(
                 progress=progress,
             )
         notes += narrower.notes
-        stacks = _with_width(smaller, sources, stacks, narrower.blocks)
+        stacks = _with_blocks(smaller, sources, stacks, narrower.blocks)
     smaller_vocabulary = None
     if vocabulary:
         assert isinstance(model, PreTrainedModel)
@@ -170,27 +191,36 @@ def _experts_apart(model: nn.Module) -> Iterator[Binding | None]:
 def _without(
     model: nn.Module, binding: Binding, stacks: Mapping[str, StackPlan]
 ) -> Iterator[tuple[Binding, dict[str, tuple[int, ...]]]]:
-    """The model with the planned blocks out: its binding, and the source index of every block that is left."""
+    """The model with the planned blocks and parts out: its binding, and the source index of every block left."""
     sources = {s.name: stacks[s.name].kept if s.name in stacks else tuple(range(len(s.blocks))) for s in binding.stacks}
     with ExitStack() as stack:
         for bound in binding.stacks:
             removed = sorted(set(range(len(bound.blocks))) - set(sources[bound.name]))
             if removed:
                 stack.enter_context(without_blocks(model, bound, removed))
+            gone = stacks[bound.name].blocks if bound.name in stacks else {}
+            takings = [
+                (bound.blocks[i].module, bound.spec, b.removed) for i, b in gone.items() if bound.spec and b.removed
+            ]
+            stack.enter_context(without_parts(takings))
         yield bind(model), sources
 
 
-def _with_width(
+def _with_blocks(
     binding: Binding,
     sources: Mapping[str, tuple[int, ...]],
     stacks: Mapping[str, StackPlan],
     blocks: Mapping[tuple[str, int], BlockPlan],
 ) -> dict[str, StackPlan]:
-    """Stack plans with what width pruning keeps, renumbered from the depth-pruned to the source's blocks."""
+    """Stack plans with what a step keeps of the blocks, renumbered from the depth-pruned to the source's blocks."""
     merged = {}
     for bound in binding.stacks:
         kept = sources[bound.name]
-        own = {kept[i]: plan for (name, i), plan in blocks.items() if name == bound.name and not plan.keeps_all}
+        own = dict(stacks[bound.name].blocks) if bound.name in stacks else {}
+        for (name, i), plan in blocks.items():
+            if name == bound.name and not plan.keeps_all:
+                decided = {f.name: v for f in fields(plan) if (v := getattr(plan, f.name)) is not None}
+                own[kept[i]] = replace(own.get(kept[i], BlockPlan()), **decided)
         if own or bound.name in stacks:
             merged[bound.name] = StackPlan(kept, own)
     return merged
@@ -202,12 +232,19 @@ def _keeps_all(binding: Binding | None, name: str, stack: StackPlan) -> bool:
 
 
 def _removed(path: str, binding: Binding | None, plan: Plan) -> bool:
-    """Whether a module lies in a block that the plan removes."""
+    """Whether a module lies in a block, in a part of one, or in an expert, that the plan removes."""
     for name, stack in plan.stacks.items():
         assert binding is not None
         for block in binding.stack(name).blocks:
-            if path.startswith(block.path + ".") and block.index not in stack.kept:
+            if not path.startswith(block.path + "."):
+                continue
+            own = stack.blocks.get(block.index, BlockPlan())
+            if any(path in getattr(block, part).modules for part in own.removed or ()):
                 return True
+            kept = own.experts
+            if block.experts is not None and kept is not None and path.startswith(block.experts.path + "."):
+                return int(path.removeprefix(block.experts.path + ".").partition(".")[0]) not in kept
+            return block.index not in stack.kept
     return False
 
 

@@ -9,7 +9,17 @@ from typing import Any
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
-from hf_shrink.pruning.base import DEPTH, VOCABULARY, WIDTH, DepthMethod, GradientMethod, VocabularyMethod, WidthMethod
+from hf_shrink.pruning.base import (
+    DEPTH,
+    EXPERTS,
+    VOCABULARY,
+    WIDTH,
+    DepthMethod,
+    ExpertMethod,
+    GradientMethod,
+    VocabularyMethod,
+    WidthMethod,
+)
 from hf_shrink.quantization.base import METHODS, Method, ModelMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
@@ -86,6 +96,10 @@ def width_method(step: PruneStep) -> WidthMethod:
     return WIDTH.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def expert_method(step: PruneStep) -> ExpertMethod:
+    return EXPERTS.build(step.method, step.options, _own_keys(PruneStep))
+
+
 def vocabulary_method(step: PruneStep) -> VocabularyMethod:
     return VOCABULARY.build(step.method, step.options, _own_keys(PruneStep))
 
@@ -94,6 +108,7 @@ def vocabulary_method(step: PruneStep) -> VocabularyMethod:
 PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {
     "depth": depth_method,
     "vocabulary": vocabulary_method,
+    "experts": expert_method,
     "width": width_method,
 }
 
@@ -108,7 +123,7 @@ def needs_calibration(recipe: Recipe) -> bool:
         if isinstance(step, QuantizeStep):
             parts = quantization_method(step), *build_transforms(step.transforms)
             needed = any(part.needs_statistics for part in parts) or bool(step.tune)
-        elif step.what == "depth":
+        elif step.what in ("depth", "experts"):
             needed = True
         elif step.what == "vocabulary":
             needed = not vocabulary_method(step).texts

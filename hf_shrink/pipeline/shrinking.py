@@ -39,7 +39,7 @@ from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.runtime.packed import PackedModule, count_parameters
-from hf_shrink.tuning import Teacher, Tuning, tune
+from hf_shrink.tuning import Teacher, Tuning, regrouped, tune
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_DATA = CalibrationData(batches=[], description="no calibration data")
@@ -183,7 +183,7 @@ class Job:
             return None
         if not isinstance(self.model, PreTrainedModel) or not data.batches:
             raise CalibrationError("tune works on transformers models with calibration data")
-        return Teacher(self.model, data.batches, self.show)
+        return Teacher(self.model, regrouped(data.batches, tuning.tokens), self.show)
 
     def _with_fewer_tokens(
         self, plan: Plan, data: CalibrationData
@@ -218,7 +218,7 @@ class Job:
         if tuning is not None and teacher is not None:
             assert isinstance(model, PreTrainedModel)
             since = time.perf_counter()
-            report.notes += tune(model, teacher, len(data.batches), tuning, self.seed, self.show)
+            report.notes += tune(model, teacher, tuning, self.seed, self.show)
             report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)

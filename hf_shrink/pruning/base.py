@@ -9,6 +9,7 @@ from typing import ClassVar, Protocol, runtime_checkable
 from torch import Tensor
 
 from hf_shrink.calibration.labels import Labels
+from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.registry import Registry
 
 
@@ -21,15 +22,18 @@ class UnitView:
             gate), biases aside. For query heads only the query's: keys and values stay when a head goes.
         columns: float32 (out, units, width) of the matrix that reads them (output or down).
         second_moment: float32 (units * width, units * width), the mean of x x^T over the inputs of that matrix, ordered
-            as `columns`; None when the method needs no statistics.
+            as `columns`; None when the method needs no statistics. Where a refit puts their mean into a bias, of
+            the inputs without their mean.
         mask_gradients: float32 (samples, units), the gradient of each calibration sample's loss by a mask on the unit,
             at 1; None for methods that need none.
+        groups: query heads: the number of KV groups, which all lose a head before any loses its next; else None.
     """
 
     rows: tuple[Tensor, ...]
     columns: Tensor
     second_moment: Tensor | None = None
     mask_gradients: Tensor | None = None
+    groups: int | None = None
 
     @property
     def units(self) -> int:
@@ -49,8 +53,8 @@ class GradientMethod(Protocol):
     labels: Labels
 
 
-class WidthMethod(Protocol):
-    """Scores units.
+class ScoringMethod(Protocol):
+    """Scores units one by one.
 
     Scores add up: what it costs to lose several units is the sum of their scores. So a norm is returned squared; a
     block's scores are only ever compared after division by their total.
@@ -63,44 +67,120 @@ class WidthMethod(Protocol):
         ...
 
 
-class DepthProblem(Protocol):
-    """A model seen as numbered blocks, which can be measured with some of them left out.
+@runtime_checkable
+class OrderingMethod(Protocol):
+    """Says in which order units go, where what one costs depends on which others are gone."""
+
+    needs_statistics: ClassVar[bool]
+
+    def curve(self, view: UnitView) -> RemovalCurve:
+        """All units in the order in which they go. Losses are in the same measure for every view of one matrix."""
+        ...
+
+    def improved(self, view: UnitView, removed: Tensor) -> Tensor:
+        """A set of units to remove that is no worse than `removed`, int64 ascending, and as large (in every group)."""
+        ...
+
+
+WidthMethod = ScoringMethod | OrderingMethod
+
+
+@dataclass(frozen=True)
+class Look:
+    """How closely a measurement looks.
 
     Attributes:
-        labels: what to call each block in reports.
+        tokens: calibration tokens that run through the model, rounded up to whole samples.
+        predictions: how many of their predictions are compared, evenly spread; the output head runs on these only.
+        fast: multiply in bfloat16 where that is native.
+    """
+
+    tokens: int
+    predictions: int
+    fast: bool = False
+
+
+class DepthProblem(Protocol):
+    """A model seen as numbered items (blocks, or parts of blocks), which can be measured with some of them left out.
+
+    Attributes:
+        labels: what to call each item in reports.
+        sizes: what each takes towards the goal.
+        stacks: the number of the stack that each lies in; neighbours with the same number are neighbours there.
     """
 
     labels: tuple[str, ...]
+    sizes: tuple[int, ...]
+    stacks: tuple[int, ...]
 
     def candidates(self, removed: Sequence[int]) -> tuple[int, ...]:
-        """The blocks that may go next, ascending: at least one is left in every stack."""
+        """The items that may go next, ascending: none once the goal is reached."""
+        ...
+
+    def allowed(self, removed: Sequence[int]) -> bool:
+        """Whether the model works without these, whatever the goal is."""
         ...
 
     def influences(self, removed: Sequence[int], tokens: int | None = None) -> Mapping[int, float]:
         """Mean over tokens of 1 - cos(input, output) of every block left, without the `removed` ones."""
         ...
 
-    def divergences(self, removed: Sequence[int], candidates: Sequence[int], tokens: int) -> Mapping[int, float]:
-        """How far the model's predictions move from the dense ones without `removed` and one candidate more.
+    def divergences(self, base: Sequence[int], trials: Sequence[Sequence[int]], look: Look) -> list[float]:
+        """How far the model's predictions move from the dense ones without the items of each trial.
 
         KL(dense || pruned) in nats a prediction; 1 - cos of the last hidden states where the model predicts nothing.
+        A trial costs what runs behind the first block in which it differs from `base`.
         """
         ...
 
 
 @dataclass(frozen=True)
 class Removal:
-    """One block taken out, and the damage that the method predicts of it."""
+    """One item taken out, and the damage that the method predicts of it."""
 
-    block: int
+    item: int
     damage: float
 
 
 class DepthMethod(Protocol):
-    """Chooses blocks."""
+    """Chooses items.
+
+    Attributes:
+        takes_parts: whether it can choose among parts of blocks.
+    """
+
+    takes_parts: ClassVar[bool]
 
     def removals(self, problem: DepthProblem) -> Iterator[Removal]:
-        """Blocks in the order in which they go; the planner stops asking when it has enough."""
+        """What goes, until the problem has no more candidates."""
+        ...
+
+
+@dataclass(frozen=True)
+class ExpertView:
+    """What a scorer sees of the experts of one block, measured on calibration data, padding left out.
+
+    Attributes:
+        tokens: int64 (experts,), the tokens that the router sent to each.
+        mass: float64 (experts,), the sum of the router's weights over these tokens.
+        energy: float64 (experts,), the sum of the router's weight times the L2 norm of the expert's output.
+        likeness: float64 (experts, experts), the cosine between two experts' router logits over all tokens.
+    """
+
+    tokens: Tensor
+    mass: Tensor
+    energy: Tensor
+    likeness: Tensor
+
+
+class ExpertMethod(Protocol):
+    """Scores experts. `merge`: whether removed ones are merged into what is kept."""
+
+    @property
+    def merge(self) -> bool: ...
+
+    def score(self, view: ExpertView) -> Tensor:
+        """Importance of every expert, float64 (experts,); higher is more important."""
         ...
 
 
@@ -130,3 +210,4 @@ class VocabularyMethod(Protocol):
 WIDTH: Registry[WidthMethod] = Registry("width pruning method", "hf_shrink.pruning.width")
 DEPTH: Registry[DepthMethod] = Registry("depth pruning method", "hf_shrink.pruning.depth")
 VOCABULARY: Registry[VocabularyMethod] = Registry("vocabulary pruning method", "hf_shrink.pruning.vocabulary")
+EXPERTS: Registry[ExpertMethod] = Registry("expert pruning method", "hf_shrink.pruning.experts")

@@ -1,4 +1,4 @@
-"""A model as depth methods see it: numbered blocks, measured with some of them left out."""
+"""A model as depth methods see it: numbered items, measured with some of them left out."""
 
 from __future__ import annotations
 
@@ -6,119 +6,134 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_shrink.architectures.binding import Binding
+from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.calibration.capture import first_output, model_inputs, split_hidden
-from hf_shrink.calibration.predictions import Predictions, divergence, keep, predictions_of, token_mask
+from hf_shrink.calibration.predictions import divergence, token_mask
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback
+from hf_shrink.pruning.base import Look
+from hf_shrink.pruning.goal import Goal
+from hf_shrink.pruning.items import Items, Left
+from hf_shrink.pruning.predicting import Predictor, Reference
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
 from hf_shrink.surgery.depth import without_blocks
 
 KEPT_BYTES = 800 * 2**20  # of the dense model's log-probabilities
 
+Key = tuple[str, int]  # a block: the name of its stack, its index
+
 
 class MeasuredModel:
-    """The DepthProblem of a real model. Blocks are numbered over all stacks, in the binding's order.
+    """The DepthProblem of a real model.
 
-    Attributes:
-        labels: the blocks' paths.
-        sizes: their parameters.
-        notes: which blocks never go, and why.
+    Args:
+        items: what can go.
+        goal: when enough is gone; None: never.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        binding: Binding,
+        items: Items,
         batches: Sequence[Mapping[str, Any]],
         seed: int,
         progress: ProgressCallback,
+        goal: Goal | None = None,
     ) -> None:
         self._model = model
+        self._items = items
         self._batches = batches
         self._seed = seed
         self._progress = progress
-        self._stacks = binding.stacks
-        self._owners = [(stack, block) for stack in binding.stacks for block in stack.blocks]
-        self.labels = tuple(block.path for _, block in self._owners)
-        self.sizes = tuple(block.parameters for _, block in self._owners)
-        self.notes = tuple(
-            f"no blocks of {stack.name} are removed: {stack.spec.depth_fixed}"
-            for stack in self._stacks
-            if stack.spec is not None and stack.spec.depth_fixed is not None
-        )
+        self._goal = goal
+        self.labels = tuple(item.label for item in items.all)
+        self.sizes = goal.sizes if goal is not None else tuple(1 for _ in items.all)
+        self.stacks = items.stacks
+        stacks = {item.stack.name: item.stack for item in items.all}
+        self._blocks = {(s.name, block.index): block.module for s in stacks.values() for block in s.blocks}
+        self._stacks = tuple(stacks.values())
         self._chosen: dict[int | None, list[dict[str, Any]]] = {}
-        self._dense: dict[int, list[Predictions]] = {}
-
-    def kept(self, removed: Sequence[int]) -> dict[str, tuple[int, ...]]:
-        """Indices of the blocks left, by stack name."""
-        return {
-            stack.name: tuple(b.index for n, (s, b) in enumerate(self._owners) if s is stack and n not in removed)
-            for stack in self._stacks
-        }
+        self._dense: dict[Look, tuple[Predictor, list[Reference]]] = {}
 
     def candidates(self, removed: Sequence[int]) -> tuple[int, ...]:
-        left = self.kept(removed)
-        return tuple(
-            number
-            for number, (stack, block) in enumerate(self._owners)
-            if number not in removed and len(left[stack.name]) > 1 and not _stays(stack, block.index)
-        )
+        if self._goal is not None:
+            return self._goal.candidates(removed)
+        return tuple(n for n in range(len(self.labels)) if n not in removed and self.allowed([*removed, n]))
+
+    def allowed(self, removed: Sequence[int]) -> bool:
+        return self._items.allowed(removed)
 
     def influences(self, removed: Sequence[int], tokens: int | None = None) -> Mapping[int, float]:
         sums: dict[int, float] = {}
         counts: dict[int, int] = {}
         chosen = self._samples(tokens)
+        runner = Predictor(self._model, fast=False)
         for done, inputs in enumerate(chosen):
             self._progress("measuring block influence", done, len(chosen))
-            with self._without(removed), self._watching(removed, inputs, sums, counts):
-                self._forward(inputs)
+            with self._without(self._items.left(removed)), self._watching(removed, inputs, sums, counts):
+                runner.run(inputs)
         self._progress("measuring block influence", len(chosen), len(chosen))
         found = {number: sums[number] / counts[number] for number in sorted(sums)}
-        silent = [self.labels[number] for number in self.candidates(removed) if number not in found]
+        silent = [label for n, label in enumerate(self.labels) if n not in found and n not in removed]
         if silent:
             raise CalibrationError(f"{silent[0]} never runs on this calibration data; give data that reaches it")
         if not all(abs(value) < float("inf") for value in found.values()):
             raise CalibrationError("NaN or Inf in the hidden states; check the weights and the calibration data")
         return found
 
-    def divergences(self, removed: Sequence[int], candidates: Sequence[int], tokens: int) -> Mapping[int, float]:
-        chosen, dense = self._samples(tokens), self._dense_predictions(tokens)
-        sums = dict.fromkeys(candidates, 0.0)
-        for place, (inputs, reference) in enumerate(zip(chosen, dense, strict=True)):
-            left = {n: block.module for n, (_, block) in enumerate(self._owners) if n not in removed}
-            with self._without(removed), recording(left) as outputs:
-                self._forward(inputs)
+    def divergences(self, base: Sequence[int], trials: Sequence[Sequence[int]], look: Look) -> list[float]:
+        predictor, references = self._references(look)
+        sums = [0.0] * len(trials)
+        left, others = self._items.left(base), [self._items.left(trial) for trial in trials]
+        work = len(references) * len(trials)
+        for place, (inputs, reference) in enumerate(zip(self._samples(look.tokens), references, strict=True)):
+            running = {
+                (stack.name, i): self._blocks[stack.name, i] for stack in self._stacks for i in left.kept[stack.name]
+            }
+            with self._without(left), recording(running) as outputs:
+                predictor.run(inputs)
             order = list(outputs)
-            for done, number in enumerate(candidates):
-                self._progress("trying blocks", place * len(candidates) + done, len(chosen) * len(candidates))
-                if number not in outputs:
-                    raise CalibrationError(f"{self.labels[number]} never runs on this calibration data")
-                # What runs before the block is as it was, so only what comes after it is computed again.
-                before = {n: left[n] for n in order[: order.index(number)]}
-                with self._without([*removed, number]), replaying(before, outputs):
-                    found = self._forward(inputs)
-                pruned = predictions_of(found, inputs).thinned(len(reference.values))
-                sums[number] += divergence(reference, pruned)
-        self._progress("trying blocks", len(chosen) * len(candidates), len(chosen) * len(candidates))
-        rows = sum(len(reference.values) for reference in dense)
-        return {number: total / rows for number, total in sums.items()}
+            for number, other in enumerate(others):
+                self._progress("trying what to remove", place * len(trials) + number, work)
+                # What runs before the first change is as it was, so only what comes behind is computed again.
+                same = order[: self._first_change(order, left, other)]
+                with self._without(other), replaying({key: running[key] for key in same}, outputs):
+                    sums[number] += divergence(reference.kept, predictor.predict(inputs, reference))
+        self._progress("trying what to remove", work, work)
+        rows = sum(len(reference.kept.values) for reference in references)
+        return [total / rows for total in sums]
 
-    def _dense_predictions(self, tokens: int) -> list[Predictions]:
-        if tokens not in self._dense:
-            chosen = self._samples(tokens)
-            self._dense[tokens] = []
+    def _first_change(self, order: Sequence[Key], base: Left, other: Left) -> int:
+        """How many of the blocks that run in `base` run in the same way, on the same inputs, in `other`."""
+        places = {key: place for place, key in enumerate(order)}
+        first = len(order)
+        for stack in self._stacks:
+            inside = [key for key in order if key[0] == stack.name]
+            for block in stack.blocks:
+                key = (stack.name, block.index)
+                here, there = block.index in base.kept[stack.name], block.index in other.kept[stack.name]
+                if here == there and base.parts.get(key, ()) == other.parts.get(key, ()):
+                    continue
+                if not inside or (here and key not in places):
+                    raise CalibrationError(f"{block.path} never runs on this calibration data; give data that does")
+                behind = [place for place in map(places.__getitem__, inside) if order[place][1] >= block.index]
+                first = min(first, behind[0] if behind else places[inside[-1]] + 1)
+        return first
+
+    def _references(self, look: Look) -> tuple[Predictor, list[Reference]]:
+        if look not in self._dense:
+            predictor = Predictor(self._model, look.fast)
+            chosen = self._samples(look.tokens)
+            self._dense[look] = predictor, []
             for inputs in chosen:
-                found = predictions_of(self._forward(inputs), inputs)
-                most = KEPT_BYTES // (4 * found.values.shape[1] * len(chosen))
-                self._dense[tokens].append(keep(found.thinned(max(1, most))))
-        return self._dense[tokens]
+                most = max(1, look.predictions // len(chosen))
+                self._dense[look][1].append(predictor.reference(inputs, most, KEPT_BYTES // len(chosen)))
+        return self._dense[look]
 
     def _samples(self, tokens: int | None) -> list[dict[str, Any]]:
         if tokens not in self._chosen:
@@ -128,18 +143,19 @@ class MeasuredModel:
             self._chosen[tokens] = [model_inputs(self._model, batch) for batch in chosen]
         return self._chosen[tokens]
 
-    def _forward(self, inputs: Mapping[str, Any]) -> Any:
-        with torch.no_grad():
-            return self._model(**inputs)
-
     @contextmanager
-    def _without(self, removed: Sequence[int]) -> Iterator[None]:
-        left = self.kept(removed)
+    def _without(self, left: Left) -> Iterator[None]:
         with ExitStack() as stack:
             for bound in self._stacks:
-                gone = [block.index for block in bound.blocks if block.index not in left[bound.name]]
+                gone = [block.index for block in bound.blocks if block.index not in left.kept[bound.name]]
                 if gone:
                     stack.enter_context(without_blocks(self._model, bound, gone))
+                takings = [
+                    (self._blocks[name, index], bound.spec, parts)
+                    for (name, index), parts in left.parts.items()
+                    if name == bound.name and bound.spec is not None
+                ]
+                stack.enter_context(without_parts(takings))
             yield
 
     @contextmanager
@@ -151,24 +167,19 @@ class MeasuredModel:
         def watch(number: int, args: Any, kwargs: Any, output: Any) -> None:
             before, after = split_hidden(args, kwargs)[0], first_output(output)
             turned = 1 - F.cosine_similarity(before.float(), after.float().to(before.device), dim=-1)
-            turned = _real(turned, inputs, self._owners[number][0])
+            turned = _real(turned, inputs, self._items.all[number].stack)
             sums[number] = sums.get(number, 0.0) + float(turned.double().sum())
             counts[number] = counts.get(number, 0) + turned.numel()
 
         with ExitStack() as stack:
-            for number, (_, block) in enumerate(self._owners):
+            for number, item in enumerate(self._items.all):
                 if number not in removed:
 
                     def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number) -> None:
                         watch(number, args, kwargs, output)
 
-                    stack.callback(block.module.register_forward_hook(hook, with_kwargs=True).remove)
+                    stack.callback(item.block.module.register_forward_hook(hook, with_kwargs=True).remove)
             yield
-
-
-def _stays(stack: BoundStack, index: int) -> bool:
-    spec = stack.spec
-    return spec is None or spec.depth_fixed is not None or (spec.first_is_special and index == 0)
 
 
 def _real(values: Tensor, inputs: Mapping[str, Any], stack: BoundStack) -> Tensor:

@@ -10,17 +10,26 @@ from torch import nn
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.errors import RecipeError
 from hf_shrink.progress import ProgressCallback, quiet
-from hf_shrink.pruning.base import DepthMethod, DepthProblem
+from hf_shrink.pruning.base import DepthMethod
+from hf_shrink.pruning.goal import Goal
+from hf_shrink.pruning.items import Items
 from hf_shrink.pruning.measure import MeasuredModel
+from hf_shrink.pruning.verify import verify_parts
 from hf_shrink.recipe import PruneStep
 
 
 class DepthPlan(NamedTuple):
-    """The kept blocks of every stack, what the user should know, and the damage predicted for each removed block."""
+    """What is left, what the user should know, and the damage predicted for each item removed.
 
-    kept: dict[str, tuple[int, ...]]
+    Attributes:
+        kept: the kept blocks of every stack, by its name.
+        parts: the parts that go from kept blocks, by stack name and index.
+    """
+
+    kept: Mapping[str, tuple[int, ...]]
     notes: list[str]
     damage: dict[str, float]
+    parts: Mapping[tuple[str, int], tuple[str, ...]]
 
 
 def plan_depth(
@@ -34,91 +43,55 @@ def plan_depth(
     seed: int = 0,
     progress: ProgressCallback = quiet,
 ) -> DepthPlan:
-    """Decide which blocks go: `step.blocks` of them, or the number whose parameters come nearest to `step.ratio`.
+    """Decide what goes: `step.blocks` items, or as many as come nearest to `step.ratio` of the blocks' parameters.
 
-    Blocks of all stacks compete; one is left in every stack, and a first block that is built differently always stays.
-    The model is left as it was.
+    Items of all stacks compete; one block is left in every stack, a first block that is built differently stays, and so
+    does the attention that a KV cache takes its length from. The model is left as it was.
 
     Args:
         batches: model inputs, on which the method measures.
-        portable: stacks whose depth stock reads from one config key must end equally deep.
+        portable: stacks whose depth stock reads from one config key must end equally deep; only whole blocks go.
         seed: which calibration samples are used where a method looks at only some.
 
     Raises:
-        ArchitectureError: the family has no role table.
-        RecipeError: so many blocks cannot go.
+        ArchitectureError: the family has no role table, or its parts cannot be left out.
+        RecipeError: so much cannot go, or not by this method.
         CalibrationError: no data, or numbers that are not finite.
     """
     binding.require_roles()
-    problem = MeasuredModel(model, binding, batches, seed, progress)
-    goal = _Goal(step, problem)
+    if step.parts != "blocks":
+        _check_parts(step, method, portable)
+    items = Items(model, binding, step.parts)
+    goal = Goal(step, items)
+    problem = MeasuredModel(model, items, batches, seed, progress, goal)
+    if step.parts != "blocks":
+        verify_parts(model, items, batches)
     removed: list[int] = []
     damage: dict[str, float] = {}
-    removals = method.removals(problem)
-    while goal.wants_more(removed):
-        removal = next(removals, None)
-        if removal is None or removal.block not in problem.candidates(removed):
-            raise RecipeError(f"prune method {step.method!r} has no further block to remove; lower blocks or ratio")
-        removed.append(removal.block)
-        damage[problem.labels[removal.block]] = removal.damage
-        progress("removing blocks", len(removed), goal.about)
-    kept = problem.kept(removed)
+    for removal in method.removals(problem) if goal.candidates(removed) else ():
+        removed.append(removal.item)
+        damage[problem.labels[removal.item]] = removal.damage
+        progress("choosing what to remove", len(removed), max(goal.about, len(removed)))
+        if not goal.candidates(removed):
+            break
+    if goal.candidates(removed) or len(set(removed)) < len(removed) or not items.allowed(removed):
+        raise RecipeError(f"prune method {step.method!r} has no further block to remove; lower blocks or ratio")
+    left = items.left(removed)
     if portable:
-        _check_shared_depth(binding, kept)
-    notes = [*problem.notes, *goal.notes(removed)]
-    return DepthPlan(kept, notes, damage)
+        _check_shared_depth(binding, left.kept)
+    return DepthPlan(left.kept, [*items.notes, *goal.notes(removed)], damage, left.parts)
 
 
-class _Goal:
-    """When enough is removed. Raises RecipeError at once when it cannot be reached."""
-
-    def __init__(self, step: PruneStep, problem: MeasuredModel) -> None:
-        self._step = step
-        self._sizes = problem.sizes
-        self._problem: DepthProblem = problem
-        most = self._largest_removal(problem)
-        if step.blocks is not None:
-            self.about = step.blocks
-            if step.blocks > len(most):
-                raise RecipeError(
-                    f"prune.blocks {step.blocks} would leave a stack of this model without blocks it needs; at most "
-                    f"{len(most)} of its {len(self._sizes)} blocks can go"
-                )
-            return
-        assert step.ratio is not None
-        self._target = step.ratio * sum(self._sizes)
-        self.about = round(step.ratio * len(self._sizes))
-        possible = sum(self._sizes[block] for block in most)
-        if self._target > possible + min(self._sizes) / 2:
-            raise RecipeError(
-                f"prune.ratio {step.ratio:g} would leave a stack of this model without blocks it needs; at most "
-                f"{int(1000 * possible / sum(self._sizes)) / 10:g}% of the block parameters can go"
-            )
-
-    @staticmethod
-    def _largest_removal(problem: MeasuredModel) -> list[int]:
-        removed: list[int] = []
-        while left := problem.candidates(removed):
-            removed.append(max(left, key=lambda block: problem.sizes[block]))
-        return removed
-
-    def wants_more(self, removed: Sequence[int]) -> bool:
-        if self._step.blocks is not None:
-            return len(removed) < self._step.blocks
-        left = self._problem.candidates(removed)
-        gone = sum(self._sizes[block] for block in removed)
-        return bool(left) and gone + min(self._sizes[block] for block in left) / 2 < self._target
-
-    def notes(self, removed: Sequence[int]) -> list[str]:
-        if self._step.ratio is None:
-            return []
-        share = sum(self._sizes[block] for block in removed) / sum(self._sizes)
-        if abs(share - self._step.ratio) <= 0.01:
-            return []
-        return [
-            f"asked to remove {self._step.ratio:.1%} of the blocks' parameters, removed {share:.1%}: {len(removed)} "
-            "whole blocks come nearest"
-        ]
+def _check_parts(step: PruneStep, method: DepthMethod, portable: bool) -> None:
+    if not method.takes_parts:
+        raise RecipeError(
+            f"prune method {step.method!r} removes whole blocks; take out parts, or use kl_greedy or evolve"
+        )
+    if portable:
+        raise RecipeError(
+            f"stock transformers cannot load blocks that lack a part (prune.parts {step.parts}); set portable: false, "
+            "or leave prune.parts out to remove whole blocks"
+        )
 
 
 def _check_shared_depth(binding: Binding, kept: Mapping[str, tuple[int, ...]]) -> None:

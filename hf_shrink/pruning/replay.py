@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 
 from hf_shrink.errors import ArchitectureError
 
+K = TypeVar("K", bound=Hashable)
+
 
 @contextmanager
-def recording(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, Any]]:
+def recording(blocks: Mapping[K, nn.Module]) -> Iterator[dict[K, Any]]:
     """Yields a dict that fills, in the order in which the blocks run, with their outputs.
 
     Raises:
         ArchitectureError: a block ran twice in one forward pass.
     """
-    outputs: dict[int, Any] = {}
+    outputs: dict[K, Any] = {}
 
-    def record(number: int, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def record(number: K, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if number in outputs:
             raise ArchitectureError("a block runs twice in one forward pass; blocks cannot be left out of such a model")
         outputs[number] = real(*args, **kwargs)
@@ -31,10 +33,10 @@ def recording(blocks: Mapping[int, nn.Module]) -> Iterator[dict[int, Any]]:
 
 
 @contextmanager
-def replaying(blocks: Mapping[int, nn.Module], outputs: Mapping[int, Any]) -> Iterator[None]:
+def replaying(blocks: Mapping[K, nn.Module], outputs: Mapping[K, Any]) -> Iterator[None]:
     """The blocks return what was recorded of them. Right as long as nothing in front of them has changed."""
 
-    def replay(number: int, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def replay(number: K, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return outputs[number]
 
     with _routed(blocks, replay):
@@ -42,12 +44,12 @@ def replaying(blocks: Mapping[int, nn.Module], outputs: Mapping[int, Any]) -> It
 
 
 @contextmanager
-def _routed(blocks: Mapping[int, nn.Module], through: Callable[..., Any]) -> Iterator[None]:
+def _routed(blocks: Mapping[K, nn.Module], through: Callable[..., Any]) -> Iterator[None]:
     """Every block's forward goes through `through(number, real forward, args, kwargs)`."""
-    previous: dict[int, Any] = {number: block.__dict__.get("forward") for number, block in blocks.items()}
+    previous: dict[K, Any] = {number: block.__dict__.get("forward") for number, block in blocks.items()}
     for number, block in blocks.items():
 
-        def routed(*args: Any, _number: int = number, _real: Callable[..., Any] = block.forward, **kwargs: Any) -> Any:
+        def routed(*args: Any, _number: K = number, _real: Callable[..., Any] = block.forward, **kwargs: Any) -> Any:
             return through(_number, _real, args, kwargs)
 
         block.forward = routed

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.columns import GridColumns
 from hf_shrink.ops.grid import Grid, dequantize, min_max_grid, search_grid
-from hf_shrink.ops.linalg import damped_inverse_factor, dead_channels, relative_error
+from hf_shrink.ops.linalg import InverseFactor, damped_inverse_factor, dead_channels, relative_error
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizedWeight
 from hf_shrink.quantization.descent import descend
@@ -74,37 +74,51 @@ class GPTQ:
         """See `QuantizationMethod.solve`."""
         if statistics is None or statistics.tokens == 0:
             raise CalibrationError("GPTQ has seen no inputs of this Linear; use more calibration data, or method: rtn")
-        weight = weight.detach()
-        damping = (
-            self.damping if self.damping is not None else self._best_damping(weight, scheme, statistics, scale_dtype)
-        )
-        return self._solve(weight, scheme, statistics, scale_dtype, damping)
+        weight, moment = weight.detach(), statistics.mean.to(weight.device)
+        order = self._order(moment.diagonal(), scheme.for_width(len(moment)).group_size)
+        asked, inverse = self._best_damping(weight, scheme, statistics, scale_dtype, moment, order)
+        found = self._solve(weight, scheme, statistics, scale_dtype, moment, inverse)
+        return replace(found, notes=_notes(moment, asked, inverse.damping))
 
     def _best_damping(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale_dtype: torch.dtype
-    ) -> float:
-        """By the outputs that some of the rows give on held-out tokens."""
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics,
+        scale_dtype: torch.dtype,
+        moment: Tensor,
+        order: Tensor,
+    ) -> tuple[float, InverseFactor]:
+        """A damping and the damped inverse: by the outputs that some of the rows give on held-out tokens."""
         drift = statistics.drift
-        if drift is None or not drift.held_hessian.any():
-            return DAMPINGS[0]
+        if self.damping is not None or drift is None or not drift.held_hessian.any():
+            damping = self.damping or DAMPINGS[0]
+            return damping, damped_inverse_factor(moment, damping, order)
         rows = weight[:: -(-len(weight) // TRIAL_ROWS)]
-        losses = {}
+        best: tuple[float, float, InverseFactor] | None = None
         for damping in DAMPINGS:
-            found = self._solve(rows, scheme, statistics, scale_dtype, damping)
-            losses[damping] = held_out_loss(rows, found.dequantized(), drift)
-        return min(losses, key=losses.__getitem__)
+            inverse = damped_inverse_factor(moment, damping, order)
+            found = self._solve(rows, scheme, statistics, scale_dtype, moment, inverse)
+            loss = held_out_loss(rows, found.dequantized(), drift)
+            if best is None or loss < best[0]:
+                best = loss, damping, inverse
+        assert best is not None
+        return best[1:]
 
     def _solve(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale_dtype: torch.dtype, damping: float
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics,
+        scale_dtype: torch.dtype,
+        moment: Tensor,
+        inverse: InverseFactor,
     ) -> QuantizedWeight:
-        hessian = statistics.mean.to(weight.device)
         if self.asymmetric:
-            weight, _ = corrected(weight, statistics, damping)
-        scheme, diagonal = scheme.for_width(len(hessian)), hessian.diagonal()
-        order = self._order(diagonal, scheme.group_size)
-        factor = damped_inverse_factor(hessian[order][:, order], damping)
-        damped = hessian.clone()
-        damped.diagonal().add_(factor.damping * diagonal.mean() if diagonal.any() else 1.0)
+            weight, _ = corrected(weight, statistics, inverse)
+        scheme, diagonal = scheme.for_width(len(moment)), moment.diagonal()
+        damped = moment.clone()
+        damped.diagonal().add_(inverse.damping * diagonal.mean() if diagonal.any() else 1.0)
 
         # Weighting by U_jj^-2, what an error costs once later columns have made up for it, lowers the layer's error
         # but raises the model's (SmolLM2-135M, W4 g64: KL divergence 0.126 instead of 0.095).
@@ -115,12 +129,11 @@ class GPTQ:
         else:
             grid = search_grid(weight, scheme, importance, scale_dtype)
         values, grid = round_columns(
-            weight, grid, order, factor.upper.float(), self.block_size, importance if regrouped else None
+            weight, grid, inverse.order, inverse.upper.float(), self.block_size, importance if regrouped else None
         )
         if self.refinements:
             values, grid = descend(weight, values, grid, damped, self.refinements)
-        error = relative_error(weight, dequantize(values, grid), hessian)
-        return QuantizedWeight(values, grid, error, _notes(hessian, damping, factor.damping))
+        return QuantizedWeight(values, grid, relative_error(weight, dequantize(values, grid), moment))
 
     def _order(self, diagonal: Tensor, group_size: int | None) -> Tensor:
         """(in,) the columns in the order in which they are rounded."""

@@ -14,12 +14,14 @@ from hf_shrink.registry import did_you_mean
 AMOUNTS: Mapping[str, tuple[str, ...]] = {
     "depth": ("ratio", "blocks"),
     "vocabulary": (),
+    "experts": ("ratio", "experts"),
     "width": ("ratio",),
 }
 PRUNE_KINDS = tuple(AMOUNTS)
 AMOUNT_KEYS = tuple(dict.fromkeys(key for keys in AMOUNTS.values() for key in keys))
-COUNTS = ("blocks",)  # whole numbers
+COUNTS = ("blocks", "experts")  # whole numbers
 UNITS = ("all", "attention", "mlp")
+PARTS = ("blocks", "attention", "mlp", "any")
 
 
 @dataclass(frozen=True)
@@ -27,27 +29,38 @@ class PruneStep:
     """Take something out of the model.
 
     Attributes:
-        what: whole blocks (`depth`), tokens (`vocabulary`), or heads and channels inside the blocks (`width`).
+        what: whole blocks (`depth`), tokens (`vocabulary`), experts of mixtures (`experts`), or heads and channels in
+            the blocks (`width`).
         ratio: the fraction of all block parameters, as they are when the step starts, that the step removes.
         blocks: of depth: how many blocks go.
+        experts: of experts: how many go from each block that has some.
         units: of width: which units.
         refit: whether matrices that read or write what was cut are refitted by least squares.
         options: the fields of the method's own dataclass.
+        parts: of depth: whether whole blocks go, only their attentions or MLPs, or either of these ("any").
     """
 
     what: str
     method: str
     ratio: float | None = None
     blocks: int | None = None
+    experts: int | None = None
     units: Literal["all", "attention", "mlp"] = "all"
     refit: bool = True
     options: Mapping[str, Any] = field(default_factory=dict)
+    parts: Literal["blocks", "attention", "mlp", "any"] = "blocks"
 
     def __post_init__(self) -> None:
         if self.what not in AMOUNTS:
             raise RecipeError(f"prune.what {self.what!r} is unknown; {did_you_mean(str(self.what), AMOUNTS)}")
         if self.units not in UNITS:
             raise RecipeError(f"prune.units {self.units!r} is unknown; {did_you_mean(str(self.units), UNITS)}")
+        if self.parts not in PARTS:
+            raise RecipeError(f"prune.parts {self.parts!r} is unknown; {did_you_mean(str(self.parts), PARTS)}")
+        if self.parts != "blocks" and self.what != "depth":
+            raise RecipeError(f"prune.parts goes with what: depth; for {self.what} there is units")
+        if self.parts == "any" and self.blocks is not None:
+            raise RecipeError("prune.parts any takes out things of different sizes: give ratio instead of blocks")
         self._check_amounts()
         for key in COUNTS:
             value = getattr(self, key)

@@ -23,6 +23,8 @@ class Watch:
         inputs: by module, every expert's input (tokens it got, width), gathered when asked for; padding left out.
         middle: the same for what every expert's `down` gets (tokens it got, channels).
         counts: by module, int64 (experts,), the tokens that each expert got.
+        routed: by module, float64 (2, experts), sums over each expert's tokens: of the router's weight, and of that
+            weight times the L2 norm of the expert's output.
     """
 
     def __init__(self, real: Tensor | None) -> None:
@@ -30,6 +32,7 @@ class Watch:
         self.inputs: dict[nn.Module, Callable[[int], Tensor]] = {}
         self.middle: dict[nn.Module, Sequence[Tensor]] = {}
         self.counts: dict[nn.Module, Tensor] = {}
+        self.routed: dict[nn.Module, Tensor] = {}
 
     def without_padding(self, index: Tensor, none: int) -> Tensor:
         """Indices (tokens, experts of a token) with `none` for tokens that are padding."""
@@ -97,6 +100,17 @@ class SeparateExperts(nn.Module):
         """An expert's gate, up or down."""
         return self.get_submodule(f"{expert}.{self.names[role]}")
 
+    def keep(self, experts: Sequence[int]) -> None:
+        """Leave only some experts, renumbered from 0 in the order given."""
+        kept = [self.get_submodule(str(index)) for index in experts]
+        for index in range(self.num_experts):
+            delattr(self, str(index))
+        middle = self._modules.pop("middle")
+        for index, expert in enumerate(kept):
+            self.add_module(str(index), expert)
+        self.add_module("middle", middle)
+        self.num_experts = len(kept)
+
     def own_weights(self) -> None:
         """Give every weight that is still a part of a larger tensor memory of its own."""
         for parameter in self.parameters():
@@ -130,10 +144,16 @@ class SeparateExperts(nn.Module):
         del parts
         if watch is not None:
             watch.middle[self] = middle
+        routed = torch.zeros(2, self.num_experts, dtype=torch.float64)
         for index, part in zip(running, middle, strict=True):
             place, tokens = chosen[index]
-            output = self.matrix(index, "down")(part) * top_k_weights[tokens, place, None]
-            total.index_add_(0, tokens, output.to(total.dtype))
+            output, weight = self.matrix(index, "down")(part), top_k_weights[tokens, place]
+            if watch is not None:
+                size = torch.linalg.vector_norm(output, dim=-1, dtype=torch.float32)
+                routed[:, index] = torch.stack([weight.double().sum(), (weight * size).double().sum()])
+            total.index_add_(0, tokens, (output * weight[:, None]).to(total.dtype))
+        if watch is not None:
+            watch.routed[self] = routed
         return total
 
     def extra_repr(self) -> str:

@@ -75,8 +75,8 @@ class TrainableLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear, on (..., in_features). With 8-bit activations the input is rounded."""
         if self.scheme.activation_bits == 8:
-            tokens, scale = quantize_tokens(input)
-            input = input + (tokens * scale - input).detach()
+            rounded = quantize_tokens(input, self.scheme.activation_symmetric).rounded()
+            input = input + (rounded - input).detach()
         return F.linear(input, self.weight.to(input.dtype), self.bias)
 
     def quantized(self) -> QuantizedWeight:

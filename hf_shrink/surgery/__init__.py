@@ -8,7 +8,8 @@ from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
-from hf_shrink.surgery.depth import remove_blocks, without_blocks
+from hf_shrink.surgery.depth import remove_blocks, remove_parts, stack_configs, without_blocks
+from hf_shrink.surgery.experts import cut_experts
 from hf_shrink.surgery.sizes import build_skeleton, is_uneven, module_shape, resize_skeleton, settle_config
 from hf_shrink.surgery.units import check_units, consumer_cuts, cut_block, cut_shapes
 
@@ -18,12 +19,15 @@ __all__ = [
     "check_plan",
     "consumer_cuts",
     "cut_block",
+    "cut_experts",
     "cut_shapes",
     "is_uneven",
     "module_shape",
     "remove_blocks",
+    "remove_parts",
     "resize_skeleton",
     "settle_config",
+    "stack_configs",
     "without_blocks",
 ]
 
@@ -36,8 +40,11 @@ def apply_structure(model: PreTrainedModel, plan: Plan) -> None:
         remove_blocks(model, binding.stack(name), stack_plan.kept)
     for name, stack_plan in plan.stacks.items():
         stack = bind(model).stack(name)
+        config = stack_configs(model, stack)[0]
         for block, source in zip(stack.blocks, stack_plan.kept, strict=True):
+            cut_experts(block, stack_plan.blocks.get(source, BlockPlan()), config)
             cut_block(block, stack_plan.blocks.get(source, BlockPlan()))
+            remove_parts(stack, block, stack_plan.blocks.get(source, BlockPlan()).removed or ())
     settle_config(model)
 
 
@@ -55,7 +62,38 @@ def check_plan(binding: Binding, plan: Plan) -> None:
         gone = set(stack_plan.blocks) - set(stack_plan.kept)
         if gone:
             raise ArchitectureError(f"the plan keeps units of blocks that it removes: {sorted(gone)} of {stack.path}")
+        _check_parts(stack, stack_plan)
         _check_tied(stack, stack_plan)
+        _check_expert_counts(stack, stack_plan)
+
+
+def _check_expert_counts(stack: BoundStack, plan: StackPlan) -> None:
+    """A config has one number of experts, so all mixtures must keep as many."""
+    counts = set()
+    for block in (stack.blocks[index] for index in plan.kept):
+        kept = plan.blocks.get(block.index, BlockPlan()).experts
+        if block.experts is not None:
+            counts.add(block.experts.count if kept is None else len(kept))
+    if len(counts) > 1:
+        raise ArchitectureError(
+            f"stock transformers reads one number of experts for all blocks of {stack.path}, so a plan must keep as "
+            f"many in each, not {sorted(counts)}"
+        )
+
+
+def _check_parts(stack: BoundStack, plan: StackPlan) -> None:
+    """A part that goes cannot be cut too, and the first block left of a cached stack keeps its attention."""
+    for index, block in plan.blocks.items():
+        for part, units in (
+            ("attention", block.query_heads),
+            ("cross_attention", block.cross_heads),
+            ("mlp", block.channels),
+        ):
+            if part in (block.removed or ()) and units is not None:
+                raise ArchitectureError(f"the plan both cuts and removes the {part} of block {index} of {stack.path}")
+    first = plan.blocks.get(plan.kept[0], BlockPlan())
+    if stack.spec is not None and stack.spec.cached and "attention" in (first.removed or ()):
+        raise ArchitectureError(f"{stack.path}: a KV cache takes its length from the attention of the first block")
 
 
 def _check_tied(stack: BoundStack, plan: StackPlan) -> None:

@@ -1,4 +1,4 @@
-"""Take whole blocks out of a stack, for good or for a measurement."""
+"""Take whole blocks out of a stack, or parts out of a block, for good or for a measurement."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from hf_shrink.architectures.bound import BoundStack
+from hf_shrink.architectures.absent import take_parts
+from hf_shrink.architectures.bound import BoundBlock, BoundMlp, BoundStack
 from hf_shrink.architectures.portable import stack_config
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.surgery.units import check_units
@@ -53,6 +54,40 @@ def remove_blocks(model: nn.Module, stack: BoundStack, kept: Sequence[int]) -> N
                 module.layer_idx = new  # type: ignore[assignment]
             if getattr(module, "layer_id", None) == old:
                 module.layer_id = new  # type: ignore[assignment]
+
+
+def remove_parts(stack: BoundStack, block: BoundBlock, parts: Sequence[str]) -> None:
+    """Take an attention or an MLP out of a block, with stand-ins in its place. The binding is stale afterwards.
+
+    Raises:
+        ArchitectureError: the block has no such part, or cannot do without it.
+    """
+    if not parts:
+        return
+    if stack.spec is None:
+        raise ArchitectureError(f"parts of {block.path} cannot be removed: its roles are not in the table")
+    for part in parts:
+        if (reason := why_part_stays(block, part)) is not None:
+            raise ArchitectureError(f"the {part.replace('_', ' ')} of {block.path} cannot be removed: {reason}")
+    take_parts(block.module, stack.spec, parts)
+
+
+def writes_cache(model: nn.Module, stack: BoundStack) -> bool:
+    """Whether the stack's blocks write a KV cache, by the family's table or by what its config makes of it."""
+    if stack.spec is None:
+        return False
+    return stack.spec.cached or bool(getattr(stack_configs(model, stack)[0], "is_decoder", False))
+
+
+def why_part_stays(block: BoundBlock, part: str) -> str | None:
+    """Why a block cannot do without a part; None when it can. Whether a KV cache needs it is not asked here."""
+    bound = getattr(block, part, None)
+    if bound is None:
+        return "the block has none of known form"
+    if isinstance(bound, BoundMlp):
+        return "it runs beside a mixture of experts" if block.experts is not None else None
+    whole: str | None = bound.spec.whole
+    return whole
 
 
 class _DepthConfig:

@@ -17,6 +17,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.architectures.absent import PARTS, is_absent, part_of, take_parts
 from hf_shrink.architectures.binding import Binding, bind, known_families
 from hf_shrink.architectures.bound import BoundMlp
 from hf_shrink.architectures.linears import resize
@@ -24,6 +25,7 @@ from hf_shrink.architectures.portable import part_keys
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.runtime.experts import separate_experts, separate_modules
 from hf_shrink.surgery.depth import stack_configs
+from hf_shrink.surgery.experts import settle_experts
 from hf_shrink.surgery.units import CONFIG_PREFIX, get_attribute, set_attribute
 
 RECORD_FORMAT = 1
@@ -36,6 +38,7 @@ def settle_config(model: PreTrainedModel) -> None:
         model.config.hf_shrink = {"format": RECORD_FORMAT, "shapes": {}, "attributes": {}}
         return
     binding = bind(model)
+    settle_experts(model, binding)
     _settle_stock_keys(model, binding)
     _settle_cache_depth(model, binding)
     _share_configs(model, binding)
@@ -140,7 +143,21 @@ def _uneven(model: PreTrainedModel, binding: Binding) -> dict[str, Any]:
                 value = get_attribute(part.module, name)
                 if get_attribute(skeleton[part.path], name) != value:
                     attributes.setdefault(part.path, {})[name] = value
-    return {"shapes": shapes, "attributes": attributes}
+    absent = absent_parts(binding)
+    return {"shapes": shapes, "attributes": attributes, **({"absent": absent} if absent else {})}
+
+
+def absent_parts(binding: Binding) -> dict[str, list[str]]:
+    """The parts that were taken out of blocks, by the path of the block."""
+    absent: dict[str, list[str]] = {}
+    for stack in binding.stacks:
+        for block in stack.blocks if stack.spec is not None else ():
+            assert stack.spec is not None
+            for part in PARTS:
+                form = part_of(block.module, stack.spec, part)
+                if form is not None and is_absent(block.module, form):
+                    absent.setdefault(block.path, []).append(part)
+    return absent
 
 
 def resize_skeleton(model: nn.Module, record: Mapping[str, Any]) -> None:
@@ -151,6 +168,7 @@ def resize_skeleton(model: nn.Module, record: Mapping[str, Any]) -> None:
     """
     if record.get("format") != RECORD_FORMAT:
         raise ArchitectureError(f"this checkpoint's shapes are of format {record.get('format')!r}; update hf_shrink")
+    _take_absent(model, record.get("absent", {}))
     modules = dict(model.named_modules())
     for path, size in record.get("shapes", {}).items():
         if path not in modules:
@@ -171,7 +189,19 @@ def resize_skeleton(model: nn.Module, record: Mapping[str, Any]) -> None:
             set_attribute(modules[path], name, int(value))
 
 
+def _take_absent(model: nn.Module, absent: Mapping[str, list[str]]) -> None:
+    if not absent:
+        return
+    known = {block.path: (stack, block) for stack in bind(model).stacks for block in stack.blocks}
+    for path, parts in absent.items():
+        if path not in known or any(part not in PARTS for part in parts):
+            raise ArchitectureError(f"the checkpoint lacks {parts} of {path}, which {type(model).__name__} has not")
+        stack, block = known[path]
+        assert stack.spec is not None
+        take_parts(block.module, stack.spec, parts)
+
+
 def is_uneven(model: nn.Module) -> bool:
     """Whether the config cannot express the model's shapes."""
     record = getattr(getattr(model, "config", None), "hf_shrink", None) or {}
-    return bool(record.get("shapes") or record.get("attributes"))
+    return bool(record.get("shapes") or record.get("attributes") or record.get("absent"))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -106,6 +106,18 @@ def pruned(channels: dict[int, int], scheme: Scheme | None = None) -> Callable[[
         apply_structure(model, Plan("llama", {"decoder": StackPlan((0, 1, 2, 3), blocks)}))
         schemes = {} if scheme is None else dict.fromkeys(inner_linears(model), scheme)
         return pack(model, schemes)
+
+    return build
+
+
+def without_parts(scheme: Scheme | None = None) -> Callable[[], PreTrainedModel]:
+    """A Llama without one attention and one MLP."""
+
+    def build() -> PreTrainedModel:
+        model = tiny_llama()
+        blocks = {1: BlockPlan(removed=("attention",)), 2: BlockPlan(removed=("mlp",))}
+        apply_structure(model, Plan("llama", {"decoder": StackPlan((0, 1, 2, 3), blocks)}))
+        return pack(model, {} if scheme is None else dict.fromkeys(inner_linears(model), scheme))
 
     return build
 
@@ -218,6 +230,8 @@ ROWS: dict[str, Row] = {
     "unevenly pruned, w4": Row(pruned({1: 64, 3: 48}, W4), "shape"),
     # 78 and 80 columns of 4 bits fill the same 10 words: only the out dimension of up and gate tells.
     "unevenly pruned by a hair, w4": Row(pruned({1: 78}, channel(4)), "shape"),
+    "without parts": Row(without_parts(), "shape"),
+    "without parts, w4": Row(without_parts(W4), "shape"),
     "conv1d": Row(gpt2(), "Conv1D"),
     "square conv1d": Row(gpt2("attn.c_proj"), "Conv1D"),
     "t5": Row(t5(head=False), "dequantize"),
@@ -228,6 +242,7 @@ ROWS: dict[str, Row] = {
     "mixed with w8a8 and fp8": Row(mixed(W8A8, W4, FP8), "yes"),
     "w8a8": Row(all_linears(W8A8), "yes"),
     "fp8": Row(all_linears(FP8), "yes"),
+    "w8a8, inputs without zero points": Row(all_linears(replace(W8A8, activation_symmetric=True)), "yes"),
     "bert, w8a8": Row(lambda: bert_head(W8A8), "yes"),
     "bert, fp8": Row(lambda: bert_head(FP8), "yes"),
     "t5, w8a8": Row(t5(head=False, output=W8A8, scheme=W8A8), "yes"),

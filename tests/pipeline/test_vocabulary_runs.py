@@ -210,7 +210,7 @@ def test_rare_tokens_go_too_where_a_count_is_asked_for() -> None:
 
 def test_texts_of_one_s_own_are_read_whole(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text(SEEN + "\n\n" + UNSEEN)
-    (tmp_path / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (EXTRA, SEEN)))
+    (tmp_path / "more.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in (SEEN, EXTRA)))
     files = [str(tmp_path / name) for name in ("notes.txt", "more.jsonl")]
     tokenizer, before = fast_tokenizer("byte_level"), fast_tokenizer("byte_level")
     model = shrink(model_for(before), recipe(texts=files, multiple_of=1), tokenizer=tokenizer, progress=False)

@@ -14,13 +14,15 @@ from torch.nn import functional as F
 
 from hf_shrink.architectures import bind
 from hf_shrink.errors import CalibrationError, RecipeError
-from hf_shrink.pruning.base import DEPTH, DepthProblem, Removal
+from hf_shrink.pruning.base import DEPTH, DepthProblem, Look, Removal
+from hf_shrink.pruning.items import Items
 from hf_shrink.pruning.measure import MeasuredModel
 from hf_shrink.pruning.plan_depth import DepthPlan, plan_depth
 from hf_shrink.recipe import PruneStep
 from hf_shrink.surgery import remove_blocks
 
 IDLE = 2
+CLOSELY = Look(tokens=10_000, predictions=10_000)
 
 
 def tokens(batches: int = 2, rows: int = 3, length: int = 20) -> list[dict[str, Tensor]]:
@@ -42,7 +44,7 @@ def planned(model: nn.Module, method: str, batches: Any = None, options: Any = N
 
 
 def problem_of(model: nn.Module, batches: Any) -> MeasuredModel:
-    return MeasuredModel(model, bind(model), batches, 0, lambda what, done, total: None)
+    return MeasuredModel(model, Items(model, bind(model)), batches, 0, lambda what, done, total: None)
 
 
 @pytest.mark.parametrize("method", ["block_influence", "kl_greedy"])
@@ -69,14 +71,38 @@ def test_divergence_is_that_of_a_model_cut_for_good() -> None:
     """The replayed prefixes change nothing: KL in float64 between dense and really cut models."""
     data = tokens()
     dense = tiny_llama(num_hidden_layers=5)
-    found = problem_of(dense, data).divergences([1], [0, 2, 4], tokens=10_000)
-    for candidate, value in found.items():
+    trials = [[1, 0], [1, 2], [1, 4], [0], [2, 3]]  # the last two put back what the others share
+    found = problem_of(dense, data).divergences([1], trials, CLOSELY)
+    for trial, value in zip(trials, found, strict=True):
         cut = tiny_llama(num_hidden_layers=5)
-        remove_blocks(cut, bind(cut).stacks[0], [b for b in range(5) if b not in (1, candidate)])
-        with torch.no_grad():
-            p, q = (torch.cat([m(**x).logits for x in data]).double().log_softmax(-1) for m in (dense, cut))
-        expected = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
-        assert value == pytest.approx(float(expected), rel=1e-4)
+        remove_blocks(cut, bind(cut).stacks[0], [b for b in range(5) if b not in trial])
+        assert value == pytest.approx(divergence_between(dense, cut, data), rel=1e-4)
+
+
+def divergence_between(dense: nn.Module, cut: nn.Module, data: Any) -> float:
+    with torch.no_grad():
+        logits = [torch.cat([model(**x, use_cache=False).logits for x in data]) for model in (dense, cut)]
+    p, q = (found.double().log_softmax(-1) for found in logits)
+    return float(F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean())
+
+
+def test_predictions_on_some_rows_are_those_of_all_rows_there() -> None:
+    """The head runs on 8 of 60 real tokens, and nothing but real ones."""
+    model, [batch] = tiny_llama(), tokens(1)
+    mask = torch.ones_like(batch["input_ids"])
+    mask[0, :13] = 0
+    data = {**batch, "attention_mask": mask}
+    widths: list[int] = []
+    model.lm_head.register_forward_hook(lambda _, args, output: widths.append(output.shape[:-1].numel()))
+    [found] = problem_of(model, [data]).divergences([], [[1]], Look(10_000, 8))
+    assert widths[-1] == 8
+    cut = tiny_llama()
+    remove_blocks(cut, bind(cut).stacks[0], [0, 2, 3])
+    with torch.no_grad():
+        p, q = (m(**data).logits.flatten(0, 1)[mask.flatten().bool()].double().log_softmax(-1) for m in (model, cut))
+    every = F.kl_div(q, p, log_target=True, reduction="none").sum(-1)
+    picked = torch.linspace(0, len(every) - 1, 8).long()
+    assert found == pytest.approx(float(every[picked].mean()), rel=1e-4)
 
 
 def test_greedy_takes_the_least_divergence_each_round() -> None:
@@ -84,9 +110,10 @@ def test_greedy_takes_the_least_divergence_each_round() -> None:
     problem = problem_of(model, data)
     removed: list[int] = []
     for _ in range(3):
-        tried = problem.divergences(removed, problem.candidates(removed), tokens=10_000)
-        removed.append(min(tried, key=lambda b: tried[b]))
-    plan = planned(model, "kl_greedy", data, blocks=3)
+        tried = problem.candidates(removed)
+        found = problem.divergences(removed, [[*removed, b] for b in tried], CLOSELY)
+        removed.append(tried[found.index(min(found))])
+    plan = planned(model, "kl_greedy", data, {"candidates": None, "predictions": 10_000}, blocks=3)
     assert list(plan.damage) == [f"model.layers.{b}" for b in removed]
     assert plan.kept["decoder"] == tuple(sorted(set(range(5)) - set(removed)))
 
@@ -105,21 +132,24 @@ def test_influence_is_one_minus_the_cosine_over_real_tokens() -> None:
         assert found[block] == pytest.approx(float(expected.mean().detach()), rel=1e-5)
 
 
-def test_a_shortlist_is_made_of_the_least_influential_blocks() -> None:
+def test_later_rounds_try_what_cost_least_before() -> None:
     model, data = tiny_llama(num_hidden_layers=5), tokens()
-    influences = problem_of(model, data).influences([])
-    shortlist = sorted(influences, key=lambda b: influences[b])[:2]
-    [label] = planned(model, "kl_greedy", data, {"candidates": 2}, blocks=1).damage
-    assert int(label.rpartition(".")[2]) in shortlist
     tried: list[list[int]] = []
+    costs: list[list[float]] = []
 
     class Spy(MeasuredModel):
-        def divergences(self, removed: Any, candidates: Any, tokens: int) -> Any:
-            tried.append(list(candidates))
-            return super().divergences(removed, candidates, tokens)
+        def divergences(self, base: Any, trials: Any, look: Any) -> Any:
+            tried.append([trial[-1] for trial in trials])
+            costs.append(super().divergences(base, trials, look))
+            return costs[-1]
 
-    next(DEPTH.build("kl_greedy", {"candidates": 2}).removals(Spy(model, bind(model), data, 0, lambda *_: None)))
-    assert tried == [sorted(shortlist)]
+    spy = Spy(model, Items(model, bind(model)), data, 0, lambda *_: None)
+    removals = DEPTH.build("kl_greedy", {"candidates": 2}).removals(spy)
+    first = next(removals).item
+    next(removals)
+    assert tried[0] == [0, 1, 2, 3, 4]
+    cheapest = sorted(tried[0], key=lambda block: costs[0][block])
+    assert first == cheapest[0] and tried[1] == sorted(cheapest[1:3])
 
 
 @pytest.mark.parametrize(("ratio", "left"), [(0.0, 10), (0.04, 10), (0.06, 9), (0.3, 7), (0.34, 7), (0.9, 1)])
@@ -153,6 +183,8 @@ def test_not_finite_numbers_are_an_error(method: str) -> None:
 
 def test_a_method_that_runs_dry_is_an_error() -> None:
     class OneOnly:
+        takes_parts = False
+
         def removals(self, problem: DepthProblem) -> Iterator[Removal]:
             yield Removal(0, 0.0)
 
@@ -187,20 +219,14 @@ def test_replay_is_exact_where_blocks_hand_on_more_than_hidden_states() -> None:
     """T5: the decoder reads the encoder's output, and both hand a position bias from block to block."""
     case = CASES["t5"]
     dense, inputs = case.build(), case.inputs()
-    found = problem_of(dense, [inputs]).divergences([], [1, 5], tokens=10_000)
-    for candidate, value in found.items():
+    items = Items(dense, bind(dense)).all
+    numbers = [0, len(items) - 1]
+    found = problem_of(dense, [inputs]).divergences([], [[n] for n in numbers], CLOSELY)
+    for number, value in zip(numbers, found, strict=True):
         cut = case.build()
-        stacks = bind(cut).stacks
-        stack, index = (
-            (stacks[0], candidate)
-            if candidate < len(stacks[0].blocks)
-            else (stacks[1], candidate - len(stacks[0].blocks))
-        )
-        remove_blocks(cut, stack, [b.index for b in stack.blocks if b.index != index])
-        with torch.no_grad():
-            p, q = (m(**inputs, use_cache=False).logits.double().log_softmax(-1) for m in (dense, cut))
-        expected = F.kl_div(q, p, log_target=True, reduction="none").sum(-1).mean()
-        assert value == pytest.approx(float(expected), rel=1e-4)
+        stack = bind(cut).stack(items[number].stack.name)
+        remove_blocks(cut, stack, [b.index for b in stack.blocks if b.index != items[number].block.index])
+        assert value == pytest.approx(divergence_between(dense, cut, [inputs]), rel=1e-4)
 
 
 def test_a_first_block_that_is_special_stays() -> None:

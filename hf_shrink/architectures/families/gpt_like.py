@@ -91,7 +91,11 @@ OPT_POST_NORM = _without_norms(OPT, {"do_layer_norm_before": False})
 BLOOM = Stack(
     "decoder",
     "h",
-    dataclasses.replace(_fused("self_attention", "query_key_value", "dense", "per_head", {}), fixed=ALIBI),
+    dataclasses.replace(
+        _fused("self_attention", "query_key_value", "dense", "per_head", {}),
+        fixed=ALIBI,
+        whole="it adds the residual stream by itself",
+    ),
     # Its GELU has no config key.
     Mlp(up="mlp.dense_h_to_4h", down="mlp.dense_4h_to_h", channels=None, norm="post_attention_layernorm"),
     cached=True,

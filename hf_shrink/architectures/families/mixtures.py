@@ -9,7 +9,14 @@ from hf_shrink.architectures.families.llama_like import ATTENTION, MLP
 
 SPARSE_BY_NUMBER = "which blocks are sparse follows from their numbers (mlp_only_layers, decoder_sparse_step)"
 
-MIXTRAL = Stack("decoder", "layers", ATTENTION, None, experts=Experts(gate="w1", up="w3", down="w2"), cached=True)
+MIXTRAL_EXPERTS = Experts(
+    gate="w1",
+    up="w3",
+    down="w2",
+    count="num_local_experts",
+    attributes={**Experts().attributes, "mlp.top_k": "experts_of_token"},
+)
+MIXTRAL = Stack("decoder", "layers", ATTENTION, None, experts=MIXTRAL_EXPERTS, cached=True)
 
 # Blocks with an ordinary MLP between the sparse ones; the sizes of the two are different config keys.
 QWEN3_MOE = Stack("decoder", "layers", ATTENTION, MLP, experts=Experts(), block_lists=("layer_types",), cached=True)

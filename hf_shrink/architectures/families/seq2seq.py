@@ -24,6 +24,7 @@ def _t5_attention(path: str, *, per_head: dict[str, int]) -> Attention:
         per_head=per_head,
         norm=f"{path.rpartition('.')[0]}.layer_norm",
         tied=True,
+        returns=("position_bias", None),
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 from hf_shrink.pruning.base import DEPTH, DepthProblem, Removal
 
@@ -15,6 +16,8 @@ class BlockInfluence:
 
     One forward pass over the calibration data, however many blocks go.
     """
+
+    takes_parts: ClassVar[bool] = False
 
     def removals(self, problem: DepthProblem) -> Iterator[Removal]:
         influences = problem.influences([])

@@ -1,11 +1,14 @@
-"""Greedy by KL divergence: try every block, remove the one whose absence changes the predictions least, repeat."""
+"""Greedy by KL divergence: try what could go, remove what changes the predictions least, repeat."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
-from hf_shrink.pruning.base import DEPTH, DepthProblem, Removal
+from hf_shrink.pruning.base import DEPTH, DepthProblem, Look, Removal
+from hf_shrink.pruning.greedy import cheapest_first
+from hf_shrink.pruning.options import check_counts
 
 
 @DEPTH.register("kl_greedy")
@@ -13,30 +16,23 @@ from hf_shrink.pruning.base import DEPTH, DepthProblem, Removal
 class KlGreedy:
     """SLEB's loop (Song et al., arXiv 2402.09025) with KL(dense || pruned) as its measure instead of perplexity.
 
+    Of items of different sizes the one goes that costs least for its size. What runs in front of a candidate is
+    computed once a round for all of them.
+
     Attributes:
         tokens: calibration tokens that a measurement runs over; more is slower and less noisy.
-        candidates: try only this many blocks each round, those of the lowest block influence; None: all.
+        predictions: how many of their predictions are compared.
+        candidates: after the first round, try only this many, those that cost least when they were last tried; None:
+            all.
     """
 
     tokens: int = 2048
-    candidates: int | None = None
+    predictions: int = 512
+    candidates: int | None = 10
+    takes_parts: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        for name, value in (("tokens", self.tokens), ("candidates", self.candidates)):
-            if not (value is None and name == "candidates") and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        check_counts(self, "tokens", "predictions", "candidates", optional=("candidates",))
 
     def removals(self, problem: DepthProblem) -> Iterator[Removal]:
-        removed: list[int] = []
-        while tried := self._shortlist(problem, removed):
-            divergences = problem.divergences(removed, tried, self.tokens)
-            best = min(tried, key=lambda block: (divergences[block], block))
-            removed.append(best)
-            yield Removal(best, divergences[best])
-
-    def _shortlist(self, problem: DepthProblem, removed: list[int]) -> list[int]:
-        blocks = list(problem.candidates(removed))
-        if self.candidates is None or len(blocks) <= self.candidates:
-            return blocks
-        influences = problem.influences(removed, self.tokens)
-        return sorted(sorted(blocks, key=lambda block: (influences[block], block))[: self.candidates])
+        return cheapest_first(problem, Look(self.tokens, self.predictions, fast=True), self.candidates)

@@ -1,0 +1,1 @@
+"""Ways to score the experts of a mixture, one a file."""
