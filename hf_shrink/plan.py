@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
 from hf_shrink.scheme import BITS, KINDS, STRATEGIES, Kind, Scheme, Strategy
+from hf_shrink.sparsity import WeightsPlan
 
 __all__ = [
     "BITS",
@@ -25,6 +26,7 @@ __all__ = [
     "StackPlan",
     "Strategy",
     "VocabularyPlan",
+    "WeightsPlan",
 ]
 
 PLAN_FORMAT = 1
@@ -135,6 +137,7 @@ class Plan:
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
         vocabulary: what is kept of it; None: all.
+        weights: which matrices get zeros, and how many; None: none.
     """
 
     model_type: str
@@ -150,6 +153,7 @@ class Plan:
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
     vocabulary: VocabularyPlan | None = None
+    weights: WeightsPlan | None = None
 
     @property
     def prunes(self) -> bool:
@@ -192,9 +196,11 @@ class Plan:
             transforms = tuple(data.pop("transforms", ()))
             vocabulary = data.pop("vocabulary", None)
             data["vocabulary"] = None if vocabulary is None else VocabularyPlan(**vocabulary)
+            weights = data.pop("weights", None)
+            weights = None if weights is None else WeightsPlan.from_dict(weights)
             for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
                 raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
-            return cls(stacks=stacks, schemes=schemes, transforms=transforms, **data)
+            return cls(stacks=stacks, schemes=schemes, transforms=transforms, weights=weights, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error
 
@@ -216,6 +222,7 @@ class Plan:
                 experts = "" if block.experts is None else f", experts {len(block.experts)}"
                 merged = f" ({len(block.merges)} merged into them)" if block.merges else ""
                 lines.append(f"  block {index}: query heads {heads}, channels {channels}{experts}{merged}{gone}")
+        lines += self.weights.summary() if self.weights is not None else []
         by_scheme: dict[Scheme, int] = {}
         for scheme in self.schemes.values():
             by_scheme[scheme] = by_scheme.get(scheme, 0) + 1

@@ -84,6 +84,14 @@ def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
+def damped_moment(moment: Tensor, damping: float) -> Tensor:
+    """A copy with `damping` times the mean added to the diagonal; with 1 where no input was ever non-zero."""
+    damped = moment.clone()
+    mean = moment.diagonal().mean()
+    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return damped
+
+
 def check_finite(moment: Tensor) -> None:
     """Raises CalibrationError where a second moment holds NaN or Inf."""
     if not torch.isfinite(moment).all():

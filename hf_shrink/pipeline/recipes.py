@@ -13,11 +13,13 @@ from hf_shrink.pruning.base import (
     DEPTH,
     EXPERTS,
     VOCABULARY,
+    WEIGHTS,
     WIDTH,
     DepthMethod,
     ExpertMethod,
     GradientMethod,
     VocabularyMethod,
+    WeightsMethod,
     WidthMethod,
 )
 from hf_shrink.quantization.base import METHODS, Method, ModelMethod
@@ -104,12 +106,22 @@ def vocabulary_method(step: PruneStep) -> VocabularyMethod:
     return VOCABULARY.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def weights_method(step: PruneStep) -> WeightsMethod:
+    return WEIGHTS.build(step.method, step.options, _own_keys(PruneStep))
+
+
+def plan_weights_method(plan: Plan) -> WeightsMethod | None:
+    """The method that chooses a plan's zeros; None when there are none."""
+    return None if plan.weights is None else WEIGHTS.build(plan.weights.method, plan.weights.options)
+
+
 # How the method of a step is made, by what is pruned.
 PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {
     "depth": depth_method,
     "vocabulary": vocabulary_method,
     "experts": expert_method,
     "width": width_method,
+    "weights": weights_method,
 }
 
 
@@ -127,6 +139,8 @@ def needs_calibration(recipe: Recipe) -> bool:
             needed = True
         elif step.what == "vocabulary":
             needed = not vocabulary_method(step).texts
+        elif step.what == "weights":
+            needed = weights_method(step).needs_statistics
         else:
             method = width_method(step)
             needed = step.refit or method.needs_statistics or isinstance(method, GradientMethod)

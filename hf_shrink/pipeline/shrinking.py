@@ -31,6 +31,7 @@ from hf_shrink.pipeline.recipes import (
     needs_calibration,
     plan_method,
     plan_transforms,
+    plan_weights_method,
 )
 from hf_shrink.pipeline.targets import check_inputs
 from hf_shrink.pipeline.vocabulary import apply_vocabulary
@@ -60,7 +61,8 @@ def shrink(
     it. Nothing is changed before the whole plan is made; a failure while it is carried out leaves the model half done.
 
     Args:
-        model: a transformers model, dense; any `torch.nn.Module` for data-free quantization (`method: rtn`).
+        model: a transformers model, dense; any `torch.nn.Module` for data-free steps (`quantize` with `method: rtn`,
+            `prune` with `what: weights` and `method: magnitude`).
         recipe: a built-in name ("w4a16", "prune20-w4a16", ...; see `hf-shrink recipes`), the path of a YAML file, a
             mapping, a `Recipe`, or a `Plan` made for this model.
         tokenizer: tokenizer or processor; needed when calibration data is text, images or sound, and rewritten in place
@@ -143,6 +145,7 @@ class Job:
         if isinstance(self.asked, Plan):
             plan_method(self.asked)
             plan_transforms(self.asked)
+            plan_weights_method(self.asked)
         check_dense(self.model)
         self.show = Progress(quiet=not self.progress)
 
@@ -153,13 +156,16 @@ class Job:
         else:
             assert isinstance(self.asked, Plan)
             method, spec = plan_method(self.asked), CalibrationSpec()
-            solvers = *((method,) if method is not None else ()), *plan_transforms(self.asked)
-            needed = any(s.needs_statistics for s in solvers) or (self.asked.refit and self.asked.prunes)
-            needed = needed or bool(self.asked.tune)
+            solvers = method, plan_weights_method(self.asked), *plan_transforms(self.asked)
+            needed = any(s is not None and s.needs_statistics for s in solvers) or bool(self.asked.tune)
+            needed = needed or (self.asked.refit and self.asked.prunes)
         if not needed:
             return NO_DATA
         if not isinstance(self.model, PreTrainedModel):
-            raise CalibrationError("only transformers models can be calibrated; for this module use method: rtn")
+            raise CalibrationError(
+                "only transformers models can be calibrated; for this module use method: rtn to quantize, magnitude to "
+                "prune weights"
+            )
         return calibration_batches(
             spec,
             source=self.calibration,

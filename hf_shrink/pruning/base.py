@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from hf_shrink.calibration.labels import Labels
 from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.registry import Registry
+from hf_shrink.sparsity import Amount
+
+if TYPE_CHECKING:
+    from hf_shrink.calibration.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -207,7 +211,56 @@ class VocabularyMethod(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class WeightView:
+    """What a method that zeroes single weights sees of one of them.
+
+    Attributes:
+        rows: float32 (out, in), the weight as a matrix; a copy, which the method may change.
+        parameter: the parameter itself, in its own shape and dtype.
+        as_rows: from a tensor of the parameter's shape to (out, in).
+        amount: how many weights become zero.
+    """
+
+    rows: Tensor
+    parameter: Tensor
+    as_rows: Callable[[Tensor], Tensor]
+    amount: Amount
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A weight with zeros: float32 (out, in), and which of its weights are kept, bool (out, in)."""
+
+    rows: Tensor
+    kept: Tensor
+    notes: tuple[str, ...] = ()
+
+
+class WeightsMethod(Protocol):
+    """Zeroes single weights (unstructured, or N of every M kept). A frozen dataclass; its fields are options.
+
+    One that also has `granularity` "global" has a `saliency(view, None)`; the planner then ranks all weights at once
+    and gives each its own sparsity. One with a true `changes_weights` also changes what it keeps.
+    """
+
+    needs_statistics: ClassVar[bool]
+
+    def prune(self, views: Sequence[WeightView], statistics: InputStatistics | None) -> list[Masked]:
+        """Choose what becomes zero, and change what is kept where the method does so.
+
+        Args:
+            views: weights that read the same input; each is decided by itself.
+            statistics: of that input; required where `needs_statistics`.
+
+        Raises:
+            CalibrationError: statistics are missing, or numbers are not finite.
+        """
+        ...
+
+
 WIDTH: Registry[WidthMethod] = Registry("width pruning method", "hf_shrink.pruning.width")
 DEPTH: Registry[DepthMethod] = Registry("depth pruning method", "hf_shrink.pruning.depth")
 VOCABULARY: Registry[VocabularyMethod] = Registry("vocabulary pruning method", "hf_shrink.pruning.vocabulary")
 EXPERTS: Registry[ExpertMethod] = Registry("expert pruning method", "hf_shrink.pruning.experts")
+WEIGHTS: Registry[WeightsMethod] = Registry("weights pruning method", "hf_shrink.pruning.weights")

@@ -95,7 +95,7 @@ def _processor(part: Any, new_ids: Mapping[int, int]) -> Any:
             for name, token in part["special_tokens"].items()
         }
         return {**part, "special_tokens": tokens}
-    if part["type"] in ("BertProcessing", "RobertaProcessing"):
+    if {"sep", "cls"} <= part.keys():
         return {**part, **{name: [part[name][0], new_ids[part[name][1]]] for name in ("sep", "cls")}}
     raise RecipeError(f"the tokenizer's post-processor {part['type']} is not known; its vocabulary stays whole")
 
