@@ -18,9 +18,10 @@ class LastInputSeen(Exception):
 
 
 class Collector:
-    """Adds up the inputs of a block's matrices while it runs."""
+    """Adds up the inputs of a block's matrices while it runs. `longest`: as of `InputStatistics`."""
 
-    def __init__(self, matrices: Mapping[str, nn.Module]) -> None:
+    def __init__(self, matrices: Mapping[str, nn.Module], longest: float | None = None) -> None:
+        self._longest = longest
         self._matrices = dict(matrices)
         self._shared: dict[str, str] = {}  # path -> the path whose statistics it uses
         self._statistics: dict[str, InputStatistics] = {}
@@ -60,7 +61,7 @@ class Collector:
                 self._shared[path] = owner
                 return
         self._shared[path] = path
-        self._statistics[path] = InputStatistics.empty(x.shape[-1], x.device)
+        self._statistics[path] = InputStatistics.empty(x.shape[-1], x.device, self._longest)
         seen.append((x, path))
 
     def _settle(self) -> None:

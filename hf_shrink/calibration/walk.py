@@ -111,17 +111,17 @@ class StackWalk:
         """The current block's hidden states for the first `batches` batches (all by default), not kept."""
         return [first_output(self.call(b)) for b in range(len(self.hidden) if batches is None else batches)]
 
-    def statistics(self, matrices: Mapping[str, nn.Module]) -> dict[str, InputStatistics]:
+    def statistics(self, matrices: Mapping[str, nn.Module], longest: float | None = None) -> dict[str, InputStatistics]:
         """Second moments of the inputs of the current block's matrices, by path.
 
         Matrices that get the very same tensor (query, key and value; gate and up) share one object. Once the order of
         the calls is known, a batch ends when the last matrix has its input. Matrices of experts that saw too few tokens
-        are absent where `starved_experts` is "rtn".
+        are absent where `starved_experts` is "rtn". `longest`: as of `InputStatistics`.
 
         Raises:
             CalibrationError: a matrix saw no tokens, or not finite ones; an expert saw too few.
         """
-        collector = Collector(matrices)
+        collector = Collector(matrices, longest)
         for batch in range(len(self.hidden)):
             with collector.listening(self.real_tokens(batch)), suppress(LastInputSeen):
                 output = first_output(self.call(batch))
@@ -152,6 +152,7 @@ class StackWalk:
         *,
         further: bool = True,
         dense: DenseStream | None = None,
+        longest: float | None = None,
     ) -> Passed | None:
         """Statistics, replacement and advance in one pass: see `stages.py`.
 
@@ -162,6 +163,7 @@ class StackWalk:
             current: the module that is at a path now.
             further: False when nothing comes after this block, so that its outputs are not needed; the walk then stays.
             dense: in front of this block too: it goes along, so that statistics have a `drift`, and to the next block.
+            longest: as of `InputStatistics`.
 
         Returns:
             The block's outputs for the first batch. None, with nothing done, when the block cannot be stopped
@@ -183,7 +185,8 @@ class StackWalk:
         def seen(stage: int, batch: int, x: Tensor, follower: Follower | None) -> None:
             for paths, given in self._experts.inputs(batch, stages[stage], x):
                 if paths[0] not in collected:
-                    collected.update(dict.fromkeys(paths, InputStatistics.empty(given.shape[-1], given.device)))
+                    empty = InputStatistics.empty(given.shape[-1], given.device, longest)
+                    collected.update(dict.fromkeys(paths, empty))
                 real = self.real_tokens(batch)(given)
                 collected[paths[0]].add(real)
                 dense_input = follower.real_input(batch, stage) if follower is not None else None

@@ -17,7 +17,7 @@ from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.pipeline.kept import KeptStack
 from hf_shrink.plan import BlockPlan, StackPlan
-from hf_shrink.pruning.refit import refit_reader
+from hf_shrink.pruning.refit import LONGEST, refit_reader
 from hf_shrink.surgery import consumer_cuts, cut_block
 
 
@@ -80,11 +80,13 @@ def cut_and_refit(
                 _refit_masked(modules[path], statistics, consumers[path])
 
     with timed("calibrate"):
-        passed = walk.advance_in_stages(modules, refit, model.get_submodule, further=further, dense=dense)
+        passed = walk.advance_in_stages(
+            modules, refit, model.get_submodule, further=further, dense=dense, longest=LONGEST
+        )
         if passed is None:
             if dense is not None:
                 dense.advance()
-            refit(walk.statistics(modules))
+            refit(walk.statistics(modules, LONGEST))
         elif not further:
             walk.reference = passed.before
     cut_block(block, plan)

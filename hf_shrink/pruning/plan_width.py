@@ -21,6 +21,7 @@ from hf_shrink.pruning.base import GradientMethod, WidthMethod
 from hf_shrink.pruning.curves import PartCurves
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.prunable import Prunable, config_key, find_prunable
+from hf_shrink.pruning.refit import LONGEST
 from hf_shrink.pruning.scorer import Scorer
 from hf_shrink.pruning.sensitivities import mask_gradients
 from hf_shrink.pruning.shares import parts_of
@@ -176,7 +177,7 @@ def _statistics(
         return {}
     with float32_for_now(block.module):
         readers = {kind: reader(part).path for kind, part in parts.items()}
-        found = walk.statistics({path: parts[kind].modules[path] for kind, path in readers.items()})
+        found = walk.statistics({path: parts[kind].modules[path] for kind, path in readers.items()}, LONGEST)
         if not last:
             walk.advance()
     return {kind: found[path] for kind, path in readers.items()}

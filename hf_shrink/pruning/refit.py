@@ -10,6 +10,7 @@ from torch import Tensor
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.ops.linalg import damped_cholesky, least_squares_refit
 
+LONGEST = 4.0  # medians: no token counts for more than 16 ordinary ones
 DAMPING = 0.01  # of the mean second moment: pulls towards the weights as they are where the data says little
 
 
