@@ -20,6 +20,7 @@ __all__ = [
     "PLAN_FORMAT",
     "STRATEGIES",
     "BlockPlan",
+    "HiddenPlan",
     "Kind",
     "Plan",
     "Scheme",
@@ -119,6 +120,26 @@ class VocabularyPlan:
 
 
 @dataclass(frozen=True)
+class HiddenPlan:
+    """To how many channels the residual stream is cut. Which directions these are is found while the plan is applied.
+
+    Attributes:
+        stack: name of the stack whose stream it is.
+        width: channels that are left.
+        method: what chooses the directions, and its options.
+        refit: whether what reads and writes the stream is refitted by least squares.
+        untie: whether a head that shares the embedding's weight gets one of its own.
+    """
+
+    stack: str
+    width: int
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    refit: bool = True
+    untie: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is done to one model.
 
@@ -138,6 +159,7 @@ class Plan:
         damage: predicted damage by what was removed (free form, for reports).
         vocabulary: what is kept of it; None: all.
         weights: which matrices get zeros, and how many; None: none.
+        hidden: to what the residual stream is cut; None: it stays.
     """
 
     model_type: str
@@ -154,10 +176,11 @@ class Plan:
     damage: Mapping[str, float] = field(default_factory=dict)
     vocabulary: VocabularyPlan | None = None
     weights: WeightsPlan | None = None
+    hidden: HiddenPlan | None = None
 
     @property
     def prunes(self) -> bool:
-        return bool(self.stacks)
+        return bool(self.stacks) or self.hidden is not None
 
     @property
     def bits(self) -> dict[str, int]:
@@ -198,9 +221,11 @@ class Plan:
             data["vocabulary"] = None if vocabulary is None else VocabularyPlan(**vocabulary)
             weights = data.pop("weights", None)
             weights = None if weights is None else WeightsPlan.from_dict(weights)
+            hidden = data.pop("hidden", None)
+            hidden = None if hidden is None else HiddenPlan(**hidden)
             for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
                 raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
-            return cls(stacks=stacks, schemes=schemes, transforms=transforms, weights=weights, **data)
+            return cls(stacks=stacks, schemes=schemes, transforms=transforms, weights=weights, hidden=hidden, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error
 
@@ -222,6 +247,10 @@ class Plan:
                 experts = "" if block.experts is None else f", experts {len(block.experts)}"
                 merged = f" ({len(block.merges)} merged into them)" if block.merges else ""
                 lines.append(f"  block {index}: query heads {heads}, channels {channels}{experts}{merged}{gone}")
+        if self.hidden is not None:
+            how = f"{self.hidden.method}{', refitted' if self.hidden.refit else ''}"
+            head = ", the head gets a weight of its own" if self.hidden.untie else ""
+            lines.append(f"{self.hidden.stack}: residual stream of {self.hidden.width} channels ({how}){head}")
         lines += self.weights.summary() if self.weights is not None else []
         by_scheme: dict[Scheme, int] = {}
         for scheme in self.schemes.values():

@@ -12,12 +12,14 @@ from hf_shrink.plan import Plan
 from hf_shrink.pruning.base import (
     DEPTH,
     EXPERTS,
+    HIDDEN,
     VOCABULARY,
     WEIGHTS,
     WIDTH,
     DepthMethod,
     ExpertMethod,
     GradientMethod,
+    HiddenMethod,
     VocabularyMethod,
     WeightsMethod,
     WidthMethod,
@@ -106,6 +108,10 @@ def vocabulary_method(step: PruneStep) -> VocabularyMethod:
     return VOCABULARY.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def hidden_method(step: PruneStep) -> HiddenMethod:
+    return HIDDEN.build(step.method, step.options, _own_keys(PruneStep))
+
+
 def weights_method(step: PruneStep) -> WeightsMethod:
     return WEIGHTS.build(step.method, step.options, _own_keys(PruneStep))
 
@@ -119,6 +125,7 @@ def plan_weights_method(plan: Plan) -> WeightsMethod | None:
 PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {
     "depth": depth_method,
     "vocabulary": vocabulary_method,
+    "hidden": hidden_method,
     "experts": expert_method,
     "width": width_method,
     "weights": weights_method,
@@ -135,7 +142,7 @@ def needs_calibration(recipe: Recipe) -> bool:
         if isinstance(step, QuantizeStep):
             parts = quantization_method(step), *build_transforms(step.transforms)
             needed = any(part.needs_statistics for part in parts) or bool(step.tune)
-        elif step.what in ("depth", "experts"):
+        elif step.what in ("depth", "hidden", "experts"):
             needed = True
         elif step.what == "vocabulary":
             needed = not vocabulary_method(step).texts
