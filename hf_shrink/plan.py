@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -12,6 +12,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
 from hf_shrink.scheme import BITS, KINDS, STRATEGIES, Kind, Scheme, Strategy
 from hf_shrink.sparsity import WeightsPlan
+from hf_shrink.tokens import VocabularyPlan, ranges
 
 __all__ = [
     "BITS",
@@ -89,34 +90,6 @@ class StackPlan:
 
     kept: tuple[int, ...]
     blocks: Mapping[int, BlockPlan] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class VocabularyPlan:
-    """What is kept of the vocabulary.
-
-    Attributes:
-        rows: of the source's embedding.
-        kept: ids of the kept tokens in the source, ascending, as ranges: "0-257,300,305-309". They are numbered from 0
-            in this order; ids from `rows` on are tokens that only the tokenizer knows.
-        tokenizer: SHA-256 of the source tokenizer's tokens and their ids.
-    """
-
-    rows: int
-    kept: str
-    tokenizer: str
-
-    @property
-    def ids(self) -> tuple[int, ...]:
-        """The kept ids. Raises RecipeError where `kept` says none."""
-        try:
-            parts = [tuple(map(int, part.split("-"))) for part in self.kept.split(",")]
-            found = tuple(i for part in parts for i in range(part[0], part[-1] + 1))
-        except ValueError as error:
-            raise RecipeError(f"the plan's kept tokens are not ranges of ids: {error}") from error
-        if list(found) != sorted(set(found)) or found[0] < 0:
-            raise RecipeError("the plan's kept tokens must be ascending ids, each once")
-        return found
 
 
 @dataclass(frozen=True)
@@ -298,14 +271,3 @@ def _named(transform: TransformSpec) -> str:
 
 def _pairs(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in options.items())
-
-
-def ranges(numbers: Sequence[int], separator: str = ", ") -> str:
-    """Ascending numbers, (0, 1, 2, 5) as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and n == parts[-1][1] + 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    return separator.join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

@@ -21,19 +21,18 @@ from hf_shrink.pipeline.recipes import (
     expert_method,
     hidden_method,
     quantization_method,
-    vocabulary_method,
     weights_method,
     width_method,
 )
 from hf_shrink.pipeline.targets import resolve_schemes
 from hf_shrink.pipeline.transforming import transform_notes
+from hf_shrink.pipeline.vocabulary import plan_tokens
 from hf_shrink.pipeline.weights import choose_weights
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan, WeightsPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
 from hf_shrink.pruning.plan_experts import plan_experts
 from hf_shrink.pruning.plan_hidden import plan_hidden, stream_widths
-from hf_shrink.pruning.plan_vocabulary import plan_vocabulary
 from hf_shrink.pruning.plan_width import plan_width
 from hf_shrink.quantization.base import ModelMethod
 from hf_shrink.recipe import QuantizeStep, Recipe
@@ -138,20 +137,14 @@ def plan_recipe(
             )
         notes += narrower.notes
         stacks = _with_blocks(smaller, sources, stacks, narrower.blocks)
-    smaller_vocabulary = None
-    if vocabulary:
-        assert isinstance(model, PreTrainedModel)
-        tokens = plan_vocabulary(
-            model, processing, vocabulary_method(vocabulary), batches, seed=seed, progress=progress
-        )
-        notes += tokens.notes
-        smaller_vocabulary = tokens.plan
+    tokens = plan_tokens(model, vocabulary, processing, batches, seed, progress)
+    notes += tokens.notes if tokens else []
     plan = Plan(
         model_type=binding.model_type if binding is not None else type(model).__name__,
         stacks={name: stack for name, stack in stacks.items() if not _keeps_all(binding, name, stack)},
         refit=width.refit if width else False,
         damage=damage,
-        vocabulary=smaller_vocabulary,
+        vocabulary=tokens.plan if tokens else None,
         hidden=narrower_stream,
     )
     zeroing = recipe.prune("weights")

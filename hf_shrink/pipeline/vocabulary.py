@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_shrink.calibration.capture import model_inputs
 from hf_shrink.calibration.inputs import inputs_of, tokenizer_of
 from hf_shrink.errors import ArchitectureError, CalibrationError, RecipeError
+from hf_shrink.pipeline.recipes import vocabulary_method
 from hf_shrink.plan import VocabularyPlan
-from hf_shrink.pruning.plan_vocabulary import fingerprint
+from hf_shrink.progress import ProgressCallback
+from hf_shrink.pruning.plan_vocabulary import PlannedVocabulary, fingerprint, plan_vocabulary
+from hf_shrink.recipe import PruneStep
 from hf_shrink.surgery.tokenizer import AWKWARD, check_round_trips, fast_json, install, pieces_of, rewrite, token_table
 from hf_shrink.surgery.vocabulary import cut_vocabulary, named_ids, vocabulary_rows
 
@@ -25,6 +28,21 @@ COMPANIONS = {
     "labels": (),
 }
 SAMPLE = 48  # tokens that old and new model are compared on
+
+
+def plan_tokens(
+    model: nn.Module,
+    step: PruneStep | None,
+    processing: Any,
+    batches: Sequence[Batch],
+    seed: int,
+    progress: ProgressCallback,
+) -> PlannedVocabulary | None:
+    """Which tokens a step keeps; None without a step. Arguments and errors as in `plan_vocabulary`."""
+    if step is None:
+        return None
+    assert isinstance(model, PreTrainedModel)
+    return plan_vocabulary(model, processing, vocabulary_method(step), batches, seed=seed, progress=progress)
 
 
 def apply_vocabulary(

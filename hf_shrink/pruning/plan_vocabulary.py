@@ -15,7 +15,7 @@ from hf_shrink.calibration.documents import documents, tokens_of
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.calibration.text import Document
 from hf_shrink.errors import RecipeError
-from hf_shrink.plan import VocabularyPlan, ranges
+from hf_shrink.plan import VocabularyPlan
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.base import VocabularyMethod
 from hf_shrink.surgery.tokenizer import (
@@ -31,6 +31,7 @@ from hf_shrink.surgery.tokenizer import (
 )
 from hf_shrink.surgery.tokenizer.rewrite import added_tokens
 from hf_shrink.surgery.vocabulary import special_ids, vocabulary_rows
+from hf_shrink.tokens import ranges
 
 # Inputs of a model that hold tokens. Batches with others beside them are not rewritten, so that their tokens all stay.
 ID_INPUTS = frozenset({"input_ids", "decoder_input_ids"})
