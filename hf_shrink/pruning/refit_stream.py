@@ -15,12 +15,13 @@ from hf_shrink.architectures.linears import matrix
 from hf_shrink.architectures.residual import Reader, ResidualStream
 from hf_shrink.calibration.precision import float32_for_now, in_float32
 from hf_shrink.calibration.stages import StagedRun, find_stages
+from hf_shrink.calibration.statistics import shortening
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.linalg import refit_towards
 from hf_shrink.progress import ProgressCallback, quiet
+from hf_shrink.pruning.refit import DAMPING, LONGEST
 from hf_shrink.surgery.hidden import Slice
 
-DAMPING = 0.01  # of the mean second moment: pulls towards the weights as they are where the data says little
 ROWS = 8192  # of a matrix that are refitted at a time
 
 
@@ -162,8 +163,10 @@ class _Sums:
         self._tokens = 0
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add a batch: (..., in) and (..., target)."""
+        """Add a batch: (..., in) and (..., target). Tokens with massive activations are shortened, see `LONGEST`."""
         x, y = (part.reshape(-1, part.shape[-1]).float() for part in (x, y))
+        factor = torch.minimum(shortening(x, LONGEST), shortening(y, LONGEST))
+        x, y = x * factor, y * factor
         moment, cross = x.T @ x, y.T @ x
         self._moment = moment if self._moment is None else self._moment + moment
         self._cross = cross if self._cross is None else self._cross + cross
