@@ -240,7 +240,8 @@ def test_nan_in_a_weight_is_named() -> None:
 def test_unknown_family_is_quantized_but_not_pruned() -> None:
     model = tiny_unknown()
     with pytest.raises(ArchitectureError, match="query, key, value"):
-        shrink(model, PRUNE, calibration=data(), progress=False)
+        step = {"what": "width", "method": "magnitude", "ratio": 0.2, "refit": False}
+        shrink(model, {"steps": [{"prune": step}]}, progress=False)
     shrink(model, {"steps": [{"quantize": {"method": "rtn", "scheme": "W4A16"}}]}, progress=False)
     assert isinstance(model.model.layers[1].mlp.up_proj, CompressedLinear)
 
