@@ -107,7 +107,7 @@ def bind(model: nn.Module) -> Binding:
 def family_of(model: nn.Module) -> Family | None:
     """The family of a model that has roles, from the table or derived; None for one that can be quantized only."""
     family = known_families().get(getattr(getattr(model, "config", None), "model_type", ""))
-    return family if family is not None or not isinstance(model, PreTrainedModel) else bind(model).family
+    return family if family is not None or not isinstance(model, PreTrainedModel) else _derived(model).family
 
 
 def same_family(model: PreTrainedModel, other: PreTrainedModel) -> None:
@@ -132,6 +132,7 @@ def _bind_derived(model: PreTrainedModel, model_type: str, derived: Derived) -> 
     try:
         stacks = [bound for spec in derived.family.stacks if (bound := bind_stack(model, spec)) is not None]
     except ArchitectureError as error:  # its sizes do not fit what a small copy of it was found to be
+        vars(model)[_DERIVED] = Derived(None, (str(error),))
         return Binding(model_type, None, (), missing=(str(error),))
     return Binding(model_type, derived.family, tuple(stacks), source="convention", missing=derived.reasons)
 
