@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from hf_shrink.architectures.absent import PARTS
+from hf_shrink.architectures.absent import PARTS, is_absent
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundBlock, BoundMlp, BoundStack
 from hf_shrink.surgery.depth import stack_configs, why_part_stays, writes_cache
@@ -112,13 +112,21 @@ class Items:
         types = self._types[stack.name]
         first = {types[index]: index for index in reversed(left.kept[stack.name])}
         return all(
-            stack.blocks[index].attention is not None and "attention" not in left.parts.get((stack.name, index), ())
+            _attends(stack, index) and "attention" not in left.parts.get((stack.name, index), ())
             for index in first.values()
         )
 
 
 def _named(part: str) -> tuple[str, ...]:
     return ("attention", "cross_attention") if part == "attention" else (part,)
+
+
+def _attends(stack: BoundStack, index: int) -> bool:
+    """Whether a block has its attention. In a stack without a table it may be there without a known form."""
+    block, spec = stack.blocks[index], stack.spec
+    if spec is not None and spec.found and (spec.attention is None or not is_absent(block.module, spec.attention)):
+        return True
+    return block.attention is not None
 
 
 def _stays(stack: BoundStack, index: int) -> bool:

@@ -193,6 +193,16 @@ def test_units_that_are_read_elsewhere_are_not_bound() -> None:
     assert "cutting channels changes the outputs" in binding.missing[1]
 
 
+def test_blocks_whose_attention_has_no_known_form_can_go() -> None:
+    model = made_up(_Mixed)
+    inputs = find_inputs(model)
+    step = {"what": "depth", "method": "block_influence", "blocks": 1}
+    dense = copy.deepcopy(model)
+    shrink(model, {"steps": [{"prune": step}]}, calibration=[inputs], progress=False)
+    assert len(model.model.layers) == model.config.num_hidden_layers == 3
+    assert difference(outputs(model, inputs), outputs(masked(dense, model.shrink_record.plan), inputs)) < 1e-4
+
+
 def test_blocks_that_know_their_number_stay() -> None:
     binding = bind(made_up(_Numbered))
     assert binding.stacks[0].spec.depth_fixed.startswith("removing block")
