@@ -138,7 +138,7 @@ def _nothing_left(stack: BoundStack, block: BoundBlock, gone: Sequence[str]) -> 
     if "" in gone:
         return True
     had = {part for part in PARTS if getattr(block, part) is not None}
-    return had == set(gone) and block.experts is None and not _stays(stack, block.index)
+    return bool(had) and had == set(gone) and block.experts is None and not _stays(stack, block.index)
 
 
 def _parameters(block: BoundBlock, part: str) -> int:
