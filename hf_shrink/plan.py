@@ -105,6 +105,7 @@ class Plan:
         effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
+        repair: whether the blocks left are refitted to the dense model's residual stream after depth pruning.
     """
 
     model_type: str
@@ -119,6 +120,7 @@ class Plan:
     effort: str | None = None
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
+    repair: bool = False
 
     @property
     def prunes(self) -> bool:

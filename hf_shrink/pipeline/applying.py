@@ -27,6 +27,7 @@ from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_st
 from hf_shrink.pipeline.learning import Learning
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.pipeline.recipes import plan_transforms
+from hf_shrink.pipeline.repairing import repair
 from hf_shrink.pipeline.towers import tower_batches, towers_with
 from hf_shrink.pipeline.transforming import BlockScaler, rotate
 from hf_shrink.plan import BlockPlan, Plan, Scheme
@@ -57,6 +58,10 @@ def apply_plan(
     towers = towers_with(binding, plan.schemes)
     solves = method is not None and method.needs_statistics
     reaching = tower_batches(model, towers, batches) if solves else {}
+    if plan.repair and plan.prunes and binding is not None:
+        since = time.perf_counter()
+        report.notes += repair(model, binding, plan, batches, progress)
+        report.seconds["repair"] = time.perf_counter() - since
     stacks = remove_planned(model, binding, plan) if binding is not None else []
     if binding is not None and packs_experts(binding, plan.schemes):
         separate_experts(model)

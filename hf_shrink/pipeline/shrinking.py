@@ -151,7 +151,9 @@ class Job:
             assert isinstance(self.asked, Plan)
             method, spec = plan_method(self.asked), CalibrationSpec()
             solvers = *((method,) if method is not None else ()), *plan_transforms(self.asked)
-            needed = any(s.needs_statistics for s in solvers) or (self.asked.refit and self.asked.prunes)
+            needed = any(s.needs_statistics for s in solvers) or (
+                (self.asked.refit or self.asked.repair) and self.asked.prunes
+            )
             needed = needed or bool(self.asked.tune)
         if not needed:
             return NO_DATA

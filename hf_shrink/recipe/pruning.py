@@ -33,7 +33,8 @@ class PruneStep:
         blocks: of depth: how many blocks go.
         experts: of experts: how many go from each block that has some.
         units: of width: which units.
-        refit: whether matrices that read or write what was cut are refitted by least squares.
+        refit: whether matrices that read or write what was cut are refitted by least squares; of depth: the matrices
+            that write the residual stream, from the first gap on.
         options: the fields of the method's own dataclass.
         parts: of depth: whether whole blocks go, only their attentions or MLPs, or either of these ("any").
     """
