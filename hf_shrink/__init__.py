@@ -9,8 +9,10 @@ from hf_shrink.checkpoint.module import load_module, save_module
 from hf_shrink.checkpoint.quantizers import register as _register
 from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
 from hf_shrink.evaluation import evaluate_model
-from hf_shrink.pipeline import make_plan, shrink, shrink_checkpoint
+from hf_shrink.pipeline import make_plan, prune_weights, shrink, shrink_checkpoint
 from hf_shrink.plan import Plan
+from hf_shrink.pruning.importance import register_importance
+from hf_shrink.pruning.zeros import keep_zeros
 from hf_shrink.recipe import Recipe
 from hf_shrink.report import ShrinkReport
 
@@ -31,8 +33,11 @@ __all__ = [
     "ShrinkError",
     "ShrinkReport",
     "evaluate_model",
+    "keep_zeros",
     "load_module",
     "make_plan",
+    "prune_weights",
+    "register_importance",
     "save_module",
     "shrink",
     "shrink_checkpoint",

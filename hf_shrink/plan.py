@@ -11,6 +11,7 @@ from typing import Any, Literal
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
 from hf_shrink.scheme import BITS, KINDS, STRATEGIES, Kind, Scheme, Strategy
+from hf_shrink.sparsity import WeightsPlan
 
 __all__ = [
     "BITS",
@@ -24,6 +25,7 @@ __all__ = [
     "Scheme",
     "StackPlan",
     "Strategy",
+    "WeightsPlan",
 ]
 
 PLAN_FORMAT = 1
@@ -105,6 +107,7 @@ class Plan:
         effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
+        weights: which matrices get zeros, and how many; None: none.
         repair: whether the blocks left are refitted to the dense model's residual stream after depth pruning.
     """
 
@@ -120,6 +123,7 @@ class Plan:
     effort: str | None = None
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
+    weights: WeightsPlan | None = None
     repair: bool = False
 
     @property
@@ -161,9 +165,11 @@ class Plan:
             }
             schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
             transforms = tuple(data.pop("transforms", ()))
+            weights = data.pop("weights", None)
+            weights = None if weights is None else WeightsPlan.from_dict(weights)
             for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
                 raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
-            return cls(stacks=stacks, schemes=schemes, transforms=transforms, **data)
+            return cls(stacks=stacks, schemes=schemes, transforms=transforms, weights=weights, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error
 
@@ -182,6 +188,7 @@ class Plan:
                 experts = "" if block.experts is None else f", experts {len(block.experts)}"
                 merged = f" ({len(block.merges)} merged into them)" if block.merges else ""
                 lines.append(f"  block {index}: query heads {heads}, channels {channels}{experts}{merged}{gone}")
+        lines += self.weights.summary() if self.weights is not None else []
         by_scheme: dict[Scheme, int] = {}
         for scheme in self.schemes.values():
             by_scheme[scheme] = by_scheme.get(scheme, 0) + 1
@@ -189,6 +196,7 @@ class Plan:
             group = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
             kind = "symmetric" if scheme.symmetric else "asymmetric"
             inputs = "" if scheme.activation_bits == 16 else f", inputs in int{scheme.activation_bits} per token"
+            inputs += " without zero points" if scheme.activation_symmetric else ""
             lines.append(f"{count} weights {scheme.name}{group} {kind} by {self.method}{inputs}")
         for kind in dict.fromkeys(self.formats.values()):
             count = sum(found == kind for found in self.formats.values())

@@ -43,6 +43,8 @@ class Scheme:
         type: "int", or "float" for float8_e4m3fn.
         activation_bits: 16 leaves the Linear's input as it is; 8 rounds it to int8, with a scale for each token that is
             chosen while the model runs. Only with int8 weights.
+        activation_symmetric: whether the rounded input goes without a zero point, which wastes half of the values on
+            inputs that lie on one side, as behind GELU. Only with 8-bit activations.
     """
 
     bits: int
@@ -51,6 +53,7 @@ class Scheme:
     group_size: int | None = 128
     type: ValueType = "int"
     activation_bits: int = 16
+    activation_symmetric: bool = False
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
@@ -71,6 +74,8 @@ class Scheme:
             )
         if kind.by_channel and not (self.strategy == "channel" and self.symmetric):
             raise RecipeError(f"{self.name} is symmetric with one scale per channel (strategy: channel), nothing else")
+        if self.activation_symmetric and self.activation_bits == 16:
+            raise RecipeError(f"{self.name} does not round its inputs; activation_symmetric goes with W8A8")
 
     @property
     def name(self) -> str:

@@ -118,6 +118,7 @@ def test_names_of_schemes_both_ways():
         ({"bits": 8, "type": "float"}, "FP8A16 is symmetric with one scale per channel"),
         ({"bits": 8, "activation_bits": 8, "strategy": "tensor", "group_size": None}, "W8A8 is symmetric"),
         ({"bits": 8, "activation_bits": 8, "strategy": "channel", "group_size": None, "symmetric": False}, "W8A8 is"),
+        ({"bits": 8, "activation_symmetric": True}, "activation_symmetric goes with W8A8"),
     ],
 )
 def test_forms_that_do_not_exist(fields, said):
@@ -131,6 +132,9 @@ def test_plans_with_every_type_survive_json_and_old_ones_still_load():
     assert Plan.from_json(plan.to_json()) == plan
     assert "1 weights W8A8 per channel symmetric by rtn, inputs in int8 per token" in plan.summary()
     assert "FP8A16 per channel" in plan.summary()
+    plain = Plan("llama", schemes={"a": Scheme(8, True, "channel", None, "int", 8, True)}, method="rtn")
+    assert Plan.from_json(plan.to_json()) == plan
+    assert "inputs in int8 per token without zero points" in plain.summary()
     old = json.loads(plan.to_json())
     old["schemes"] = {"a": {"bits": 4, "symmetric": True, "strategy": "group", "group_size": 32}}
     assert Plan.from_json(old).schemes == {"a": Scheme(4, True, "group", 32)}

@@ -119,6 +119,17 @@ def test_by_channel_schemes_pass_over_the_default_group_size(name: str) -> None:
             _quantize(scheme=name, **wrong)
 
 
+def test_inputs_without_zero_points_are_asked_for_by_name() -> None:
+    assert not _quantize(scheme="W8A8").quantize.base_scheme().activation_symmetric
+    assert _quantize(scheme="W8A8", symmetric_inputs=True).quantize.base_scheme().activation_symmetric
+    mixed = _quantize(scheme="W4A16", symmetric_inputs=True, overrides={"a": {"scheme": "W8A8"}}).quantize
+    assert mixed.scheme_with(mixed.overrides["a"]).activation_symmetric
+    assert not mixed.base_scheme().activation_symmetric
+    for wrong in ({"scheme": "W4A16"}, {"scheme": "FP8A16"}):
+        with pytest.raises(RecipeError, match="symmetric_inputs goes with W8A8"):
+            _quantize(symmetric_inputs=True, **wrong)
+
+
 def test_overrides_between_grouped_and_by_channel_schemes() -> None:
     grouped = _quantize(scheme="W4A16", group_size=32, overrides={"a": {"scheme": "W8A8"}, "b": {"scheme": "W8A16"}})
     schemes = [grouped.quantize.scheme_with(grouped.quantize.overrides[k]) for k in "ab"]

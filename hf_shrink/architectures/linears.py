@@ -20,6 +20,11 @@ def matrix(module: nn.Module) -> Tensor:
     return weight.t() if isinstance(module, Conv1D) else weight
 
 
+def bias_of(module: nn.Module) -> Tensor | None:
+    """The bias, itself; None without one."""
+    return module.bias.data if isinstance(module.bias, nn.Parameter) else None
+
+
 def shape(module: nn.Module) -> tuple[int, int]:
     """(out_features, in_features), of quantized Linears too: nothing is unpacked."""
     if isinstance(module, Conv1D):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.statistics import InputStatistics
@@ -17,9 +18,10 @@ class LastInputSeen(Exception):
 
 
 class Collector:
-    """Adds up the inputs of a block's matrices while it runs."""
+    """Adds up the inputs of a block's matrices while it runs. `longest`: as of `InputStatistics`."""
 
-    def __init__(self, matrices: Mapping[str, nn.Module]) -> None:
+    def __init__(self, matrices: Mapping[str, nn.Module], longest: float | None = None) -> None:
+        self._longest = longest
         self._matrices = dict(matrices)
         self._shared: dict[str, str] = {}  # path -> the path whose statistics it uses
         self._statistics: dict[str, InputStatistics] = {}
@@ -38,7 +40,8 @@ class Collector:
                     self._join(path, x, seen)
                 owner = self._shared[path]
                 if owner == path:
-                    self._statistics[path].add(real_tokens(x))
+                    with torch.autocast(x.device.type, enabled=False):
+                        self._statistics[path].add(real_tokens(x))
                 if path == self._last:
                     raise LastInputSeen
 
@@ -58,7 +61,7 @@ class Collector:
                 self._shared[path] = owner
                 return
         self._shared[path] = path
-        self._statistics[path] = InputStatistics.empty(x.shape[-1], x.device)
+        self._statistics[path] = InputStatistics.empty(x.shape[-1], x.device, self._longest)
         seen.append((x, path))
 
     def _settle(self) -> None:

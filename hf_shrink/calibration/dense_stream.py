@@ -28,6 +28,7 @@ class DenseStream:
         model, blocks, batches: as of the compressed walk, when that is made.
         everything: follow all batches. Otherwise every second one and those held out: half of the tokens are enough
             to measure how far inputs have drifted.
+        measure_all: measure it on all batches that are followed.
     """
 
     def __init__(
@@ -37,12 +38,13 @@ class DenseStream:
         batches: Sequence[Mapping[str, Any]],
         *,
         everything: bool,
+        measure_all: bool = False,
         **settings: Any,
     ) -> None:
         count = len(batches)
         held = -(-count // HELD_OUT) if count > 1 else 0
         self.held_out = frozenset(range(count - held, count))
-        self._measured = self.held_out | frozenset(range(0, count - held, 2))
+        self._measured = self.held_out | frozenset(range(0, count - held, 1 if measure_all else 2))
         followed = range(count) if everything else sorted(self._measured)
         self._place = {batch: place for place, batch in enumerate(followed)}
         self.walk = StackWalk(model, blocks, [batches[batch] for batch in followed], **settings)

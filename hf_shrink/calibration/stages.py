@@ -49,7 +49,9 @@ class _Passage(greenlet):
         """Called on the way: leave until the stage has been dealt with."""
         self.stage, self.input = stage, x
         assert self.parent is not None
-        self.parent.switch()
+        # Autocast belongs to the thread: off outside, and on again for this batch when it goes on.
+        with torch.autocast(x.device.type, enabled=False):
+            self.parent.switch()
 
 
 class Found(NamedTuple):

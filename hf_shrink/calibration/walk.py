@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack, suppress
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from contextlib import ExitStack, nullcontext, suppress
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,22 +13,18 @@ from hf_shrink.calibration.capture import Call, capture, first_output, run_with_
 from hf_shrink.calibration.collect import Collector, LastInputSeen
 from hf_shrink.calibration.experts import ExpertTokens, refuse_starved
 from hf_shrink.calibration.memory import release_free_memory
+from hf_shrink.calibration.padding import without_padding
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.stages import StagedRun, find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
+from hf_shrink.ops.precision import fast_precision
 from hf_shrink.runtime.experts import Watch, watching
 
 if TYPE_CHECKING:
     from hf_shrink.calibration.dense_stream import DenseStream, Follower
 
 MOST_WAITING = 16 << 30  # bytes of batches that wait inside a block, most of them in a file
-
-
-class Passed(NamedTuple):
-    """A block's output for the first batch, before and after it was compressed."""
-
-    before: Tensor
-    after: Tensor
 
 
 class StackWalk:
@@ -49,6 +45,7 @@ class StackWalk:
         compute_dtype: dtype of the hidden states; blocks must be in it when they run (see `computing`).
         padded: whether `attention_mask` is about this stack's tokens (False in a tower: it is about the text's).
         starved_experts: "error", or "rtn": their matrices get no statistics.
+        fast: blocks may multiply in bfloat16 where that is native. Hidden states and statistics stay in float32.
     """
 
     def __init__(
@@ -59,6 +56,7 @@ class StackWalk:
         compute_dtype: torch.dtype = torch.float32,
         padded: bool = True,
         starved_experts: Literal["error", "rtn"] = "error",
+        fast: bool = False,
     ) -> None:
         found = capture(model, blocks, batches)
         self._blocks = list(blocks)
@@ -71,6 +69,7 @@ class StackWalk:
         # What each batch's current call hands to the block besides the hidden states.
         self._given: list[list[Tensor]] = [[] for _ in batches]
         self.hidden = [h.to(compute_dtype) for h in found.hidden]
+        self._fast = fast
         self.position = 0
         self.reference: Tensor | None = None
         self.starved: dict[str, int] = {}
@@ -95,7 +94,8 @@ class StackWalk:
         """As `call`, with gradients where they are enabled."""
         args, kwargs = self._arguments(batch)
         self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        with watching(self._masks[batch]) as watch:
+        precise = nullcontext() if not self._fast else fast_precision(self.hidden[batch].device, cached=False)
+        with watching(self._masks[batch]) as watch, precise:
             self._experts.watches[batch] = watch
             return self._blocks[self.position](self.hidden[batch], *args, **kwargs)
 
@@ -111,17 +111,17 @@ class StackWalk:
         """The current block's hidden states for the first `batches` batches (all by default), not kept."""
         return [first_output(self.call(b)) for b in range(len(self.hidden) if batches is None else batches)]
 
-    def statistics(self, matrices: Mapping[str, nn.Module]) -> dict[str, InputStatistics]:
+    def statistics(self, matrices: Mapping[str, nn.Module], longest: float | None = None) -> dict[str, InputStatistics]:
         """Second moments of the inputs of the current block's matrices, by path.
 
         Matrices that get the very same tensor (query, key and value; gate and up) share one object. Once the order of
         the calls is known, a batch ends when the last matrix has its input. Matrices of experts that saw too few tokens
-        are absent where `starved_experts` is "rtn".
+        are absent where `starved_experts` is "rtn". `longest`: as of `InputStatistics`.
 
         Raises:
             CalibrationError: a matrix saw no tokens, or not finite ones; an expert saw too few.
         """
-        collector = Collector(matrices)
+        collector = Collector(matrices, longest)
         for batch in range(len(self.hidden)):
             with collector.listening(self.real_tokens(batch)), suppress(LastInputSeen):
                 output = first_output(self.call(batch))
@@ -152,6 +152,7 @@ class StackWalk:
         *,
         further: bool = True,
         dense: DenseStream | None = None,
+        longest: float | None = None,
     ) -> Passed | None:
         """Statistics, replacement and advance in one pass: see `stages.py`.
 
@@ -162,6 +163,7 @@ class StackWalk:
             current: the module that is at a path now.
             further: False when nothing comes after this block, so that its outputs are not needed; the walk then stays.
             dense: in front of this block too: it goes along, so that statistics have a `drift`, and to the next block.
+            longest: as of `InputStatistics`.
 
         Returns:
             The block's outputs for the first batch. None, with nothing done, when the block cannot be stopped
@@ -183,7 +185,8 @@ class StackWalk:
         def seen(stage: int, batch: int, x: Tensor, follower: Follower | None) -> None:
             for paths, given in self._experts.inputs(batch, stages[stage], x):
                 if paths[0] not in collected:
-                    collected.update(dict.fromkeys(paths, InputStatistics.empty(given.shape[-1], given.device)))
+                    empty = InputStatistics.empty(given.shape[-1], given.device, longest)
+                    collected.update(dict.fromkeys(paths, empty))
                 real = self.real_tokens(batch)(given)
                 collected[paths[0]].add(real)
                 dense_input = follower.real_input(batch, stage) if follower is not None else None
@@ -233,7 +236,7 @@ class StackWalk:
             raise CalibrationError(
                 f"NaN or Inf in the output of block {self.position}; check the weights and the calibration data"
             )
-        self.hidden[batch] = hidden
+        self.hidden[batch] = hidden.to(self._dtype)
         for links in self._links:
             for block, place in links.values():
                 if block == self.position:
@@ -266,8 +269,8 @@ class StackWalk:
 
         def real(x: Tensor) -> Tensor:
             if self._contexts and any(x is given for given in self._given[batch]):
-                return _without_padding(x, self._contexts[batch])
-            return _without_padding(x, self._masks[batch])
+                return without_padding(x, self._contexts[batch])
+            return without_padding(x, self._masks[batch])
 
         return real
 
@@ -288,12 +291,3 @@ class StackWalk:
         if isinstance(value, tuple):
             return tuple(self._cast(v) for v in value)
         return value
-
-
-def _without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows of a matrix's input that are not padding; some blocks merge batch and sequence before their MLP."""
-    if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
-        return x[mask]
-    if mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
-        return x[mask.reshape(-1)]
-    return x

@@ -43,7 +43,13 @@ def group_of(scheme: Scheme, targets: list[str]) -> QuantizationScheme:
     """A scheme and the modules it is for in compressed-tensors' words."""
     inputs = None
     if scheme.activation_bits < 16:
-        inputs = QuantizationArgs(num_bits=scheme.activation_bits, type="int", strategy="token", dynamic=True)
+        inputs = QuantizationArgs(
+            num_bits=scheme.activation_bits,
+            type="int",
+            symmetric=scheme.activation_symmetric,
+            strategy="token",
+            dynamic=True,
+        )
     return QuantizationScheme(
         targets=targets, weights=arguments_of(scheme), input_activations=inputs, format=format_of(scheme)
     )
@@ -56,7 +62,7 @@ def scheme_of(arguments: QuantizationArgs, inputs: QuantizationArgs | None = Non
         CheckpointError: what hf_shrink does not store.
     """
     strategy = QuantizationStrategy(arguments.strategy).value
-    per_token = inputs is None or (inputs.type == "int" and inputs.symmetric and bool(inputs.dynamic))
+    per_token = inputs is None or (inputs.type == "int" and inputs.strategy == "token" and bool(inputs.dynamic))
     try:
         if not per_token or strategy not in ("tensor", "channel", "group"):
             raise RecipeError(f"{arguments.type} weights by {strategy}, or inputs that are not rounded token by token")
@@ -67,6 +73,7 @@ def scheme_of(arguments: QuantizationArgs, inputs: QuantizationArgs | None = Non
             group_size=arguments.group_size if strategy == "group" else None,
             type=arguments.type,
             activation_bits=16 if inputs is None else inputs.num_bits,
+            activation_symmetric=inputs is not None and inputs.symmetric,
         )
     except RecipeError as error:
         raise CheckpointError(

@@ -14,15 +14,24 @@ LARGEST_DAMPING = 1e3
 
 @dataclass(frozen=True)
 class InverseFactor:
-    """An upper triangular U with U^T U = (moment + damping * mean(diagonal) * I)^-1.
+    """An upper triangular U with U^T U = (moment + damping * mean(diagonal) * I)^-1, its channels in some order.
 
     Attributes:
         upper: (n, n) float64.
         damping: the damping that was used: the asked one, or larger where Cholesky did not hold.
+        order: (n,) the channels of the moment in the order in which `upper` has them.
     """
 
     upper: Tensor
     damping: float
+    order: Tensor
+
+    def times_inverse(self, rows: Tensor) -> Tensor:
+        """float32 (k, n) `rows` times the damped inverse, both in the moment's own order; in float32."""
+        upper = self.upper.float()
+        product = torch.empty_like(rows)
+        product[:, self.order] = rows[:, self.order] @ upper.T @ upper
+        return product
 
 
 def dead_channels(moment: Tensor) -> Tensor:
@@ -30,21 +39,24 @@ def dead_channels(moment: Tensor) -> Tensor:
     return moment.diagonal() == 0
 
 
-def damped_inverse_factor(moment: Tensor, damping: float) -> InverseFactor:
+def damped_inverse_factor(moment: Tensor, damping: float, order: Tensor | None = None) -> InverseFactor:
     """The upper Cholesky factor of the inverse of a damped second moment, as GPTQ uses it.
 
     Args:
         moment: (n, n) symmetric, any float dtype. Dead channels are fine: damping keeps them apart from the others.
         damping: fraction of the mean diagonal that is added to it. Grown tenfold until Cholesky holds.
+        order: (n,) a permutation of the channels to take them in; None: as they are.
 
     Raises:
         CalibrationError: NaN or Inf in the moment, or no damping helps.
     """
+    order = torch.arange(len(moment), device=moment.device) if order is None else order
     # Of the matrix with its order reversed, Cholesky gives moment = R R^T with R upper triangular, and U = R^-1.
-    lower, used = damped_cholesky(moment.flip(0, 1), damping)
+    backwards = order.flip(0)
+    lower, used = damped_cholesky(moment[backwards][:, backwards], damping)
     identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
     upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-    return InverseFactor(upper, used)
+    return InverseFactor(upper, used, order)
 
 
 def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -70,6 +82,14 @@ def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
         f"the statistics of the inputs are not a second moment: Cholesky fails even with damping {LARGEST_DAMPING:g}; "
         "check the calibration data"
     )
+
+
+def damped_moment(moment: Tensor, damping: float) -> Tensor:
+    """A copy with `damping` times the mean added to the diagonal; with 1 where no input was ever non-zero."""
+    damped = moment.clone()
+    mean = moment.diagonal().mean()
+    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    return damped
 
 
 def check_finite(moment: Tensor) -> None:

@@ -9,9 +9,12 @@ import torch
 
 
 @contextmanager
-def fast_precision(device: torch.device) -> Iterator[None]:
-    """Autocast to bfloat16 on accelerators and on CPUs that multiply it natively; as it is elsewhere."""
-    with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device)):
+def fast_precision(device: torch.device, cached: bool = True) -> Iterator[None]:
+    """Autocast to bfloat16 on accelerators and on CPUs that multiply it natively; as it is elsewhere.
+
+    `cached`: weights are cast once; for a region in which no weight changes.
+    """
+    with torch.autocast(device.type, torch.bfloat16, enabled=multiplies_bfloat16(device), cache_enabled=cached):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
@@ -19,12 +19,14 @@ class QuantizedWeight:
         error: relative squared error of the Linear's outputs, tr(D H D^T) / tr(W H W^T) with D = W - dequantized;
             without statistics H is the identity. Of the whole weight that was solved, also after `rows`.
         notes: what the user should know, for example grown damping. The caller adds the module's name.
+        sparse: the weight was pruned; its zeros are to stay zero whatever is done to it later.
     """
 
     values: Tensor
     grid: Grid
     error: float
     notes: tuple[str, ...] = ()
+    sparse: bool = False
 
     def dequantized(self) -> Tensor:
         """The weights in float32, (out_features, in_features)."""
@@ -32,4 +34,4 @@ class QuantizedWeight:
 
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Rows `start` to `stop`: one Linear of several that were stacked and solved as one."""
-        return QuantizedWeight(self.values[start:stop], self.grid.rows(start, stop), self.error, self.notes)
+        return replace(self, values=self.values[start:stop], grid=self.grid.rows(start, stop))

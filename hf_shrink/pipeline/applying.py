@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
@@ -18,15 +16,18 @@ from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.experts import starved_note
+from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.clock import Clock
 from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
 from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
 from hf_shrink.pipeline.learning import Learning
+from hf_shrink.pipeline.masking import Masking
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
-from hf_shrink.pipeline.recipes import plan_transforms
+from hf_shrink.pipeline.recipes import plan_transforms, plan_weights_method
 from hf_shrink.pipeline.repairing import repair
 from hf_shrink.pipeline.towers import tower_batches, towers_with
 from hf_shrink.pipeline.transforming import BlockScaler, rotate
@@ -35,7 +36,9 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import cut_experts, is_uneven, settle_config, stack_configs
+from hf_shrink.surgery import consumer_cuts, cut_block, cut_experts, is_uneven, settle_config, stack_configs
+
+COARSE = 4  # bits up to which a weight's error is far above what products in bfloat16 add
 
 
 def apply_plan(
@@ -55,45 +58,48 @@ def apply_plan(
         method: stores the plan's weights; None when it has none.
         batches: model inputs for calibration; may be empty when nothing needs them.
     """
-    towers = towers_with(binding, plan.schemes)
-    solves = method is not None and method.needs_statistics
+    touched = [*plan.schemes, *(plan.weights.modules if plan.weights is not None else ())]
+    towers = towers_with(binding, touched)
+    zeroing = plan_weights_method(plan)
+    solves = any(m is not None and m.needs_statistics for m in (method, zeroing))
     reaching = tower_batches(model, towers, batches) if solves else {}
     if plan.repair and plan.prunes and binding is not None:
         since = time.perf_counter()
         report.notes += repair(model, binding, plan, batches, progress)
         report.seconds["repair"] = time.perf_counter() - since
     stacks = remove_planned(model, binding, plan) if binding is not None else []
-    if binding is not None and packs_experts(binding, plan.schemes):
-        separate_experts(model)
+    put_back = separate_experts(model) if packs_experts(binding, touched) else None
     schemes, formats = present(plan.schemes, stacks), present(plan.formats, stacks)
     whole = method if isinstance(method, ModelMethod) else None
     method = None if isinstance(method, ModelMethod) else method
     untie(model, tied_partner_missing(model, schemes))
     transforms = plan_transforms(plan)
     report.notes += rotate(model, [s.stack for s in stacks], transforms)
+    masking = Masking.begin(model, plan.weights, zeroing, stacks)
     blocks = [block.path for stack in (*towers, *(s.stack for s in stacks)) for block in stack.blocks]
-    inside = {path for path in schemes if any(path.startswith(block + ".") for block in blocks)}
-    outer = {path: scheme for path, scheme in schemes.items() if path not in inside}
+    work = tuple(dict.fromkeys([*schemes, *(masking.modules if masking is not None else ())]))
+    inside = {path for path in work if any(path.startswith(block + ".") for block in blocks)}
+    outer = [path for path in work if path not in inside]
     scaler = BlockScaler(model, transforms, schemes, weighted=solves)
-    run = _Run(model, plan, schemes, method, scaler, batches, report, progress, total=len(blocks))
+    run = _Run(model, plan, schemes, work, method, masking, scaler, batches, report, progress, total=len(blocks))
     if isinstance(method, LearningMethod):
         run.learning = Learning(model, method, seed)
     for tower in towers:
         run.stack(whole_stack(tower), (), reaching.get(tower.path))
     if binding is not None and binding.towers:
-        for path in run.between(stacks[0].stack, list(outer)):
-            del outer[path]
+        done = run.between(stacks[0].stack, outer)
+        outer = [path for path in outer if path not in done]
     statistics: dict[str, InputStatistics] = {}
     for position, stack in enumerate(stacks):
         heads = [p for p in outer if is_matrix(model.get_submodule(p))] if position == len(stacks) - 1 else []
         statistics = run.stack(stack, heads)
     report.notes += scaler.notes()
-    if outer and method is not None:
-        with run.timed("solve"):
-            tasks = [run.task(path, statistics.get(path), _dtype(model.get_submodule(path))) for path in outer]
-            report.notes += solve_and_pack(model, tasks, method)
+    run.pack({path: statistics.get(path) for path in outer})
+    if put_back is not None and not packs_experts(binding, plan.schemes):
+        put_back()
     for experts in separate_modules(model).values():
         experts.own_weights()
+    report.notes += masking.report() if masking is not None else []
     if run.learning is not None:
         report.notes.append(run.learning.note())
     if isinstance(model, PreTrainedModel) and binding is not None:
@@ -119,7 +125,9 @@ class _Run:
     model: nn.Module
     plan: Plan
     schemes: Mapping[str, Scheme]
+    work: Sequence[str]  # paths of the matrices that are quantized, get zeros, or both
     method: QuantizationMethod | None
+    masking: Masking | None
     scaler: BlockScaler
     batches: Sequence[Mapping[str, Any]]
     report: ShrinkReport
@@ -128,20 +136,22 @@ class _Run:
     done: int = 0
     walk: StackWalk | None = None
     learning: Learning | None = None
-    dense: DenseStream | None = None  # where a method learns
+    dense: DenseStream | None = None  # where a method learns or follows, or matrices are refitted
     moved: float | None = None  # relative error of the last block's output
-    phases: list[str] = field(default_factory=list)
-    since: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.timed = Clock(self.report.seconds).timed
 
     @property
     def solves(self) -> bool:
-        """Whether anything is quantized by a method that needs statistics."""
-        return bool(self.schemes) and self.method is not None and self.method.needs_statistics
+        """Whether anything is quantized, or gets zeros, by a method that needs statistics."""
+        zeroes = self.masking is not None and self.masking.needs_statistics
+        return zeroes or (bool(self.schemes) and self.method is not None and self.method.needs_statistics)
 
     @property
     def follows(self) -> bool:
         """Whether the method corrects for how far inputs have drifted from the dense model's."""
-        return bool(getattr(self.method, "follows_dense", False))
+        return any(getattr(part, "follows_dense", False) for part in (self.method, self.masking))
 
     def between(self, stack: BoundStack, paths: Iterable[str]) -> list[str]:
         """Compress the matrices that run before `stack` outside the towers (a projector); returns their paths."""
@@ -151,7 +161,7 @@ class _Run:
         with self.timed("calibrate"):
             found = statistics_before(self.model, stack.blocks[0].module, self.batches, matrices)
         for path, statistics in found.items():
-            self._pack({path: statistics}, _dtype(matrices[path]))
+            self.pack({path: statistics}, _dtype(matrices[path]))
         return list(found)
 
     def stack(
@@ -162,7 +172,7 @@ class _Run:
         Args:
             batches: a tower's, those that come to it; None: all.
         """
-        solves = self.solves and (bool(heads) or any(path.startswith(stack.stack.path + ".") for path in self.schemes))
+        solves = self.solves and (bool(heads) or any(path.startswith(stack.stack.path + ".") for path in self.work))
         refits = self.plan.refit and any(not plan.keeps_all for plan in stack.plan.blocks.values())
         self.walk, self.dense, self.moved = None, None, None
         stack, notes = cut_tied_heads(self.model, stack)
@@ -172,11 +182,17 @@ class _Run:
         if solves or refits or scales:
             given, modules = self.batches if batches is None else batches, [b.module for b in blocks]
             with self.timed("calibrate"):
-                settings: dict[str, Any] = {"starved_experts": self.plan.starved_experts, "padded": batches is None}
+                settings: dict[str, Any] = {
+                    "starved_experts": self.plan.starved_experts,
+                    "padded": batches is None,
+                    "fast": bool(self.schemes) and all(s.bits <= COARSE for s in self.schemes.values()),
+                }
                 self.walk = StackWalk(self.model, modules, given, **settings)
-                if solves and (self.learning is not None or self.follows):
-                    everything = self.learning is not None
-                    self.dense = DenseStream(self.model, modules, given, everything=everything, **settings)
+                if refits or (solves and (self.learning is not None or self.follows)):
+                    everything = self.learning is not None or refits
+                    self.dense = DenseStream(
+                        self.model, modules, given, everything=everything, measure_all=refits, **settings
+                    )
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
@@ -195,26 +211,32 @@ class _Run:
 
     def _block(self, stack: BoundStack, block: BoundBlock, plan: BlockPlan, stored: torch.dtype, further: bool) -> None:
         """Compress one block; with a walk, also send the batches through it if anything comes after (`further`)."""
-        paths = [path for path in self.schemes if path.startswith(block.path + ".")]
+        paths = [path for path in self.work if path.startswith(block.path + ".")]
         goes_along = self.follows and plan.keeps_all and bool(paths)  # through the block's stages, see `DenseStream`
-        if self.dense is not None and not goes_along:
+        refits = self.walk is not None and self.plan.refit and bool(consumer_cuts(block, plan))
+        if self.dense is not None and not goes_along and not refits:
             with self.timed("calibrate"):
                 self.dense.advance()
         if plan.experts is not None:
             cut_experts(self._now(stack, block), plan, stack_configs(self.model, stack)[0])
             block = self._now(stack, block)
-        if not plan.keeps_all:
-            walk = self.walk if self.plan.refit else None
-            cut_and_refit(self.model, block, plan, walk, self.timed)
+        if refits:
+            assert self.walk is not None
+            inputs, on = self.walk.hidden[0], further and not paths
+            passed = cut_and_refit(self.model, block, plan, self.walk, self.dense, self.timed, further=on)
+            if passed is not None and not paths:
+                self.moved = passed.relative_error(inputs)
+                return
+        elif not plan.keeps_all:
+            cut_block(block, plan)
         if self.scaler.scalings and paths:
             cut = block if plan.keeps_all else self._now(stack, block)
             with self.timed("transform"):
                 self.scaler.scale(self.walk, stack.spec, cut, stored)
         if self.walk is None:
-            self._pack(dict.fromkeys(paths), stored)
+            self.pack(dict.fromkeys(paths), stored)
             return
         inputs = self.walk.hidden[0]
-        passed: Passed | None
         if self.learning is not None and self.dense is not None and paths:
             walk = self.walk
             passed = self.learning.block(
@@ -228,7 +250,7 @@ class _Run:
         else:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
-        self.moved = None if passed is None else _relative_error(passed, inputs)
+        self.moved = None if passed is None else passed.relative_error(inputs)
 
     def _now(self, stack: BoundStack, block: BoundBlock) -> BoundBlock:
         """The block as it is bound at present: its experts may have been taken apart since, its units cut."""
@@ -239,11 +261,11 @@ class _Run:
     ) -> Passed | None:
         """Pack a block's matrices and go on to the next block; None when nobody looked at the block's output before."""
         modules = {path: self.model.get_submodule(path) for path in paths}
-        if paths and self.method is not None and self.method.needs_statistics:
+        if paths and self.solves:
             if getattr(self.method, "true_sequential", True):
                 passed = walk.advance_in_stages(
                     modules,
-                    lambda found: self._pack(found, stored),
+                    lambda found: self.pack(found, stored),
                     self.model.get_submodule,
                     further=further,
                     dense=self.dense if goes_along else None,
@@ -253,9 +275,9 @@ class _Run:
             if self.dense is not None and goes_along:
                 self.dense.advance()
             statistics = walk.statistics(modules)
-            self._pack({path: statistics.get(path) for path in modules}, stored)
+            self.pack({path: statistics.get(path) for path in modules}, stored)
         else:
-            self._pack(dict.fromkeys(paths), stored)
+            self.pack(dict.fromkeys(paths), stored)
         before = walk.reference
         if further:
             walk.advance()
@@ -263,38 +285,17 @@ class _Run:
             return None
         return Passed(before, walk.hidden[0] if further else walk.outputs(1)[0])
 
-    def _pack(self, statistics: Mapping[str, InputStatistics | None], stored: torch.dtype) -> None:
-        """Pack the matrices at the paths of `statistics`."""
-        if not statistics or self.method is None:
+    def pack(self, statistics: Mapping[str, InputStatistics | None], stored: torch.dtype | None = None) -> None:
+        """Zero and pack the matrices at the paths of `statistics`. `stored`: of scales; None: each module's own."""
+        if not statistics:
             return
         with self.timed("solve"):
-            tasks = [self.task(path, found, stored) for path, found in statistics.items()]
-            self.report.notes += solve_and_pack(self.model, tasks, self.method)
+            statistics = self.masking.matrices(statistics) if self.masking is not None else statistics
+            if self.method is not None:
+                tasks = [self._task(path, found, stored) for path, found in statistics.items() if path in self.schemes]
+                self.report.notes += solve_and_pack(self.model, tasks, self.method)
 
-    def task(self, path: str, statistics: InputStatistics | None, stored: torch.dtype) -> Task:
-        return Task(path, self.model.get_submodule(path), self.schemes[path], statistics, stored)
-
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Count the time inside for `phase`; a phase inside another one stops the other's clock."""
-        self._switch(phase)
-        try:
-            yield
-        finally:
-            self._switch(None)
-
-    def _switch(self, phase: str | None) -> None:
-        now, seconds = time.perf_counter(), self.report.seconds
-        if self.phases:
-            seconds[self.phases[-1]] = seconds.get(self.phases[-1], 0.0) + now - self.since
-        if phase is None:
-            self.phases.pop()
-        else:
-            self.phases.append(phase)
-        self.since = now
-
-
-def _relative_error(passed: Passed, inputs: Tensor) -> float:
-    """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
-    size = (passed.before - inputs).float().square().sum()
-    return float((passed.after - passed.before).float().square().sum() / size.clamp_min(1e-30))
+    def _task(self, path: str, statistics: InputStatistics | None, stored: torch.dtype | None) -> Task:
+        module, sparse = self.model.get_submodule(path), self.masking is not None and path in self.masking.holders
+        given = statistics if self.method is not None and self.method.needs_statistics else None
+        return Task(path, module, self.schemes[path], given, stored or _dtype(module), sparse)

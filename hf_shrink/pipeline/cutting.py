@@ -5,15 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 
+import torch
 from torch import Tensor, nn
 
 from hf_shrink.architectures.binding import bind
 from hf_shrink.architectures.bound import BoundBlock
-from hf_shrink.architectures.linears import matrix, set_matrix
+from hf_shrink.architectures.linears import bias_of, matrix
+from hf_shrink.calibration.dense_stream import DenseStream
+from hf_shrink.calibration.passed import Passed
+from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.pipeline.kept import KeptStack
 from hf_shrink.plan import BlockPlan, StackPlan
-from hf_shrink.pruning.refit import refit_columns
+from hf_shrink.pruning.refit import LONGEST, refit_reader
 from hf_shrink.surgery import consumer_cuts, cut_block
 
 
@@ -47,30 +51,54 @@ def cut_and_refit(
     model: nn.Module,
     block: BoundBlock,
     plan: BlockPlan,
-    walk: StackWalk | None,
-    timed: Callable[[str], AbstractContextManager[None]],
-) -> None:
-    """Cut a block; with a walk in front of it, refit the matrices that read what was cut to the walk's batches."""
-    consumers = consumer_cuts(block, plan) if walk is not None else {}
-    refitted = _refitted(model, consumers, walk, timed) if walk is not None and consumers else {}
-    cut_block(block, plan)
-    for path, weight in refitted.items():
-        module = model.get_submodule(path)
-        set_matrix(module, weight, module.bias.data if isinstance(module.bias, nn.Parameter) else None)
-
-
-def _refitted(
-    model: nn.Module,
-    consumers: Mapping[str, Tensor],
     walk: StackWalk,
+    dense: DenseStream | None,
     timed: Callable[[str], AbstractContextManager[None]],
-) -> dict[str, Tensor]:
-    """New weights, by path, of matrices that keep only some of their input columns."""
+    *,
+    further: bool,
+) -> Passed | None:
+    """Cut a block, and refit the matrices that read what was cut to the dense model's outputs.
+
+    Stage by stage: what reads the heads is refitted, and then what reads the channels, on what that puts out.
+
+    Args:
+        walk: in front of the block.
+        dense: in front of it too; after this it is behind it.
+        further: whether the walk shall go through the cut block.
+
+    Returns:
+        The block's outputs for the first batch, with the walk gone on if asked. None when the block cannot be stopped
+        between its stages: then it is cut, refitted to what its own dense matrices give, and the walk stays.
+    """
+    consumers = consumer_cuts(block, plan)
     modules = {path: model.get_submodule(path) for path in consumers}
+
+    def refit(found: Mapping[str, InputStatistics | None]) -> None:
+        with timed("solve"):
+            for path, statistics in found.items():
+                assert statistics is not None
+                _refit_masked(modules[path], statistics, consumers[path])
+
     with timed("calibrate"):
-        statistics = walk.statistics(modules)
-    with timed("solve"):
-        return {
-            path: refit_columns(matrix(modules[path]).float(), statistics[path], kept)
-            for path, kept in consumers.items()
-        }
+        passed = walk.advance_in_stages(
+            modules, refit, model.get_submodule, further=further, dense=dense, longest=LONGEST
+        )
+        if passed is None:
+            if dense is not None:
+                dense.advance()
+            refit(walk.statistics(modules, LONGEST))
+        elif not further:
+            walk.reference = passed.before
+    cut_block(block, plan)
+    return passed
+
+
+def _refit_masked(module: nn.Module, statistics: InputStatistics, kept: Tensor) -> None:
+    """Refit a matrix in place; its other columns become zero, which is as good as cut."""
+    weight, bias = matrix(module), bias_of(module)
+    refitted = refit_reader(weight, bias, statistics, kept)
+    masked = torch.zeros_like(weight)
+    masked[:, kept.to(weight.device)] = refitted.weight.to(weight.dtype)
+    weight.copy_(masked)
+    if bias is not None and refitted.bias is not None:
+        bias.copy_(refitted.bias)

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from hf_shrink.architectures.linears import matrix
 from hf_shrink.calibration.capture import first_output
 from hf_shrink.calibration.dense_stream import DenseStream
-from hf_shrink.calibration.walk import Passed, StackWalk
+from hf_shrink.calibration.passed import Passed
+from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.precision import fast_precision
 from hf_shrink.quantization.base import LearningMethod, Learnt
 from hf_shrink.runtime.linear import CompressedLinear

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from hf_shrink.architectures.linears import is_matrix, matrix
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.errors import CalibrationError
+from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.pipeline.targets import weight_holders
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod, QuantizedWeight
@@ -20,13 +20,19 @@ from hf_shrink.runtime.linear import CompressedLinear
 
 @dataclass(frozen=True)
 class Task:
-    """One weight to be stored in few bits. `statistics` is None for data-free methods and embeddings."""
+    """One weight to be stored in few bits.
+
+    Attributes:
+        statistics: None for data-free methods and embeddings.
+        sparse: the weight was pruned; its zeros stay exactly zero.
+    """
 
     path: str
     module: nn.Module
     scheme: Scheme
     statistics: InputStatistics | None
     scale_dtype: torch.dtype
+    sparse: bool = False
 
 
 def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: QuantizationMethod) -> list[str]:
@@ -41,7 +47,7 @@ def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: Quantization
         weights = [_weight(task) for task in group]
         first = group[0]
         solver = method if first.statistics is not None or not method.needs_statistics else _data_free()
-        solved = solver.solve(torch.cat(weights), first.scheme, first.statistics, scale_dtype=first.scale_dtype)
+        solved = _solve(solver, torch.cat(weights), first)
         notes += [f"{first.path}: {note}" for note in solved.notes]
         start = 0
         for task, weight in zip(group, weights, strict=True):
@@ -53,6 +59,19 @@ def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: Quantization
     return notes
 
 
+def _solve(method: QuantizationMethod, weight: Tensor, task: Task) -> QuantizedWeight:
+    """The weight on its grid. Raises RecipeError where a method does not keep what must be zero."""
+    kept = weight != 0 if task.sparse else None
+    solved = method.solve(weight, task.scheme, task.statistics, scale_dtype=task.scale_dtype, kept=kept)
+    if kept is None:
+        return solved
+    if solved.dequantized().masked_fill(kept, 0.0).any():
+        raise RecipeError(
+            f"{type(method).__name__} does not keep the zeros of {task.path}; quantize pruned weights with gptq or rtn"
+        )
+    return replace(solved, sparse=True)
+
+
 def _groups(tasks: Sequence[Task], method: QuantizationMethod) -> list[list[Task]]:
     """Tasks that are solved together; of several modules with one weight only the first is solved."""
     groups: dict[object, list[Task]] = {}
@@ -62,7 +81,7 @@ def _groups(tasks: Sequence[Task], method: QuantizationMethod) -> list[list[Task
             continue
         seen.add(id(task.module.weight))
         together = task.statistics is not None and task.scheme.strategy != "tensor"
-        key = (id(task.statistics), task.scheme, task.scale_dtype) if together else task.path
+        key = (id(task.statistics), task.scheme, task.scale_dtype, task.sparse) if together else task.path
         groups.setdefault(key, []).append(task)
     return list(groups.values())
 

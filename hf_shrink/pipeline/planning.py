@@ -14,10 +14,11 @@ from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import resolve_formats
-from hf_shrink.pipeline.recipes import depth_method, expert_method, quantization_method, width_method
+from hf_shrink.pipeline.recipes import depth_method, expert_method, quantization_method, weights_method, width_method
 from hf_shrink.pipeline.targets import resolve_schemes
 from hf_shrink.pipeline.transforming import transform_notes
-from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan
+from hf_shrink.pipeline.weights import choose_weights
+from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan, WeightsPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
 from hf_shrink.pruning.plan_experts import plan_experts
@@ -90,7 +91,7 @@ def plan_recipe(
         }
     if experts:
         assert binding is not None
-        with _without(model, binding, stacks) as (_, sources), _experts_apart(model) as smaller:
+        with _without(model, binding, stacks) as (_, sources), experts_apart(model) as smaller:
             assert smaller is not None
             fewer = plan_experts(model, smaller, experts, expert_method(experts), batches, progress=progress)
             stacks = _with_blocks(smaller, sources, stacks, fewer.blocks)
@@ -117,6 +118,20 @@ def plan_recipe(
         repair=bool(depth and depth.refit and damage),
         damage=damage,
     )
+    zeroing = recipe.prune("weights")
+    if zeroing:
+        with experts_apart(model) as apart:
+            chosen = choose_weights(
+                model,
+                apart,
+                zeroing,
+                weights_method(zeroing),
+                gone=lambda path: _removed(path, binding, plan),
+                narrowed=_narrowed(binding, plan),
+            )
+        weights = WeightsPlan(zeroing.method, chosen.amounts, dict(zeroing.options), zeroing.refit)
+        plan = replace(plan, weights=weights)
+        notes += chosen.notes
     if quantize:
         if quantize.transforms and binding is None:
             raise RecipeError("only transformers models have transforms; leave quantize.transforms out for this module")
@@ -133,7 +148,7 @@ def plan_recipe(
             effort=quantize.effort,
         )
         notes += [*found_notes, *transform_notes(plan)]
-    if not plan.stacks and not plan.bits:
+    if not plan.stacks and not plan.bits and plan.weights is None:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))
 
@@ -144,7 +159,7 @@ def _resolve(
     """Schemes or formats of the weights that the step quantizes, and notes. `plan`: what is removed before it."""
     method = quantization_method(step)
     if not isinstance(method, ModelMethod):
-        with _experts_apart(model) as apart:
+        with experts_apart(model) as apart:
             resolved = resolve_schemes(model, apart, step, recipe.portable, _narrowed(binding, plan))
         return resolved.schemes, {}, resolved.notes
     if plan.prunes and not recipe.portable:
@@ -156,7 +171,7 @@ def _resolve(
 
 
 @contextmanager
-def _experts_apart(model: nn.Module) -> Iterator[Binding | None]:
+def experts_apart(model: nn.Module) -> Iterator[Binding | None]:
     """The model with its experts as Linears that look into the 3D parameters: its binding. As it was afterwards."""
     undo = separate_experts(model)
     try:

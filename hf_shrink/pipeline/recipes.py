@@ -9,7 +9,17 @@ from typing import Any
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
-from hf_shrink.pruning.base import DEPTH, EXPERTS, WIDTH, DepthMethod, ExpertMethod, GradientMethod, WidthMethod
+from hf_shrink.pruning.base import (
+    DEPTH,
+    EXPERTS,
+    WEIGHTS,
+    WIDTH,
+    DepthMethod,
+    ExpertMethod,
+    GradientMethod,
+    WeightsMethod,
+    WidthMethod,
+)
 from hf_shrink.quantization.base import METHODS, Method, ModelMethod
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
@@ -90,11 +100,21 @@ def expert_method(step: PruneStep) -> ExpertMethod:
     return EXPERTS.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def weights_method(step: PruneStep) -> WeightsMethod:
+    return WEIGHTS.build(step.method, step.options, _own_keys(PruneStep))
+
+
+def plan_weights_method(plan: Plan) -> WeightsMethod | None:
+    """The method that chooses a plan's zeros; None when there are none."""
+    return None if plan.weights is None else WEIGHTS.build(plan.weights.method, plan.weights.options)
+
+
 # How the method of a step is made, by what is pruned.
 PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {
     "depth": depth_method,
     "experts": expert_method,
     "width": width_method,
+    "weights": weights_method,
 }
 
 
@@ -110,6 +130,8 @@ def needs_calibration(recipe: Recipe) -> bool:
             needed = any(part.needs_statistics for part in parts) or bool(step.tune)
         elif step.what in ("depth", "experts"):
             needed = True
+        elif step.what == "weights":
+            needed = weights_method(step).needs_statistics
         else:
             method = width_method(step)
             needed = step.refit or method.needs_statistics or isinstance(method, GradientMethod)

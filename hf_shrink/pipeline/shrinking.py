@@ -30,6 +30,7 @@ from hf_shrink.pipeline.recipes import (
     needs_calibration,
     plan_method,
     plan_transforms,
+    plan_weights_method,
 )
 from hf_shrink.pipeline.targets import check_inputs
 from hf_shrink.plan import Plan
@@ -37,7 +38,7 @@ from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.runtime.packed import PackedModule, count_parameters
-from hf_shrink.tuning import Teacher, Tuning, tune
+from hf_shrink.tuning import Teacher, Tuning, regrouped, tune
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_DATA = CalibrationData(batches=[], description="no calibration data")
@@ -58,7 +59,8 @@ def shrink(
     it. Nothing is changed before the whole plan is made; a failure while it is carried out leaves the model half done.
 
     Args:
-        model: a transformers model, dense; any `torch.nn.Module` for data-free quantization (`method: rtn`).
+        model: a transformers model, dense; any `torch.nn.Module` for data-free steps (`quantize` with `method: rtn`,
+            `prune` with `what: weights` and `method: magnitude`).
         recipe: a built-in name ("w4a16", "prune20-w4a16", ...; see `hf-shrink recipes`), the path of a YAML file, a
             mapping, a `Recipe`, or a `Plan` made for this model.
         tokenizer: tokenizer or processor; needed when calibration data is text, images or sound.
@@ -140,6 +142,7 @@ class Job:
         if isinstance(self.asked, Plan):
             plan_method(self.asked)
             plan_transforms(self.asked)
+            plan_weights_method(self.asked)
         check_dense(self.model)
         self.show = Progress(quiet=not self.progress)
 
@@ -150,15 +153,16 @@ class Job:
         else:
             assert isinstance(self.asked, Plan)
             method, spec = plan_method(self.asked), CalibrationSpec()
-            solvers = *((method,) if method is not None else ()), *plan_transforms(self.asked)
-            needed = any(s.needs_statistics for s in solvers) or (
-                (self.asked.refit or self.asked.repair) and self.asked.prunes
-            )
-            needed = needed or bool(self.asked.tune)
+            solvers = method, plan_weights_method(self.asked), *plan_transforms(self.asked)
+            needed = any(s is not None and s.needs_statistics for s in solvers) or bool(self.asked.tune)
+            needed = needed or ((self.asked.refit or self.asked.repair) and self.asked.prunes)
         if not needed:
             return NO_DATA
         if not isinstance(self.model, PreTrainedModel):
-            raise CalibrationError("only transformers models can be calibrated; for this module use method: rtn")
+            raise CalibrationError(
+                "only transformers models can be calibrated; for this module use method: rtn to quantize, magnitude to "
+                "prune weights"
+            )
         return calibration_batches(
             spec,
             source=self.calibration,
@@ -182,7 +186,7 @@ class Job:
             return None
         if not isinstance(self.model, PreTrainedModel) or not data.batches:
             raise CalibrationError("tune works on transformers models with calibration data")
-        return Teacher(self.model, data.batches, self.show)
+        return Teacher(self.model, regrouped(data.batches, tuning.tokens), self.show)
 
     def run(self, data: CalibrationData) -> ShrinkRecord:
         """Plan and apply; returns the record of it."""
@@ -205,7 +209,7 @@ class Job:
         if tuning is not None and teacher is not None:
             assert isinstance(model, PreTrainedModel)
             since = time.perf_counter()
-            report.notes += tune(model, teacher, len(data.batches), tuning, self.seed, self.show)
+            report.notes += tune(model, teacher, tuning, self.seed, self.show)
             report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.linears import is_matrix
+from hf_shrink.architectures.matching import class_of, matches
 from hf_shrink.checkpoint.experts import expert_matrices
 from hf_shrink.checkpoint.portability import needs_dequantize, portability
 from hf_shrink.errors import RecipeError
@@ -44,18 +45,6 @@ class Selected:
     paths: dict[str, str | None]
     named: frozenset[str]
     notes: list[str]
-
-
-def matches(path: str, module: nn.Module, target: str) -> bool:
-    """Whether a target (exact path, "re:" regex from the start of the path, or class name) means this module."""
-    if target.startswith("re:"):
-        return re.match(target[3:], path) is not None
-    return target in (path, class_of(module))
-
-
-def class_of(module: nn.Module) -> str:
-    """The class name that a target uses; Conv1D, a Linear stored transposed, counts as Linear."""
-    return "Linear" if isinstance(module, Conv1D) else type(module).__name__
 
 
 def resolve_schemes(
@@ -127,9 +116,8 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         # A regex that names a tower means its matrices, not its table of positions.
         candidates = {p: m for p, m in candidates.items() if is_matrix(m) or m is model.get_input_embeddings()}
     inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
-    spared = _spared(model, binding, candidates, inside) if step.ignore is None else set()
     before_text = _outside_text(model, binding, candidates, inside)
-    spared -= _named_apart(model, before_text, inside, step.targets or ())
+    spared = spared_by_default(model, binding, candidates, inside, step.targets or ()) if step.ignore is None else set()
     chosen: dict[str, str | None] = {}
     by_name: set[str] = set()
     for path, module in candidates.items():
@@ -186,6 +174,18 @@ def _override(path: str, module: nn.Module, overrides: Mapping[str, object]) -> 
         if key.startswith("re:") and matches(path, module, key):
             return key
     return class_of(module) if class_of(module) in overrides else None
+
+
+def spared_by_default(
+    model: nn.Module,
+    binding: Binding | None,
+    candidates: Mapping[str, nn.Module],
+    inside: set[str],
+    targets: Iterable[str],
+) -> set[str]:
+    """The default `ignore`, without what `targets` name outside the blocks and nothing inside (towers, projectors)."""
+    apart = _named_apart(model, _outside_text(model, binding, candidates, inside), inside, targets)
+    return _spared(model, binding, candidates, inside) - apart
 
 
 def _spared(

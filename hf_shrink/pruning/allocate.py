@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.pruning.cheapest import cheapest_choices
 from hf_shrink.pruning.parts import Choice, Part, Pool, pools_by
-from hf_shrink.pruning.uneven import uneven_choices
 
 TOLERANCE = 0.01  # of the blocks' parameters
 ROUND_FROM = 512  # MLPs with fewer channels keep whatever count is exact
@@ -22,12 +22,14 @@ class Request:
     Attributes:
         total: parameters of all blocks.
         ratio: the fraction of them to remove.
+        measured: whether what units cost can be compared between attention and MLP.
     """
 
     total: int
     ratio: float
     units: Literal["all", "attention", "mlp"]
     portable: bool
+    measured: bool = False
 
     @property
     def target(self) -> float:
@@ -50,9 +52,8 @@ class Allocation:
 def allocate(parts: Sequence[Part], request: Request) -> Allocation:
     """Decide how many units, and so which, leave every part.
 
-    Portable: the same counts wherever stock reads them from one config key, attention and MLP in proportion to their
-    sizes as far as whole heads allow. Else: one ranking over all blocks of the shares that units have in their
-    block's score, per parameter.
+    Units go where a parameter costs least. Portable: the same counts wherever stock reads them from one config key;
+    unless costs are measured, attention and MLP in proportion to their sizes as far as whole heads allow.
 
     Raises:
         RecipeError: so much cannot be removed with at least one unit left everywhere.
@@ -60,11 +61,10 @@ def allocate(parts: Sequence[Part], request: Request) -> Allocation:
     attention = pools_by([p for p in parts if p.kind != "mlp"], portable=request.portable)
     mlp = pools_by([p for p in parts if p.kind == "mlp"], portable=request.portable)
     _check_reachable([*attention, *mlp], request)
-    if request.portable:
+    if request.portable and not request.measured:
         chosen = _even_choices(attention, mlp, request)
     else:
-        ways = [pool.cheaper(_at_least_one(pool, request)) for pool in [*attention, *mlp]]
-        chosen = uneven_choices([*attention, *mlp], [choice.way for choice in ways], request.target)
+        chosen = cheapest_choices([*attention, *mlp], request.target)
     chosen = chosen[: len(attention)] + _rounded(mlp, chosen[len(attention) :], request)
     removed = sum(choice.removed for choice in chosen)
     kept = tuple(
@@ -126,15 +126,6 @@ def _leave_enough(attention: list[Pool], chosen: list[Choice], least: float) -> 
         step, index = min(steps, key=lambda s: s[0].removed - chosen[s[1]].removed)
         chosen[index] = step
     return chosen
-
-
-def _at_least_one(pool: Pool, request: Request) -> list[Choice]:
-    """For each way that can remove anything, the choice near the asked ratio; to compare the ways with one another."""
-    nearest = pool.nearest(request.ratio * pool.size)
-    return [
-        pool.choice(choice.way, 1) if choice.count == 0 and len(pool.counts(choice.way)) > 1 else choice
-        for choice in nearest
-    ]
 
 
 def _rounded(pools: list[Pool], chosen: list[Choice], request: Request) -> list[Choice]:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 
 from hf_shrink.calibration.labels import Labels
+from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.registry import Registry
+from hf_shrink.sparsity import Amount
+
+if TYPE_CHECKING:
+    from hf_shrink.calibration.statistics import InputStatistics
 
 
 @dataclass(frozen=True)
@@ -21,15 +26,18 @@ class UnitView:
             gate), biases aside. For query heads only the query's: keys and values stay when a head goes.
         columns: float32 (out, units, width) of the matrix that reads them (output or down).
         second_moment: float32 (units * width, units * width), the mean of x x^T over the inputs of that matrix, ordered
-            as `columns`; None when the method needs no statistics.
+            as `columns`; None when the method needs no statistics. Where a refit puts their mean into a bias, of
+            the inputs without their mean.
         mask_gradients: float32 (samples, units), the gradient of each calibration sample's loss by a mask on the unit,
             at 1; None for methods that need none.
+        groups: query heads: the number of KV groups, which all lose a head before any loses its next; else None.
     """
 
     rows: tuple[Tensor, ...]
     columns: Tensor
     second_moment: Tensor | None = None
     mask_gradients: Tensor | None = None
+    groups: int | None = None
 
     @property
     def units(self) -> int:
@@ -49,8 +57,8 @@ class GradientMethod(Protocol):
     labels: Labels
 
 
-class WidthMethod(Protocol):
-    """Scores units.
+class ScoringMethod(Protocol):
+    """Scores units one by one.
 
     Scores add up: what it costs to lose several units is the sum of their scores. So a norm is returned squared; a
     block's scores are only ever compared after division by their total.
@@ -61,6 +69,24 @@ class WidthMethod(Protocol):
     def score(self, view: UnitView) -> Tensor:
         """Importance of every unit, float32 (units,), at least 0; higher is more important."""
         ...
+
+
+@runtime_checkable
+class OrderingMethod(Protocol):
+    """Says in which order units go, where what one costs depends on which others are gone."""
+
+    needs_statistics: ClassVar[bool]
+
+    def curve(self, view: UnitView) -> RemovalCurve:
+        """All units in the order in which they go. Losses are in the same measure for every view of one matrix."""
+        ...
+
+    def improved(self, view: UnitView, removed: Tensor) -> Tensor:
+        """A set of units to remove that is no worse than `removed`, int64 ascending, and as large (in every group)."""
+        ...
+
+
+WidthMethod = ScoringMethod | OrderingMethod
 
 
 @dataclass(frozen=True)
@@ -169,6 +195,55 @@ class ExpertMethod(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class WeightView:
+    """What a method that zeroes single weights sees of one of them.
+
+    Attributes:
+        rows: float32 (out, in), the weight as a matrix; a copy, which the method may change.
+        parameter: the parameter itself, in its own shape and dtype.
+        as_rows: from a tensor of the parameter's shape to (out, in).
+        amount: how many weights become zero.
+    """
+
+    rows: Tensor
+    parameter: Tensor
+    as_rows: Callable[[Tensor], Tensor]
+    amount: Amount
+
+
+@dataclass(frozen=True)
+class Masked:
+    """A weight with zeros: float32 (out, in), and which of its weights are kept, bool (out, in)."""
+
+    rows: Tensor
+    kept: Tensor
+    notes: tuple[str, ...] = ()
+
+
+class WeightsMethod(Protocol):
+    """Zeroes single weights (unstructured, or N of every M kept). A frozen dataclass; its fields are options.
+
+    One that also has `granularity` "global" has a `saliency(view, None)`; the planner then ranks all weights at once
+    and gives each its own sparsity. One with a true `changes_weights` also changes what it keeps.
+    """
+
+    needs_statistics: ClassVar[bool]
+
+    def prune(self, views: Sequence[WeightView], statistics: InputStatistics | None) -> list[Masked]:
+        """Choose what becomes zero, and change what is kept where the method does so.
+
+        Args:
+            views: weights that read the same input; each is decided by itself.
+            statistics: of that input; required where `needs_statistics`.
+
+        Raises:
+            CalibrationError: statistics are missing, or numbers are not finite.
+        """
+        ...
+
+
 WIDTH: Registry[WidthMethod] = Registry("width pruning method", "hf_shrink.pruning.width")
 DEPTH: Registry[DepthMethod] = Registry("depth pruning method", "hf_shrink.pruning.depth")
 EXPERTS: Registry[ExpertMethod] = Registry("expert pruning method", "hf_shrink.pruning.experts")
+WEIGHTS: Registry[WeightsMethod] = Registry("weights pruning method", "hf_shrink.pruning.weights")

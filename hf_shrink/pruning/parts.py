@@ -10,22 +10,25 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_shrink.ops.removal import RemovalCurve
+
 Kind = Literal["attention", "cross_attention", "mlp"]
 
 
 @dataclass(frozen=True)
 class Way:
-    """One way to take units out of a part: items, in the order in which they go, cheapest first.
+    """One way to take units out of a part: items, in the order in which they go.
 
     Attributes:
         items: int64 (items, units an item): query heads of a KV group, one query head of every group, or a channel.
-        costs: float64 (items,), ascending: the share of the part's whole score that goes with the item.
+        losses: float64 (items,), ascending: what is lost in all with the first so many items, in a measure that is the
+            same for all parts.
         parameters: parameters that go with one item.
         counts: how many items may go, ascending from 0; at least one is always left.
     """
 
     items: Tensor
-    costs: Tensor
+    losses: Tensor
     parameters: int
     counts: Sequence[int]
 
@@ -60,8 +63,8 @@ class Part:
 
 
 def attention_ways(
-    heads: Tensor,
-    groups: Tensor,
+    heads: RemovalCurve,
+    groups: RemovalCurve,
     head_parameters: int,
     group_parameters: int,
     allowed: Container[tuple[int, int]] | None = None,
@@ -69,27 +72,23 @@ def attention_ways(
     """Whole KV groups, and query heads from within every group.
 
     Args:
-        heads: (query heads,) float64 shares of the part's score.
-        groups: (KV groups,) the same.
+        heads: of query heads, one of every group before the next of any.
+        groups: of KV groups.
         allowed: the numbers of (KV groups, query heads in each) that may be left; None: any.
     """
-    count, per = len(groups), len(heads) // len(groups)
-    order = groups.argsort(stable=True)
-    members = torch.arange(len(heads)).view(count, per)
-    within = heads.view(count, per)
-    ranks = within.argsort(dim=1, stable=True)
+    count, per = len(groups.order), len(heads.order) // len(groups.order)
+    members = torch.arange(len(heads.order)).view(count, per)
     fewer_groups = [n for n in range(count) if n == 0 or allowed is None or (count - n, per) in allowed]
     smaller_groups = [n for n in range(per) if n == 0 or allowed is None or (count, per - n) in allowed]
     return (
-        Way(members[order], groups[order], group_parameters, fewer_groups),
-        Way(members.gather(1, ranks).T, within.gather(1, ranks).sum(0), head_parameters * count, smaller_groups),
+        Way(members[groups.order], groups.losses, group_parameters, fewer_groups),
+        Way(heads.order.view(per, count), heads.losses[count - 1 :: count], head_parameters * count, smaller_groups),
     )
 
 
-def channel_ways(channels: Tensor, parameters: int) -> tuple[Way]:
-    """Channels one by one. `channels`: float64 (channels,) shares of the part's score."""
-    order = channels.argsort(stable=True)
-    return (Way(order[:, None], channels[order], parameters, range(len(channels))),)
+def channel_ways(channels: RemovalCurve, parameters: int) -> tuple[Way]:
+    """Channels one by one."""
+    return (Way(channels.order[:, None], channels.losses, parameters, range(len(channels.order))),)
 
 
 @dataclass(frozen=True)
@@ -121,7 +120,7 @@ class Pool:
         return sum(part.ways[way].parameters for part in self.parts)
 
     def cost(self, way: int, count: int) -> float:
-        return sum(float(part.ways[way].costs[:count].sum()) for part in self.parts)
+        return sum(float(part.ways[way].losses[count - 1]) for part in self.parts) if count else 0.0
 
     def counts(self, way: int) -> Sequence[int]:
         """How many items can go, ascending from 0."""

@@ -6,23 +6,27 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor, nn
 
 from hf_shrink.architectures.binding import Binding
-from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, BoundStack
+from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp
 from hf_shrink.calibration.precision import float32_for_now
+from hf_shrink.calibration.shelf import Shelf
+from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
-from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.plan import BlockPlan
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.allocate import Request, allocate
 from hf_shrink.pruning.base import GradientMethod, WidthMethod
+from hf_shrink.pruning.curves import PartCurves
 from hf_shrink.pruning.parts import Kind
-from hf_shrink.pruning.prunable import Prunable, find_prunable
+from hf_shrink.pruning.prunable import Prunable, config_key, find_prunable
+from hf_shrink.pruning.refit import LONGEST
+from hf_shrink.pruning.scorer import Scorer
 from hf_shrink.pruning.sensitivities import mask_gradients
-from hf_shrink.pruning.shares import Scores, parts_of
-from hf_shrink.pruning.units import channel_view, group_view, head_view
+from hf_shrink.pruning.shares import parts_of
+from hf_shrink.pruning.trials import Trials
+from hf_shrink.pruning.units import reader
 from hf_shrink.recipe import PruneStep
 
 FIELDS: dict[Kind, str] = {"attention": "query_heads", "cross_attention": "cross_heads", "mlp": "channels"}
@@ -54,7 +58,7 @@ def plan_width(
         batches: model inputs; unused when the method needs no statistics.
         portable: only what stock transformers can load: the same counts in all blocks, heads only where the config has
             a head size of its own.
-        seed: which calibration samples are used where a method looks at only some.
+        seed: which calibration samples are used where only some are looked at.
 
     Raises:
         ArchitectureError: the family has no role table.
@@ -66,43 +70,70 @@ def plan_width(
     prunable = find_prunable(model, binding, step.units, portable=portable)
     if step.ratio == 0:
         return WidthPlan({}, list(prunable.notes))
-    gradients = _gradients(model, binding, prunable, method, batches, seed, progress)
-    scores = _score(model, binding, prunable, method, batches, gradients, progress)
-    request = Request(sum(stack.parameters for stack in binding.stacks), step.ratio, step.units, portable)
-    allocation = allocate(parts_of(binding, prunable, scores), request)
-    plans: dict[tuple[str, int], BlockPlan] = {}
-    for part, kept in allocation.kept:
-        plan = plans.get(part.block, BlockPlan())
-        change: dict[str, Any] = {FIELDS[part.kind]: kept}
-        plans[part.block] = dataclasses.replace(plan, **change)
+    total = sum(stack.parameters for stack in binding.stacks)
+    request = Request(total, step.ratio, step.units, portable, measured=_compares(binding, prunable, method, portable))
+    with Shelf() as shelf:
+        scorer = Scorer(method, step, shelf, _gradients(model, binding, prunable, method, batches, seed, progress))
+        if request.measured:
+            scorer.trials = Trials(model, binding, batches, seed)
+        curves = _curves(model, binding, prunable, scorer, batches, progress)
+        if not request.measured:
+            curves = {key: found.shares for key, found in curves.items()}
+        allocation = allocate(parts_of(binding, prunable, curves), request)
+        plans: dict[tuple[str, int], BlockPlan] = {}
+        for done, (part, kept) in enumerate(allocation.kept):
+            progress("choosing units", done, len(allocation.kept))
+            better = kept if part.tied is not None else scorer.improved(part.block, part.kind, kept)
+            plan = plans.get(part.block, BlockPlan())
+            change: dict[str, Any] = {FIELDS[part.kind]: better}
+            plans[part.block] = dataclasses.replace(plan, **change)
+        progress("choosing units", len(allocation.kept), len(allocation.kept))
     return WidthPlan(plans, [*prunable.notes, *allocation.notes])
 
 
-def _score(
+def _compares(binding: Binding, prunable: Prunable, method: WidthMethod, portable: bool) -> bool:
+    """Whether it must be measured what losses in one place cost against those in another."""
+    if not method.needs_statistics:
+        return False
+    keys = {
+        config_key(stack, part) if portable else (part.path,)
+        for stack in binding.stacks
+        for kind in FIELDS
+        if (stack.name, kind) in prunable.kinds
+        for block in stack.blocks
+        if (part := getattr(block, kind)) is not None
+    }
+    return len(keys) > 1
+
+
+def _curves(
     model: nn.Module,
     binding: Binding,
     prunable: Prunable,
-    method: WidthMethod,
+    scorer: Scorer,
     batches: Sequence[Mapping[str, Any]],
-    gradients: Mapping[str, Tensor],
     progress: ProgressCallback,
-) -> dict[tuple[str, int, Kind], Scores]:
-    """Scores of all units that may go, by stack, block and kind."""
-    scores: dict[tuple[str, int, Kind], Scores] = {}
+) -> dict[tuple[str, int, Kind], PartCurves]:
+    """Curves of all units that may go, by stack, block and kind."""
+    curves: dict[tuple[str, int, Kind], PartCurves] = {}
     done, total = 0, len(binding.blocks)
     for stack in binding.stacks:
         kinds = [kind for kind in FIELDS if (stack.name, kind) in prunable.kinds]
         walk = None
-        if kinds and method.needs_statistics:
+        if kinds and scorer.method.needs_statistics:
             walk = StackWalk(model, [block.module for block in stack.blocks], batches)
         for block in stack.blocks:
             progress("scoring units", done, total)
-            if kinds:
-                for kind, found in _score_block(stack, block, kinds, method, walk, gradients).items():
-                    scores[stack.name, block.index, kind] = found
+            parts: dict[Kind, BoundAttention | BoundMlp]
+            parts = {kind: part for kind in kinds if (part := getattr(block, kind)) is not None}
+            statistics = _statistics(walk, block, parts, last=block.index + 1 == len(stack.blocks))
+            for kind, part in parts.items():
+                curves[stack.name, block.index, kind] = scorer.curves(
+                    (stack.name, block.index), kind, part, statistics.get(kind)
+                )
             done += 1
     progress("scoring units", done, total)
-    return scores
+    return curves
 
 
 def _gradients(
@@ -124,7 +155,7 @@ def _gradients(
         for kind in FIELDS
         if (stack.name, kind) in prunable.kinds and (part := getattr(block, kind)) is not None
     ]
-    readers = {path: part.modules[path] for part in parts for path in [_reader(part)]}
+    readers = {path: part.modules[path] for part in parts for path in [reader(part).path]}
     blocks = [block.module for block in binding.blocks]
     return mask_gradients(
         model,
@@ -138,49 +169,15 @@ def _gradients(
     )
 
 
-def _reader(part: BoundAttention | BoundMlp) -> str:
-    """Path of the matrix that reads a part's units."""
-    return part.slot("down" if isinstance(part, BoundMlp) else "output").path
-
-
-def _score_block(
-    stack: BoundStack,
-    block: BoundBlock,
-    kinds: Sequence[Kind],
-    method: WidthMethod,
-    walk: StackWalk | None,
-    gradients: Mapping[str, Tensor],
-) -> dict[Kind, Scores]:
-    parts: dict[Kind, BoundAttention | BoundMlp]
-    parts = {kind: part for kind in kinds if (part := getattr(block, kind)) is not None}
-    moments: dict[Kind, Tensor] = {}
-    if walk is not None:
-        with float32_for_now(block.module):
-            readers = {kind: _reader(part) for kind, part in parts.items()}
-            statistics = walk.statistics({path: parts[kind].modules[path] for kind, path in readers.items()})
-            moments = {kind: statistics[path].mean for kind, path in readers.items()}
-            del statistics
-            if block.index + 1 < len(stack.blocks):
-                walk.advance()
-    return {
-        kind: _score_part(part, method, moments.get(kind), gradients.get(_reader(part))) for kind, part in parts.items()
-    }
-
-
-def _score_part(
-    part: BoundAttention | BoundMlp, method: WidthMethod, moment: Tensor | None, gradients: Tensor | None
-) -> Scores:
-    if isinstance(part, BoundMlp):
-        return Scores(_checked(method.score(channel_view(part, moment, gradients)), part.channels, part.path))
-    heads = _checked(method.score(head_view(part, moment, gradients)), part.heads, part.path)
-    return Scores(heads, _checked(method.score(group_view(part, moment, gradients)), part.kv_heads, part.path))
-
-
-def _checked(scores: Tensor, units: int, path: str) -> Tensor:
-    """The scores on the CPU in float64."""
-    if scores.shape != (units,):
-        raise RecipeError(f"{path}: the pruning method gave scores of shape {tuple(scores.shape)} for {units} units")
-    scores = scores.double().cpu()
-    if not torch.isfinite(scores).all():
-        raise CalibrationError(f"{path}: scores of units are NaN or Inf; check its weights and the calibration data")
-    return scores
+def _statistics(
+    walk: StackWalk | None, block: BoundBlock, parts: Mapping[Kind, BoundAttention | BoundMlp], *, last: bool
+) -> dict[Kind, InputStatistics]:
+    """Of the inputs of what reads each part's units; the walk goes on to the next block."""
+    if walk is None:
+        return {}
+    with float32_for_now(block.module):
+        readers = {kind: reader(part).path for kind, part in parts.items()}
+        found = walk.statistics({path: parts[kind].modules[path] for kind, path in readers.items()}, LONGEST)
+        if not last:
+            walk.advance()
+    return {kind: found[path] for kind, path in readers.items()}

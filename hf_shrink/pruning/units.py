@@ -12,6 +12,11 @@ from hf_shrink.architectures.linears import matrix
 from hf_shrink.pruning.base import UnitView
 
 
+def reader(part: BoundAttention | BoundMlp) -> Slot:
+    """Where a part's units are read: the columns of its output or down matrix."""
+    return part.slot("down" if isinstance(part, BoundMlp) else "output")
+
+
 def group_view(attention: BoundAttention, moment: Tensor | None, gradients: Tensor | None = None) -> UnitView:
     """KV groups, each with its query heads.
 
@@ -31,7 +36,8 @@ def head_view(attention: BoundAttention, moment: Tensor | None, gradients: Tenso
     heads, output = attention.heads, attention.slot("output")
     rows = (_rows(attention.modules, attention.slot("query"), heads),)
     columns = _columns(attention.modules, output, heads)
-    return UnitView(rows, columns, _in_unit_order(moment, output), _by_unit(gradients, output, heads))
+    seen = _in_unit_order(moment, output), _by_unit(gradients, output, heads)
+    return UnitView(rows, columns, *seen, groups=attention.kv_heads)
 
 
 def channel_view(mlp: BoundMlp, moment: Tensor | None, gradients: Tensor | None = None) -> UnitView:

@@ -29,7 +29,13 @@ class QuantizationMethod(Protocol):
     needs_statistics: ClassVar[bool]
 
     def solve(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics | None,
+        *,
+        scale_dtype: torch.dtype,
+        kept: Tensor | None = None,
     ) -> QuantizedWeight:
         """Choose a grid and integers for `weight`.
 
@@ -39,6 +45,8 @@ class QuantizationMethod(Protocol):
             scheme: a group size that does not divide in_features is resolved by `Scheme.for_width`.
             statistics: of the Linear's inputs; required where `needs_statistics`.
             scale_dtype: dtype of the stored scales.
+            kept: bool (out_features, in_features); where it is false the weight is zero, and has to stay exactly zero.
+                None: zeros are weights like others. Zero is on every grid, so rounding to nearest keeps it anyway.
 
         Raises:
             CalibrationError: NaN or Inf in the weight or the statistics, or statistics of no tokens.

@@ -15,19 +15,23 @@ from hf_shrink.ops.grid import Grid, stored_scale
 BLOCK = 64
 
 
-def descend(weight: Tensor, values: Tensor, grid: Grid, hessian: Tensor, rounds: int) -> tuple[Tensor, Grid]:
+def descend(
+    weight: Tensor, values: Tensor, grid: Grid, hessian: Tensor, rounds: int, kept: Tensor | None = None
+) -> tuple[Tensor, Grid]:
     """`rounds` times over all groups: refit the group's scales, then its integers, one column at a time.
 
     Args:
         weight: (out, in) float32.
         values, grid: what it is rounded to so far. The scale of strategy "tensor" is left as it is.
         hessian: (in, in) float32, positive on the diagonal.
+        kept: bool (out, in) of the weights that may be anything but zero; None: all. The others are zero in `values`.
 
     Returns:
         The better values, int8 (out, in), and grid.
     """
     columns = GridColumns(grid, len(weight), torch.arange(weight.shape[1], device=weight.device))
     steps = columns.steps(values)
+    mask = None if kept is None else columns.place(kept.float())
     gradient = hessian @ columns.place(weight - _dequantized(columns, steps))  # H D^T, (in, out)
     width = grid.scheme.group_size or weight.shape[1]
     for _ in range(rounds):
@@ -35,7 +39,8 @@ def descend(weight: Tensor, values: Tensor, grid: Grid, hessian: Tensor, rounds:
             if grid.scheme.strategy != "tensor":
                 _refit_scale(columns, group, slice(first, first + width), steps, gradient, hessian)
             for start in range(first, first + width, BLOCK):
-                _descend_block(columns, group, start, min(start + BLOCK, first + width), steps, gradient, hessian)
+                stop = min(start + BLOCK, first + width)
+                _descend_block(columns, group, start, stop, steps, gradient, hessian, mask)
     return columns.values(steps), columns.as_grid()
 
 
@@ -60,7 +65,14 @@ def _refit_scale(
 
 
 def _descend_block(
-    columns: GridColumns, group: int, start: int, stop: int, steps: Tensor, gradient: Tensor, hessian: Tensor
+    columns: GridColumns,
+    group: int,
+    start: int,
+    stop: int,
+    steps: Tensor,
+    gradient: Tensor,
+    hessian: Tensor,
+    mask: Tensor | None,
 ) -> None:
     """Each row's best integer for one column after the other; the gradient is brought up to date once, at the end."""
     scale, inverse = columns.scale[group], columns.inverse[group]
@@ -74,6 +86,8 @@ def _descend_block(
             slope.copy_(gradient[j])
         torch.addcmul(steps[j], slope, inverse, value=1 / curvature[k], out=target)
         columns.round_(target, j)
+        if mask is not None:
+            target.mul_(mask[j])
         torch.sub(steps[j], target, out=changes[k]).mul_(scale)
         steps[j] = target
     gradient.addmm_(hessian[:, start:stop], changes)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from hf_shrink.calibration.statistics import Drift, InputStatistics
-from hf_shrink.ops.linalg import damped_cholesky
+from hf_shrink.ops.linalg import InverseFactor
 
 
-def corrected(weight: Tensor, statistics: InputStatistics, damping: float) -> tuple[Tensor, float]:
+def corrected(weight: Tensor, statistics: InputStatistics, inverse: InverseFactor) -> tuple[Tensor, float]:
     """The weight to be rounded in the place of `weight`, and how much of the correction was taken.
 
     Tokens that were held out decide how much: the part of it, between 0 and 1, that brings their outputs nearest to
@@ -24,7 +24,7 @@ def corrected(weight: Tensor, statistics: InputStatistics, damping: float) -> tu
     Args:
         weight: W, (out, in) float32.
         statistics: with a `drift`; without one the weight comes back as it is.
-        damping: fraction of the mean second moment that is added to the diagonal.
+        inverse: of the mean second moment, damped.
 
     Returns:
         V, (out, in) float32, and a number from 0 to 1.
@@ -32,9 +32,7 @@ def corrected(weight: Tensor, statistics: InputStatistics, damping: float) -> tu
     drift = statistics.drift
     if drift is None or drift.tokens == 0:
         return weight, 0.0
-    lower, _ = damped_cholesky(statistics.mean, damping)
-    moved = weight.double() @ (drift.cross.double() / drift.tokens)
-    change = torch.cholesky_solve(moved.T, lower).T.float()
+    change = inverse.times_inverse(weight @ (drift.cross / drift.tokens))
     gain = (weight @ drift.held_cross * change).sum(dtype=torch.float64)
     size = (change @ drift.held_hessian * change).sum(dtype=torch.float64)
     part = float((gain / size).clamp(0, 1)) if size > 0 else 0.0

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.columns import GridColumns
 from hf_shrink.ops.grid import Grid, dequantize, min_max_grid, search_grid
-from hf_shrink.ops.linalg import damped_inverse_factor, dead_channels, relative_error
+from hf_shrink.ops.linalg import InverseFactor, damped_inverse_factor, dead_channels, relative_error
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizedWeight
 from hf_shrink.quantization.descent import descend
@@ -69,42 +69,65 @@ class GPTQ:
         return self.asymmetric and self.true_sequential
 
     def solve(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics | None,
+        *,
+        scale_dtype: torch.dtype,
+        kept: Tensor | None = None,
     ) -> QuantizedWeight:
         """See `QuantizationMethod.solve`."""
         if statistics is None or statistics.tokens == 0:
             raise CalibrationError("GPTQ has seen no inputs of this Linear; use more calibration data, or method: rtn")
-        weight = weight.detach()
-        damping = (
-            self.damping if self.damping is not None else self._best_damping(weight, scheme, statistics, scale_dtype)
-        )
-        return self._solve(weight, scheme, statistics, scale_dtype, damping)
+        weight, moment = weight.detach(), statistics.mean.to(weight.device)
+        order = self._order(moment.diagonal(), scheme.for_width(len(moment)).group_size)
+        asked, inverse = self._best_damping(weight, scheme, statistics, scale_dtype, moment, order, kept)
+        found = self._solve(weight, scheme, statistics, scale_dtype, moment, inverse, kept)
+        return replace(found, notes=_notes(moment, asked, inverse.damping))
 
     def _best_damping(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale_dtype: torch.dtype
-    ) -> float:
-        """By the outputs that some of the rows give on held-out tokens."""
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics,
+        scale_dtype: torch.dtype,
+        moment: Tensor,
+        order: Tensor,
+        kept: Tensor | None,
+    ) -> tuple[float, InverseFactor]:
+        """A damping and the damped inverse: by the outputs that some of the rows give on held-out tokens."""
         drift = statistics.drift
-        if drift is None or not drift.held_hessian.any():
-            return DAMPINGS[0]
-        rows = weight[:: -(-len(weight) // TRIAL_ROWS)]
-        losses = {}
+        if self.damping is not None or drift is None or not drift.held_hessian.any():
+            damping = self.damping or DAMPINGS[0]
+            return damping, damped_inverse_factor(moment, damping, order)
+        step = -(-len(weight) // TRIAL_ROWS)
+        rows, mask = weight[::step], None if kept is None else kept[::step]
+        best: tuple[float, float, InverseFactor] | None = None
         for damping in DAMPINGS:
-            found = self._solve(rows, scheme, statistics, scale_dtype, damping)
-            losses[damping] = held_out_loss(rows, found.dequantized(), drift)
-        return min(losses, key=losses.__getitem__)
+            inverse = damped_inverse_factor(moment, damping, order)
+            found = self._solve(rows, scheme, statistics, scale_dtype, moment, inverse, mask)
+            loss = held_out_loss(rows, found.dequantized(), drift)
+            if best is None or loss < best[0]:
+                best = loss, damping, inverse
+        assert best is not None
+        return best[1:]
 
     def _solve(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics, scale_dtype: torch.dtype, damping: float
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics,
+        scale_dtype: torch.dtype,
+        moment: Tensor,
+        inverse: InverseFactor,
+        kept: Tensor | None,
     ) -> QuantizedWeight:
-        hessian = statistics.mean.to(weight.device)
-        if self.asymmetric:
-            weight, _ = corrected(weight, statistics, damping)
-        scheme, diagonal = scheme.for_width(len(hessian)), hessian.diagonal()
-        order = self._order(diagonal, scheme.group_size)
-        factor = damped_inverse_factor(hessian[order][:, order], damping)
-        damped = hessian.clone()
-        damped.diagonal().add_(factor.damping * diagonal.mean() if diagonal.any() else 1.0)
+        if self.asymmetric and kept is None:  # else the correction has been taken with the mask
+            weight, _ = corrected(weight, statistics, inverse)
+        scheme, diagonal = scheme.for_width(len(moment)), moment.diagonal()
+        damped = moment.clone()
+        damped.diagonal().add_(inverse.damping * diagonal.mean() if diagonal.any() else 1.0)
 
         # Weighting by U_jj^-2, what an error costs once later columns have made up for it, lowers the layer's error
         # but raises the model's (SmolLM2-135M, W4 g64: KL divergence 0.126 instead of 0.095).
@@ -115,12 +138,11 @@ class GPTQ:
         else:
             grid = search_grid(weight, scheme, importance, scale_dtype)
         values, grid = round_columns(
-            weight, grid, order, factor.upper.float(), self.block_size, importance if regrouped else None
+            weight, grid, inverse.order, inverse.upper.float(), self.block_size, importance if regrouped else None, kept
         )
         if self.refinements:
-            values, grid = descend(weight, values, grid, damped, self.refinements)
-        error = relative_error(weight, dequantize(values, grid), hessian)
-        return QuantizedWeight(values, grid, error, _notes(hessian, damping, factor.damping))
+            values, grid = descend(weight, values, grid, damped, self.refinements, kept)
+        return QuantizedWeight(values, grid, relative_error(weight, dequantize(values, grid), moment))
 
     def _order(self, diagonal: Tensor, group_size: int | None) -> Tensor:
         """(in,) the columns in the order in which they are rounded."""
@@ -144,7 +166,13 @@ def _notes(hessian: Tensor, asked: float, used: float) -> tuple[str, ...]:
 
 
 def round_columns(
-    weight: Tensor, grid: Grid, order: Tensor, upper: Tensor, block_size: int, importance: Tensor | None = None
+    weight: Tensor,
+    grid: Grid,
+    order: Tensor,
+    upper: Tensor,
+    block_size: int,
+    importance: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, Grid]:
     """GPTQ's pass over the columns.
 
@@ -156,6 +184,8 @@ def round_columns(
         block_size: columns worked on before all later ones are updated.
         importance: (in,) of the columns: each group's scales are searched for anew when its first column is reached.
             None: the grid stays as it is.
+        kept: bool (out, in) of the weights that may be anything but zero; None: all. Later columns make up for what the
+            others would have become, as in SparseGPT.
 
     Returns:
         Values (out, in) in the dtype of the scheme, columns in the weight's own order, and the grid.
@@ -165,6 +195,7 @@ def round_columns(
     steps = torch.empty_like(remaining)
     errors = torch.empty_like(remaining[:block_size])
     pivots = upper.diagonal().tolist()
+    mask = None if kept is None else columns.place(kept.float())
     chosen: set[int] = set()
     for start in range(0, len(order), block_size):
         stop = min(start + block_size, len(order))
@@ -174,11 +205,14 @@ def round_columns(
                 chosen.add(group)
                 places = [k for k, other in enumerate(columns.group_of) if other == group]
                 now = remaining[places] - upper[start:j, places].T @ errors[: j - start]
+                now = now if mask is None else now * mask[places]
                 columns.set_group(group, _search_group(now[:, : len(weight)].T, grid, importance[order[places]]))
             if j > start:  # make up for the earlier columns of this block
                 column.addmv_(errors[: j - start].T, upper[start:j, j], alpha=-1)
             torch.mul(column, columns.inverse[group], out=steps[j])
             columns.round_(steps[j], j)
+            if mask is not None:
+                steps[j].mul_(mask[j])
             torch.addcmul(column, steps[j], columns.scale[group], value=-1, out=error).div_(pivots[j])
         # ... and let all later blocks make up for this one
         remaining[stop:].addmm_(upper[start:stop, stop:].T, errors[: stop - start], alpha=-1)

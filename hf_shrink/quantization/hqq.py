@@ -68,7 +68,13 @@ class HQQ:
             raise ValueError(f"fit_scale must be true or false, not {self.fit_scale!r}")
 
     def solve(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics | None,
+        *,
+        scale_dtype: torch.dtype,
+        kept: Tensor | None = None,
     ) -> QuantizedWeight:
         """See `QuantizationMethod.solve`; statistics are not looked at."""
         weight = weight.detach()

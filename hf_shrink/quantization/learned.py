@@ -60,14 +60,20 @@ class Learned:
         return bool(getattr(METHODS.build(self.start, {}), "follows_dense", False))
 
     def solve(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics | None,
+        *,
+        scale_dtype: torch.dtype,
+        kept: Tensor | None = None,
     ) -> QuantizedWeight:
         """Where learning starts: see `QuantizationMethod.solve`."""
         found = []
         for name in (self.start, "rtn"):
             method = METHODS.build(name, {})
             assert not isinstance(method, ModelMethod)
-            found.append(method.solve(weight, scheme, statistics, scale_dtype=scale_dtype))
+            found.append(method.solve(weight, scheme, statistics, scale_dtype=scale_dtype, kept=kept))
         return min(found, key=lambda quantized: quantized.error)
 
     def learn(self, block: BlockProblem, seed: int) -> Learnt:

@@ -38,7 +38,13 @@ class RTN:
             raise ValueError(f"power must be 2 or 3, not {self.power!r}")
 
     def solve(
-        self, weight: Tensor, scheme: Scheme, statistics: InputStatistics | None, *, scale_dtype: torch.dtype
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        statistics: InputStatistics | None,
+        *,
+        scale_dtype: torch.dtype,
+        kept: Tensor | None = None,
     ) -> QuantizedWeight:
         """See `QuantizationMethod.solve`."""
         weight = weight.detach()

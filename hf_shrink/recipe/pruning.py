@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
+from hf_shrink.sparsity import Amount
 
 # Kinds of pruning in the order in which they are carried out, each with the keys of which a step takes exactly one
 # to say how much. Kinds that decide by themselves what goes take none.
@@ -15,6 +16,7 @@ AMOUNTS: Mapping[str, tuple[str, ...]] = {
     "depth": ("ratio", "blocks"),
     "experts": ("ratio", "experts"),
     "width": ("ratio",),
+    "weights": ("sparsity", "threshold", "pattern"),
 }
 PRUNE_KINDS = tuple(AMOUNTS)
 AMOUNT_KEYS = tuple(dict.fromkeys(key for keys in AMOUNTS.values() for key in keys))
@@ -28,11 +30,14 @@ class PruneStep:
     """Take something out of the model.
 
     Attributes:
-        what: whole blocks (`depth`), experts of mixtures (`experts`), or heads and channels in the blocks (`width`).
+        what: whole blocks (`depth`), experts of mixtures (`experts`), heads and channels in the blocks (`width`), or
+            single weights (`weights`).
         ratio: the fraction of all block parameters, as they are when the step starts, that the step removes.
         blocks: of depth: how many blocks go.
         experts: of experts: how many go from each block that has some.
         units: of width: which units.
+        sparsity, threshold, pattern: of weights: see `sparsity.Amount`.
+        targets, ignore: of weights: which modules, as in a quantize step.
         refit: whether matrices that read or write what was cut are refitted by least squares; of depth: the matrices
             that write the residual stream, from the first gap on.
         options: the fields of the method's own dataclass.
@@ -46,6 +51,11 @@ class PruneStep:
     experts: int | None = None
     units: Literal["all", "attention", "mlp"] = "all"
     refit: bool = True
+    sparsity: float | None = None
+    threshold: float | None = None
+    pattern: str | None = None
+    targets: tuple[str, ...] | None = None
+    ignore: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     parts: Literal["blocks", "attention", "mlp", "any"] = "blocks"
 
@@ -61,6 +71,7 @@ class PruneStep:
         if self.parts == "any" and self.blocks is not None:
             raise RecipeError("prune.parts any takes out things of different sizes: give ratio instead of blocks")
         self._check_amounts()
+        self._check_weights()
         for key in COUNTS:
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
@@ -80,3 +91,23 @@ class PruneStep:
         if taken and len(given) != 1:
             either = "either " if len(taken) == 2 else "one of " if len(taken) > 2 else ""
             raise RecipeError(f"prune with what: {self.what} takes {either}{' or '.join(taken)}")
+
+    def _check_weights(self) -> None:
+        """Raises RecipeError for a bad amount of single weights, and for targets of another kind of pruning."""
+        for key in ("targets", "ignore"):
+            value = getattr(self, key)
+            if value is not None and self.what != "weights":
+                raise RecipeError(f"prune.{key} goes with what: weights; for {self.what} leave it out")
+            if isinstance(value, str | Mapping):
+                raise RecipeError(f"prune.{key} is a list, for example [{value}]")
+            if value is not None:
+                object.__setattr__(self, key, tuple(value))
+        if self.what == "weights":
+            if isinstance(self.pattern, int):  # YAML 1.1 reads 2:4 without quotes as minutes and seconds
+                object.__setattr__(self, "pattern", ":".join(map(str, divmod(self.pattern, 60))))
+            self.amount  # noqa: B018  # its own checks
+
+    @property
+    def amount(self) -> Amount:
+        """How many weights of every matrix become zero."""
+        return Amount(self.sparsity, self.threshold, self.pattern)

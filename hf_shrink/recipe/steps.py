@@ -25,10 +25,11 @@ class QuantizeStep:
         targets: class names ("Linear", "Embedding"), exact module paths, or "re:" regexes (matched from the start of
             the path, as in compressed-tensors). None: every Linear inside the blocks.
         ignore: the same forms; None: output head, task heads, routers, tied weights. `[]`: nothing is ignored.
-        overrides: by target, any of scheme, symmetric, strategy, group_size. Exact path before regexes in written
-            order before class names.
+        overrides: by target, any of scheme, symmetric, strategy, group_size, symmetric_inputs. Exact path before
+            regexes in written order before class names.
         symmetric, strategy, group_size: W8A8 and FP8A16 are symmetric with one scale per channel; the default
             group size does not apply to them, another one is an error.
+        symmetric_inputs: of W8A8: round inputs without zero points, for engines that have no others; less exact.
         effort: in place of method, transforms and tune: "fast", "balanced" or "best"; see `recipe/effort.py`. Already
             expanded when a step was read from a recipe; kept to be shown.
         transforms: transforms that are folded into the weights before they are rounded, in their order; each a name,
@@ -45,6 +46,7 @@ class QuantizeStep:
     symmetric: bool = True
     strategy: Strategy = "group"
     group_size: int | None = 128
+    symmetric_inputs: bool = False
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -80,6 +82,9 @@ class QuantizeStep:
             if not isinstance(override, Mapping):
                 raise RecipeError(f"quantize.overrides[{target!r}] must be a mapping such as {{scheme: W8A16}}")
             self.scheme_with(override)
+        rounded = [self.base_scheme(), *map(self.scheme_with, self.overrides.values())]
+        if self.symmetric_inputs and all(scheme.activation_bits == 16 for scheme in rounded):
+            raise RecipeError(f"{self.scheme} does not round its inputs; symmetric_inputs goes with W8A8")
 
     @property
     def format(self) -> str | None:
@@ -91,7 +96,7 @@ class QuantizeStep:
 
     def scheme_with(self, override: Mapping[str, Any]) -> Scheme:
         """The step's scheme with an override's keys replaced. Raises RecipeError for unknown keys and values."""
-        valid = ("scheme", "symmetric", "strategy", "group_size")
+        valid = ("scheme", "symmetric", "strategy", "group_size", "symmetric_inputs")
         for key in override:
             if key not in valid:
                 raise RecipeError(f"unknown key {key!r} in quantize.overrides; {did_you_mean(key, valid)}")
@@ -103,7 +108,8 @@ class QuantizeStep:
         form.update((key, override[key]) for key in form if key in override)
         if kind.by_channel:
             _check_by_channel(name, form, (None,) if "group_size" in override else (None, 128))
-            return Scheme(kind.bits, True, "channel", None, kind.type, kind.activation_bits)
+            inputs = kind.activation_bits < 16 and bool(override.get("symmetric_inputs", self.symmetric_inputs))
+            return Scheme(kind.bits, True, "channel", None, kind.type, kind.activation_bits, inputs)
         strategy = form["strategy"]
         return Scheme(kind.bits, bool(form["symmetric"]), strategy, form["group_size"] if strategy == "group" else None)
 

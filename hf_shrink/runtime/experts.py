@@ -111,6 +111,31 @@ class SeparateExperts(nn.Module):
         self.add_module("middle", middle)
         self.num_experts = len(kept)
 
+    def write_into(self, bound: BoundExperts) -> None:
+        """Put the weights back into the 3D parameters that they were taken from; nothing moves where they are views.
+
+        Where experts were removed since, these parameters are made anew, and what counts them is set.
+        """
+        fused, channels = bound.module, bound.shapes["gate"][0]
+        if self.num_experts != bound.count:
+            for name in (bound.spec.fused, bound.spec.down_fused):
+                old = fused.get_parameter(name)
+                new = old.data.new_empty(self.num_experts, *old.shape[1:])
+                setattr(fused, name, nn.Parameter(new, requires_grad=old.requires_grad))
+            for attribute, quantity in bound.spec.attributes.items():
+                name = attribute.rpartition(".")[2]
+                if quantity == "experts" and hasattr(fused, name):
+                    setattr(fused, name, self.num_experts)
+        gate_up, down = fused.get_parameter(bound.spec.fused), fused.get_parameter(bound.spec.down_fused)
+        for index in range(self.num_experts):
+            both = gate_up.data[index]
+            places = {"gate": both[:channels], "up": both[channels:], "down": down.data[index]}
+            for role, place in places.items():
+                weight = self.matrix(index, role).weight
+                assert isinstance(weight, nn.Parameter)
+                if weight.data_ptr() != place.data_ptr():
+                    place.copy_(weight.data)
+
     def own_weights(self) -> None:
         """Give every weight that is still a part of a larger tensor memory of its own."""
         for parameter in self.parameters():
@@ -169,7 +194,7 @@ def _linear(weight: Tensor, requires_grad: bool) -> nn.Linear:
 
 
 def separate_experts(model: nn.Module) -> Callable[[], None]:
-    """Take all experts of a model apart, in place; returns a function that puts them back as they were.
+    """Take all experts of a model apart, in place; returns a function that puts them back, with their present weights.
 
     Does nothing for models whose family declares no experts.
 
@@ -179,15 +204,17 @@ def separate_experts(model: nn.Module) -> Callable[[], None]:
     family = known_families().get(getattr(getattr(model, "config", None), "model_type", ""))
     if family is None or not any(stack.experts for stack in family.stacks):
         return lambda: None
-    replaced: list[tuple[str, nn.Module]] = []
+    replaced: list[tuple[BoundExperts, SeparateExperts]] = []
     for block in bind(model).blocks:
         if block.experts is not None and not block.experts.separate:
-            replaced.append((block.experts.path, block.experts.module))
-            model.set_submodule(block.experts.path, SeparateExperts.from_bound(block.experts))
+            separate = SeparateExperts.from_bound(block.experts)
+            replaced.append((block.experts, separate))
+            model.set_submodule(block.experts.path, separate)
 
     def undo() -> None:
-        for path, module in replaced:
-            model.set_submodule(path, module)
+        for bound, separate in replaced:
+            separate.write_into(bound)
+            model.set_submodule(bound.path, bound.module)
 
     return undo
 
@@ -197,7 +224,8 @@ def separate_modules(model: nn.Module) -> dict[str, SeparateExperts]:
     return {path: module for path, module in model.named_modules() if isinstance(module, SeparateExperts)}
 
 
-def packs_experts(binding: Binding, paths: Iterable[str]) -> bool:
+def packs_experts(binding: Binding | None, paths: Iterable[str]) -> bool:
     """Whether any of the paths is a matrix of an expert, in 3D parameters or taken apart."""
-    matrices = {path for block in binding.blocks if block.experts is not None for path in block.experts.matrices}
+    blocks = binding.blocks if binding is not None else ()
+    matrices = {path for block in blocks if block.experts is not None for path in block.experts.matrices}
     return not matrices.isdisjoint(paths)

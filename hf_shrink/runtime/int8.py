@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,7 +12,26 @@ from torch import Tensor
 _PROBE = (32, 64, 16)
 
 
-def int8_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+class Tokens(NamedTuple):
+    """Rounded inputs x: (values - zero_point) * scale.
+
+    Attributes:
+        values: int8, of the input's shape.
+        scale: (..., 1) in the input's dtype.
+        zero_point: int8 (..., 1); None where it is 0 for all.
+    """
+
+    values: Tensor
+    scale: Tensor
+    zero_point: Tensor | None
+
+    def rounded(self) -> Tensor:
+        """What the integers stand for, in the dtype of the scales."""
+        values = self.values if self.zero_point is None else self.values.to(self.scale.dtype) - self.zero_point
+        return values * self.scale
+
+
+def int8_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, symmetric: bool) -> Tensor:
     """x W^T + b with x rounded by `quantize_tokens`.
 
     The integers are those that compressed-tensors' forward rounds to; their product is summed exactly and scaled in
@@ -22,21 +42,24 @@ def int8_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
         weight: int8 (out_features, in_features).
         scale: (out_features, 1).
         bias: (out_features,) or None.
+        symmetric: whether x is rounded without a zero point.
 
     Returns:
         (..., out_features) in the dtype of the input, or autocast's where that is on.
     """
-    tokens, token_scale = quantize_tokens(input)
+    tokens = quantize_tokens(input, symmetric)
     wide = torch.promote_types(input.dtype, torch.float32)
-    sums = int8_product(tokens.reshape(-1, tokens.shape[-1]), weight).view(*input.shape[:-1], len(weight))
-    output = sums.to(wide).mul_(token_scale.to(wide)).mul_(scale.to(wide).view(-1))
+    sums = int8_product(tokens.values.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], len(weight))
+    if tokens.zero_point is not None:
+        sums = sums - tokens.zero_point.to(sums.dtype) * weight.sum(-1, dtype=torch.int32).to(sums.dtype)
+    output = sums.to(wide).mul_(tokens.scale.to(wide)).mul_(scale.to(wide).view(-1))
     if bias is not None:
         output += bias.to(wide)
     kind = input.device.type
     return output.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype)
 
 
-def quantize_tokens(input: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_tokens(input: Tensor, symmetric: bool) -> Tokens:
     """Round every token to int8 over its own range, as compressed-tensors does (in the input's dtype).
 
     Only for inputs of two dimensions there is a difference: they have one scale for all in compressed-tensors 0.20, so
@@ -44,13 +67,23 @@ def quantize_tokens(input: Tensor) -> tuple[Tensor, Tensor]:
 
     Args:
         input: (..., features), any float dtype.
-
-    Returns:
-        int8 of the input's shape, and the scales (..., 1) in the input's dtype.
+        symmetric: the range is [-max|x|, max|x|]; otherwise from the smallest to the largest value, with 0 inside.
     """
-    scale = input.detach().abs().amax(-1, keepdim=True) / 127.5
-    scale = torch.where(scale == 0, torch.finfo(input.dtype).eps, scale)
-    return (input.detach() / scale).clamp_(-128, 127).round_().to(torch.int8), scale
+    x = input.detach()
+    if symmetric:
+        scale = _positive(x.abs().amax(-1, keepdim=True) / 127.5)
+        return Tokens((x / scale).clamp_(-128, 127).round_().to(torch.int8), scale, None)
+    lowest, highest = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
+    scale = (highest - lowest) / 255
+    zero_point = torch.where(scale == 0, -128, -128 - lowest / scale).clamp_(-128, 127).round_()
+    scale = _positive(scale)
+    return Tokens(
+        (x / scale).add_(zero_point).clamp_(-128, 127).round_().to(torch.int8), scale, zero_point.to(torch.int8)
+    )
+
+
+def _positive(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, torch.finfo(scale.dtype).eps, scale)
 
 
 def int8_product(values: Tensor, weight: Tensor) -> Tensor:

@@ -77,7 +77,8 @@ class CompressedLinear(PackedModule):
 
     def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.scheme.activation_bits == 8:
-            return int8_linear(input, self.weight_packed, self.weight_scale, bias)
+            symmetric = self.scheme.activation_symmetric
+            return int8_linear(input, self.weight_packed, self.weight_scale, bias, symmetric=symmetric)
         return F.linear(input, self.weight.to(input.dtype), bias)
 
     def extra_repr(self) -> str:

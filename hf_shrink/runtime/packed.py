@@ -34,6 +34,7 @@ class PackedModule(nn.Module):
         weight_scale: (rows, groups), (rows, 1) per channel, (1,) per tensor.
         weight_zero_point: asymmetric schemes only: int32 (ceil(rows * bits / 32), groups); per tensor int8 (1,).
         weight_shape: int64 (2,); None for schemes that are not packed.
+        sparse: the weight was pruned before it was packed in this process: training it keeps its zeros.
     """
 
     weight_packed: Tensor
@@ -47,6 +48,7 @@ class PackedModule(nn.Module):
         super().__init__()
         self.scheme = scheme
         self.compute_dtype: torch.dtype | None = None
+        self.sparse = False
         self._rows, self._columns = rows, columns
         groups = scheme.scale_columns(columns)
         scale_shape = (1,) if scheme.strategy == "tensor" else (rows, groups)
@@ -105,6 +107,7 @@ class PackedModule(nn.Module):
 
     def _fill(self, quantized: QuantizedWeight) -> None:
         """Take over a method's result."""
+        self.sparse = quantized.sparse
         grid, bits = quantized.grid, self.scheme.bits
         if self.scheme.packed:
             self.weight_packed = pack(quantized.values, bits)

@@ -30,6 +30,7 @@ class TrainableLinear(nn.Module):
         steps: (rows, groups, columns in a group) float32 parameter that is rounded and clamped to the scheme's values;
             a buffer of these, int8 or float8_e4m3fn, when the rounding is not trained. float8 values, far apart where
             they are large, hardly turn: what is learned under FP8A16 are the scales.
+        kept: bool, as `steps`: all other weights are zero and stay zero; None where the weight was not pruned.
         bias: the packed module's, or None.
 
     Args:
@@ -41,6 +42,7 @@ class TrainableLinear(nn.Module):
 
     steps: Tensor
     initial_scale: Tensor
+    kept: Tensor | None
 
     def __init__(self, packed: CompressedLinear, *, rounding: bool = False, dense: Tensor | None = None) -> None:
         super().__init__()
@@ -54,6 +56,8 @@ class TrainableLinear(nn.Module):
         self.register_buffer("initial_scale", scale)
         self.log_scale = nn.Parameter(torch.zeros_like(scale))
         self.zero = None if grid.zero_point is None else nn.Parameter(grid.zero_point.float().view(rows, -1, 1))
+        zero = 0 if grid.zero_point is None else grid.zero_point.view(rows, -1, 1)
+        self.register_buffer("kept", values.view(layout) != zero if packed.sparse else None)
         if not rounding:
             self.register_buffer("steps", values.view(layout))
             return
@@ -75,8 +79,8 @@ class TrainableLinear(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Linear, on (..., in_features). With 8-bit activations the input is rounded."""
         if self.scheme.activation_bits == 8:
-            tokens, scale = quantize_tokens(input)
-            input = input + (tokens * scale - input).detach()
+            rounded = quantize_tokens(input, self.scheme.activation_symmetric).rounded()
+            input = input + (rounded - input).detach()
         return F.linear(input, self.weight.to(input.dtype), self.bias)
 
     def quantized(self) -> QuantizedWeight:
@@ -87,7 +91,7 @@ class TrainableLinear(nn.Module):
             zero = None if self.zero is None else self._zero_point().to(torch.int8).view(rows, -1)
             grid = Grid(self.scheme, scale.view(rows, -1), zero)
             values = self._values().to(value_dtype(self.scheme)).view(self.out_features, self.in_features)
-        return QuantizedWeight(values, grid, 0.0)
+        return QuantizedWeight(values, grid, 0.0, sparse=self.kept is not None)
 
     def packed(self) -> CompressedLinear:
         """A packed module with the weight as it is now and the same bias."""
@@ -107,9 +111,12 @@ class TrainableLinear(nn.Module):
     def _values(self) -> Tensor:
         """What would be stored now, in float32."""
         if not isinstance(self.steps, nn.Parameter):
-            return self.steps.float()
-        rounded: Tensor = _Round.apply(self.steps, self.scheme)  # type: ignore[no-untyped-call]
-        return rounded
+            rounded = self.steps.float()
+        else:
+            rounded = _Round.apply(self.steps, self.scheme)  # type: ignore[no-untyped-call]
+        if self.kept is None:
+            return rounded
+        return torch.where(self.kept, rounded, 0.0 if self.zero is None else self._zero_point())
 
 
 class _Round(torch.autograd.Function):

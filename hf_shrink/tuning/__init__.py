@@ -2,6 +2,7 @@
 
 from hf_shrink.tuning.distill import tune
 from hf_shrink.tuning.options import Tuning
+from hf_shrink.tuning.regroup import regrouped
 from hf_shrink.tuning.teacher import Teacher
 
-__all__ = ["Teacher", "Tuning", "tune"]
+__all__ = ["Teacher", "Tuning", "regrouped", "tune"]

@@ -26,7 +26,6 @@ MOST_ROUNDED = 1_000_000_000  # weights whose rounding is trained where the user
 def tune(
     model: PreTrainedModel,
     teacher: Teacher,
-    batches: int,
     options: Tuning,
     seed: int,
     progress: ProgressCallback,
@@ -37,14 +36,17 @@ def tune(
     what is stored, the model goes back to what it was.
 
     Args:
-        teacher: of the dense model, on `batches` batches.
+        teacher: of the dense model.
         seed: of the batches' order.
 
     Raises:
         CalibrationError: fewer than two batches, or a loss that is not finite.
     """
+    batches = teacher.batches
     if batches < 2:
-        raise CalibrationError("tune needs at least 2 batches, one of them held out; raise calibration.samples")
+        raise CalibrationError(
+            "tune needs at least 2 batches, one of them held out; raise calibration.samples or lower batch_size"
+        )
     held = max(1, round(batches * options.held_out))
     training, held_out = range(batches - held), range(batches - held, batches)
     before = _mean_loss(model, teacher, held_out)

@@ -15,7 +15,8 @@ class Tuning:
     """How the model is tuned after rounding.
 
     Attributes:
-        steps: optimizer steps, each on one calibration batch.
+        steps: optimizer steps, each on about `tokens` tokens.
+        tokens: of one step; calibration batches are put together to that many.
         learning_rate: of the logarithms of scales, and of norms and biases relative to their size; zero points and
             roundings move by `rounding_rate`.
         rounding: also train which way every weight is rounded, which takes 16 bytes a weight. "auto": where that is not
@@ -29,10 +30,13 @@ class Tuning:
     rounding: bool | Literal["auto"] = False
     rounding_rate: float = 3e-3
     held_out: float = 0.125
+    tokens: int = 4096
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or isinstance(self.steps, bool) or self.steps < 1:
-            raise RecipeError(f"tune.steps must be a whole number of at least 1, not {self.steps!r}")
+        for name in ("steps", "tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise RecipeError(f"tune.{name} must be a whole number of at least 1, not {value!r}")
         if not isinstance(self.rounding, bool) and self.rounding != "auto":
             raise RecipeError(f"tune.rounding must be true, false or auto, not {self.rounding!r}")
         for name in ("learning_rate", "rounding_rate", "held_out"):

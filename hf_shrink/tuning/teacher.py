@@ -27,6 +27,7 @@ class Teacher:
     a head the targets are the model's class logits, or its hidden states or embeddings.
 
     Attributes:
+        batches: how many there are.
         unit: what `loss` is in: "KL divergence" (nats a token) or "relative squared error".
     """
 
@@ -34,6 +35,7 @@ class Teacher:
         self, model: PreTrainedModel, batches: Sequence[Mapping[str, Any]], progress: ProgressCallback
     ) -> None:
         self._batches = batches
+        self.batches = len(batches)
         self._head = _head_path(model)
         self._shelf = Shelf()
         self._targets: list[Tensor] = []

@@ -1,8 +1,8 @@
 """One of our variants (or the dense model) in a process of its own: `python ours.py JOB`, JSON in and out.
 
 A job: model (folder), recipe (or null for the dense model), calibration and held_out (text files), samples,
-held_out_samples, length, threads, seed. Peak memory covers loading and shrinking, not the measurement after it, as in
-the peers' runner.
+held_out_samples, length, threads, seed, and where wanted speed: true (that of the dense model beside it, in turn). Peak
+memory covers loading and shrinking, not the measurement after it, as in the peers' runner.
 """
 
 from __future__ import annotations
@@ -57,9 +57,37 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             result["weight_bytes"] = folder_bytes(Path(folder))
+    result["parameters"] = model.num_parameters()
     result["perplexity"] = {domain: perplexity(model, rows) for domain, rows in held_out.items()}
     result["threads"] = torch.get_num_threads()
+    if job.get("speed") and job["recipe"] is not None:
+        result["speed"] = speeds(job["model"], model)
     return result
+
+
+def speeds(dense: str, model: Any) -> dict[str, Any]:
+    """How much faster than the dense model a prompt is read and text is written, both models in turn."""
+    import statistics
+    import time
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hf_shrink.evaluation.speed import compare_decode_speed
+
+    other = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
+    prompt = torch.arange(512)[None] + 100
+    times: dict[str, list[float]] = {"dense": [], "compressed": []}
+    with torch.no_grad():
+        for turn in range(6):
+            for name, one in (("dense", other), ("compressed", model)):
+                since = time.perf_counter()
+                one(prompt)
+                if turn:  # the first warms up
+                    times[name].append(time.perf_counter() - since)
+    slow, fast = (statistics.median(times[name]) for name in ("dense", "compressed"))
+    prefill = {"unit": "tokens/s", "dense": 512 / slow, "compressed": 512 / fast, "speedup": slow / fast}
+    return {"decode": compare_decode_speed(other, model), "prefill": prefill}
 
 
 if __name__ == "__main__":

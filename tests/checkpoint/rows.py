@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -242,6 +242,7 @@ ROWS: dict[str, Row] = {
     "mixed with w8a8 and fp8": Row(mixed(W8A8, W4, FP8), "yes"),
     "w8a8": Row(all_linears(W8A8), "yes"),
     "fp8": Row(all_linears(FP8), "yes"),
+    "w8a8, inputs without zero points": Row(all_linears(replace(W8A8, activation_symmetric=True)), "yes"),
     "bert, w8a8": Row(lambda: bert_head(W8A8), "yes"),
     "bert, fp8": Row(lambda: bert_head(FP8), "yes"),
     "t5, w8a8": Row(t5(head=False, output=W8A8, scheme=W8A8), "yes"),

@@ -46,7 +46,10 @@ def test_every_built_in_recipe_runs_on_its_own_text(name: str, tmp_path: Path) -
         recipe = recipe.with_overrides(["prune.blocks=1"])
     model = shrink(copy.deepcopy(dense), recipe, tokenizer=tiny_tokenizer(), progress=False)
     report = model.shrink_report
-    assert report.bytes_after < report.bytes_before
+    if recipe.prune("weights"):
+        assert report.bytes_after == report.bytes_before  # zeros are stored like any other weight
+    else:
+        assert report.bytes_after < report.bytes_before
     assert report.portable
     assert torch.isfinite(torch.tensor(error(model, dense)))
     model.save_pretrained(tmp_path)

@@ -8,7 +8,9 @@ import pytest
 import torch
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.pruning.allocate import Allocation, Request, allocate
+from hf_shrink.pruning.curves import additive_curve
 from hf_shrink.pruning.parts import Part, attention_ways, channel_ways, pools_by
 
 HEAD, GROUP, CHANNEL = 73_728, 294_912, 1_728  # parameters, as in SmolLM2: 3 KV groups of 3 heads, 1536 channels
@@ -28,12 +30,20 @@ def attention(
 ) -> Part:
     heads = shares(9, block) if heads is None else heads
     groups = heads.view(3, 3).sum(1) if groups is None else groups
-    return Part(("decoder", block), "attention", 9, attention_ways(heads, groups, HEAD, GROUP, allowed), key="heads")
+    return Part(
+        ("decoder", block),
+        "attention",
+        9,
+        attention_ways(additive_curve(heads, 3), additive_curve(groups), HEAD, GROUP, allowed),
+        key="heads",
+    )
 
 
 def mlp(block: int, channels: torch.Tensor | None = None, parameters: int = CHANNEL) -> Part:
     channels = shares(1536, 100 + block) if channels is None else channels
-    return Part(("decoder", block), "mlp", len(channels), channel_ways(channels, parameters), key="channels")
+    return Part(
+        ("decoder", block), "mlp", len(channels), channel_ways(additive_curve(channels), parameters), key="channels"
+    )
 
 
 def blocks(count: int) -> list[Part]:
@@ -41,20 +51,26 @@ def blocks(count: int) -> list[Part]:
 
 
 def ask(
-    parts: list[Part], ratio: float, units: str = "all", portable: bool = True, total: int | None = None
+    parts: list[Part],
+    ratio: float,
+    units: str = "all",
+    portable: bool = True,
+    total: int | None = None,
+    measured: bool = False,
 ) -> Allocation:
     total = total or BLOCK * len({part.block for part in parts})
-    return allocate(parts, Request(total, ratio, units, portable))  # type: ignore[arg-type]
+    return allocate(parts, Request(total, ratio, units, portable, measured))  # type: ignore[arg-type]
 
 
 def counts(allocation: Allocation, kind: str) -> dict[int, int]:
     return {part.block[1]: len(kept) for part, kept in allocation.kept if part.kind == kind}
 
 
+@pytest.mark.parametrize("measured", [True, False])
 @pytest.mark.parametrize("portable", [True, False])
 @pytest.mark.parametrize("ratio", [0.05, 0.2, 0.35, 0.6])
-def test_the_ratio_is_met_within_one_percent(ratio: float, portable: bool) -> None:
-    allocation = ask(blocks(4), ratio, portable=portable)
+def test_the_ratio_is_met_within_one_percent(ratio: float, portable: bool, measured: bool) -> None:
+    allocation = ask(blocks(4), ratio, portable=portable, measured=measured)
     assert allocation.removed / (4 * BLOCK) == pytest.approx(ratio, abs=0.01)
     assert not allocation.notes
     kept = counts(allocation, "mlp")
@@ -157,7 +173,7 @@ def test_channel_counts_are_round_where_that_keeps_the_ratio() -> None:
 
 
 def test_stacks_that_share_a_key_get_one_count_and_others_their_own() -> None:
-    other = Part(("vision", 0), "mlp", 800, channel_ways(shares(800, 5), 500), key="vision channels")
+    other = Part(("vision", 0), "mlp", 800, channel_ways(additive_curve(shares(800, 5)), 500), key="vision channels")
     parts = [mlp(0), mlp(1), other]
     total = 2 * 1536 * CHANNEL + 800 * 500
     allocation = ask(parts, 0.25, "mlp", total=total)
@@ -168,9 +184,43 @@ def test_stacks_that_share_a_key_get_one_count_and_others_their_own() -> None:
 
 
 def test_tied_parts_lose_the_same_heads_even_when_blocks_may_differ() -> None:
-    ways = attention_ways(shares(9, 1), shares(9, 1).view(3, 3).sum(1), HEAD, GROUP)
+    heads = shares(9, 1)
+    ways = attention_ways(additive_curve(heads, 3), additive_curve(heads.view(3, 3).sum(1)), HEAD, GROUP)
     parts = [Part(("encoder", b), "attention", 9, ways, key="heads", tied="encoder") for b in range(3)]
     assert len(pools_by(parts, portable=False)) == 1
     allocation = ask(parts, 0.1, "attention", portable=False)
     assert len(allocation.kept) == 3
     assert len({kept for _, kept in allocation.kept}) == 1
+
+
+def curve(losses: list[float]) -> RemovalCurve:
+    count = len(losses)
+    return RemovalCurve(torch.arange(count), torch.tensor(losses).double(), torch.ones(count).double())
+
+
+def part(block: int, losses: list[float], parameters: int = 100) -> Part:
+    return Part(("decoder", block), "mlp", len(losses), channel_ways(curve(losses), parameters), key="channels")
+
+
+def test_measured_costs_decide_where_units_go() -> None:
+    """Quadratic costs, four times as dear in the first block: it loses a quarter of what the second does."""
+    parts = [part(block, [factor * n**2 for n in range(1, 101)]) for block, factor in enumerate([4.0, 1.0])]
+    kept = counts(ask(parts, 0.25, "mlp", portable=False, total=20_000, measured=True), "mlp")
+    assert kept == {0: 90, 1: 60}
+
+
+def test_a_step_that_is_only_worth_it_as_a_whole_is_taken_as_a_whole() -> None:
+    """The first half of the second block costs as much as all of its 80%: a hull of its curve, not its first step."""
+    parts = [part(0, [float(n) for n in range(1, 101)]), part(1, [30.0] * 80 + [1e3] * 20)]
+    kept = counts(ask(parts, 0.4, "mlp", portable=False, total=20_000, measured=True), "mlp")
+    assert kept == {1: 20}
+
+
+def test_measured_and_portable_the_cheaper_kind_gives_more() -> None:
+    cheap, dear = ([factor * n for n in range(1, 1537)] for factor in (1e-9, 1.0))
+    for channels, heads in ((cheap, 9), (dear, 3)):
+        parts = [p for b in range(3) for p in (attention(b), part(b, channels, CHANNEL))]
+        allocation = ask(parts, 0.2, total=3 * BLOCK, measured=True)
+        assert set(counts(allocation, "attention").values()) == ({heads} if heads < 9 else set())
+        assert len(set(counts(allocation, "mlp").values())) <= 1
+        assert allocation.removed / (3 * BLOCK) == pytest.approx(0.2, abs=0.01)

@@ -7,6 +7,7 @@ import torch
 from quantization_cases import case
 
 from hf_shrink.calibration.statistics import InputStatistics
+from hf_shrink.ops.linalg import damped_inverse_factor
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.drift import corrected, held_out_loss
 from hf_shrink.quantization.gptq import DAMPINGS, GPTQ
@@ -31,9 +32,13 @@ def gathered(x: torch.Tensor, dense: torch.Tensor, held: int) -> InputStatistics
     return statistics.finish("x")
 
 
+def correct(weight: torch.Tensor, statistics: InputStatistics) -> tuple[torch.Tensor, float]:
+    return corrected(weight, statistics, damped_inverse_factor(statistics.mean, DAMPING))
+
+
 def test_it_is_the_least_squares_answer() -> None:
     weight, x, dense = drifted()
-    found, part = corrected(weight, gathered(x, dense, 100), DAMPING)
+    found, part = correct(weight, gathered(x, dense, 100))
     x64, drift = x.double(), (dense - x)[:-100].double()
     hessian = x64.T @ x64 / len(x)
     hessian += DAMPING * hessian.diagonal().mean() * torch.eye(48, dtype=torch.float64)
@@ -47,7 +52,7 @@ def test_it_is_the_least_squares_answer() -> None:
 
 def test_outputs_come_nearer_to_the_dense_model_on_fresh_tokens() -> None:
     weight, x, dense = drifted()
-    found, part = corrected(weight, gathered(x[:500], dense[:500], 80), DAMPING)
+    found, part = correct(weight, gathered(x[:500], dense[:500], 80))
     assert part > 0.5
 
     def distance(w: torch.Tensor) -> float:
@@ -59,7 +64,7 @@ def test_outputs_come_nearer_to_the_dense_model_on_fresh_tokens() -> None:
 def test_a_correction_that_held_out_tokens_deny_is_not_taken() -> None:
     weight, x, dense = drifted()
     against = torch.cat([dense[:-100], x[-100:] - (dense - x)[-100:]])  # there the drift goes the other way
-    found, part = corrected(weight, gathered(x, against, 100), DAMPING)
+    found, part = correct(weight, gathered(x, against, 100))
     assert part == 0
     assert torch.equal(found, weight)
 
@@ -69,7 +74,7 @@ def test_few_tokens_and_dead_channels(tokens: int) -> None:
     weight, x, dense = drifted(tokens)
     x[:, 3], dense[:, 3] = 0, 0
     statistics = gathered(x, dense, 1)
-    found, _ = corrected(weight, statistics, DAMPING)
+    found, _ = correct(weight, statistics)
     assert torch.isfinite(found).all()
     result = GPTQ().solve(weight, Scheme(4, True, "group", 16), statistics, scale_dtype=torch.float32)
     assert torch.isfinite(result.dequantized()).all()
@@ -80,7 +85,7 @@ def test_without_a_drift_nothing_changes() -> None:
     statistics = InputStatistics.empty(48)
     statistics.add(x)
     statistics.finish("x")
-    assert corrected(weight, statistics, DAMPING) == (weight, 0.0)
+    assert correct(weight, statistics) == (weight, 0.0)
     scheme = Scheme(3, True, "group", 16)
     same = [GPTQ(asymmetric=on).solve(weight, scheme, statistics, scale_dtype=torch.float32) for on in (True, False)]
     assert torch.equal(same[0].values, same[1].values)

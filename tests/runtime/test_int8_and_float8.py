@@ -22,6 +22,8 @@ from hf_shrink.runtime.trainable import TrainableLinear
 
 FP8 = Scheme(8, True, "channel", None, "float")
 W8A8 = Scheme(8, True, "channel", None, "int", 8)
+PLAIN = Scheme(8, True, "channel", None, "int", 8, activation_symmetric=True)
+every = pytest.mark.parametrize("scheme", [FP8, W8A8, PLAIN], ids=["fp8", "w8a8", "w8a8 symmetric"])
 both = pytest.mark.parametrize("scheme", [FP8, W8A8], ids=["fp8", "w8a8"])
 dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 
@@ -44,7 +46,7 @@ def stock_twin(linear: CompressedLinear) -> nn.Linear:
     return twin
 
 
-@both
+@every
 @dtypes
 def test_the_numbers_are_those_of_compressed_tensors(scheme, dtype):
     linear = compressed(scheme, dtype)
@@ -52,6 +54,8 @@ def test_the_numbers_are_those_of_compressed_tensors(scheme, dtype):
     assert torch.equal(twin.weight, linear.weight)
     x = torch.randn(2, 7, 48, dtype=dtype) * torch.logspace(-3, 1, 7)[:, None].to(dtype)
     x[0, 3] = 0
+    x[1, :4] = x[1, :4].abs() + 0.5  # on one side, of either sign
+    x[1, 4:] = -x[1, 4:].abs() - 0.5
     with torch.no_grad():
         found, expected = linear(x), twin(x)
     assert found.dtype == dtype
@@ -62,17 +66,29 @@ def test_the_numbers_are_those_of_compressed_tensors(scheme, dtype):
 
 
 @dtypes
-def test_tokens_are_rounded_as_a_float64_reference_does(dtype):
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_tokens_are_rounded_as_a_float64_reference_does(dtype, symmetric):
     x = (torch.randn(3, 5, 64) * 4).to(dtype)
-    values, scale = int8.quantize_tokens(x)
+    x[1, 3], x[2, 0], x[2, 1] = 0, x[2, 0].abs() + 1, -x[2, 1].abs() - 1
+    values, scale, zero_point = tokens = int8.quantize_tokens(x, symmetric)
     assert values.dtype == torch.int8 and scale.dtype == dtype and scale.shape == (3, 5, 1)
-    top = x.double().abs().amax(-1, keepdim=True)
-    torch.testing.assert_close(scale.double(), top / 127.5, rtol=float(torch.finfo(dtype).eps), atol=0)
+    eps = float(torch.finfo(dtype).eps)
+    lowest, highest = x.double().amin(-1, keepdim=True).clamp(max=0), x.double().amax(-1, keepdim=True).clamp(min=0)
+    steps = torch.maximum(-lowest, highest) / 127.5 if symmetric else (highest - lowest) / 255
+    torch.testing.assert_close(scale.double(), steps.where(steps > 0, eps), rtol=2 * eps, atol=0)
     # Half a step, one step at the end that is cut, and what the quotient is rounded by in half precision.
-    room = 0.5 + 128 * torch.finfo(dtype).eps
-    assert ((values.double() * scale.double() - x.double()).abs() <= room * scale.double() * 1.01).all()
-    alone = int8.quantize_tokens(x[1, 2])
-    assert torch.equal(alone[0], values[1, 2]) and torch.equal(alone[1], scale[1, 2])
+    zero = 0 if zero_point is None else zero_point.double()
+    room = 0.5 + 256 * eps + (0 if symmetric else 0.5)
+    assert (((values.double() - zero) * scale.double() - x.double()).abs() <= room * scale.double() * 1.01).all()
+    assert (tokens.rounded()[1, 3] == 0).all() and (zero_point is None) == symmetric
+    alone = int8.quantize_tokens(x[1, 2], symmetric)
+    assert torch.equal(alone.values, values[1, 2]) and torch.equal(alone.scale, scale[1, 2])
+
+
+def test_zero_points_halve_the_error_of_inputs_on_one_side():
+    x = torch.nn.functional.gelu(torch.randn(40, 256) * 3)
+    plain, with_zero = ((int8.quantize_tokens(x, s).rounded() - x).norm() for s in (True, False))
+    assert with_zero < 0.6 * plain
 
 
 def test_the_product_is_exact_in_every_way_it_is_computed(monkeypatch):

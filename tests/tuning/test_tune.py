@@ -155,6 +155,7 @@ def test_one_batch_is_not_enough() -> None:
         ({"step": 3}, "did you mean 'steps'"),
         ({"learning_rate": 0.1}, "needs steps"),
         ({"steps": 0}, "whole number"),
+        ({"steps": 3, "tokens": 0.5}, "tune.tokens must be a whole number"),
         ({"steps": 3, "rounding": "yes"}, "true, false or auto"),
         ({"steps": 3, "held_out": 1.0}, "above 0 and below 1"),
     ],
@@ -170,6 +171,6 @@ def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was() -> None:
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CalibrationError, match=r"not finite.*learning_rate"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher, "loss", lambda m, i: sum(p.sum() for p in m.parameters() if p.requires_grad) * torch.nan)
-        tune(model, teacher, len(data), Tuning(steps=2), 0, lambda *_: None)
+        tune(model, teacher, Tuning(steps=2), 0, lambda *_: None)
     for name, tensor in before.items():
         assert torch.equal(tensor, model.state_dict()[name])

@@ -1,0 +1,78 @@
+"""What an error in one place does to the model's predictions, measured by running what comes after it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from hf_shrink.architectures.binding import Binding
+from hf_shrink.architectures.linears import bias_of, matrix
+from hf_shrink.calibration.capture import model_inputs
+from hf_shrink.calibration.predictions import divergence
+from hf_shrink.errors import CalibrationError
+from hf_shrink.pruning.predicting import Predictor
+from hf_shrink.pruning.replay import recording, replaying
+from hf_shrink.pruning.samples import choose
+
+TOKENS = 1024
+PREDICTIONS = 512  # of them are compared
+KEPT_BYTES = 400 * 2**20  # of the dense model's log-probabilities
+LEAST = 1e-7  # nats; smaller divergences are rounding errors
+
+
+class Trials:
+    """KL(dense || changed) of the predictions when one matrix of the dense model is another.
+
+    What every block puts out is kept, so that a measurement runs only the blocks from the changed one on.
+
+    Args:
+        batches: model inputs; about TOKENS tokens of them run, and PREDICTIONS of their predictions are compared.
+    """
+
+    def __init__(self, model: nn.Module, binding: Binding, batches: Sequence[Mapping[str, Any]], seed: int) -> None:
+        if not batches:
+            raise CalibrationError("there is no calibration data to try removals on")
+        owners = [(stack.name, block) for stack in binding.stacks for block in stack.blocks]
+        self._blocks = {number: block.module for number, (_, block) in enumerate(owners)}
+        self._numbers = {(name, block.index): number for number, (name, block) in enumerate(owners)}
+        self._samples = [model_inputs(model, batch) for batch in choose(batches, TOKENS, seed)]
+        self._predictor = Predictor(model, fast=False)
+        count = len(self._samples)
+        most, largest = -(-PREDICTIONS // count), KEPT_BYTES // count
+        self._dense = [self._predictor.reference(inputs, most, largest) for inputs in self._samples]
+        self._outputs: list[dict[int, Any]] = []
+        for inputs in self._samples:
+            with recording(self._blocks) as outputs:
+                self._predictor.run(inputs)
+            self._outputs.append(outputs)
+
+    def divergence(self, block: tuple[str, int], module: nn.Module, weight: Tensor, bias: Tensor | None) -> float:
+        """Mean over predictions, in nats (1 - cos where the model predicts nothing), at least LEAST.
+
+        Args:
+            block: stack name and index of the block that `module` is in.
+            weight, bias: (out, in) and (out,) in place of the module's, for as long as this takes.
+        """
+        number = self._numbers[block]
+        places = [(matrix(module), weight)]
+        if bias is not None and (own := bias_of(module)) is not None:
+            places.append((own, bias))
+        before = [place.clone() for place, _ in places]
+        for place, value in places:
+            place.copy_(value)
+        try:
+            total = sum(self._divergence(number, sample) for sample in range(len(self._samples)))
+        finally:
+            for (place, _), value in zip(places, before, strict=True):
+                place.copy_(value)
+        return max(total / sum(len(reference.kept.values) for reference in self._dense), LEAST)
+
+    def _divergence(self, number: int, sample: int) -> float:
+        outputs, inputs, reference = self._outputs[sample], self._samples[sample], self._dense[sample]
+        order = list(outputs)
+        if number not in outputs:
+            raise CalibrationError("a block never runs on this calibration data; give data that reaches every block")
+        with replaying({n: self._blocks[n] for n in order[: order.index(number)]}, outputs):
+            return divergence(reference.kept, self._predictor.predict(inputs, reference))

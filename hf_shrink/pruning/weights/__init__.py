@@ -1,0 +1,1 @@
+"""Ways to choose single weights that become zero, one a file."""
