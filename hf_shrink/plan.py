@@ -20,6 +20,7 @@ __all__ = [
     "PLAN_FORMAT",
     "STRATEGIES",
     "BlockPlan",
+    "HiddenPlan",
     "Kind",
     "Plan",
     "Scheme",
@@ -90,6 +91,26 @@ class StackPlan:
 
 
 @dataclass(frozen=True)
+class HiddenPlan:
+    """To how many channels the residual stream is cut. Which directions these are is found while the plan is applied.
+
+    Attributes:
+        stack: name of the stack whose stream it is.
+        width: channels that are left.
+        method: what chooses the directions, and its options.
+        refit: whether what reads and writes the stream is refitted by least squares.
+        untie: whether a head that shares the embedding's weight gets one of its own.
+    """
+
+    stack: str
+    width: int
+    method: str
+    options: Mapping[str, Any] = field(default_factory=dict)
+    refit: bool = True
+    untie: bool = False
+
+
+@dataclass(frozen=True)
 class Plan:
     """Everything that is done to one model.
 
@@ -108,6 +129,7 @@ class Plan:
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
         weights: which matrices get zeros, and how many; None: none.
+        hidden: to what the residual stream is cut; None: it stays.
         repair: whether the blocks left are refitted to the dense model's residual stream after depth pruning.
     """
 
@@ -124,11 +146,12 @@ class Plan:
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
     weights: WeightsPlan | None = None
+    hidden: HiddenPlan | None = None
     repair: bool = False
 
     @property
     def prunes(self) -> bool:
-        return bool(self.stacks)
+        return bool(self.stacks) or self.hidden is not None
 
     @property
     def bits(self) -> dict[str, int]:
@@ -167,9 +190,11 @@ class Plan:
             transforms = tuple(data.pop("transforms", ()))
             weights = data.pop("weights", None)
             weights = None if weights is None else WeightsPlan.from_dict(weights)
+            hidden = data.pop("hidden", None)
+            hidden = None if hidden is None else HiddenPlan(**hidden)
             for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
                 raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
-            return cls(stacks=stacks, schemes=schemes, transforms=transforms, weights=weights, **data)
+            return cls(stacks=stacks, schemes=schemes, transforms=transforms, weights=weights, hidden=hidden, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error
 
@@ -188,6 +213,10 @@ class Plan:
                 experts = "" if block.experts is None else f", experts {len(block.experts)}"
                 merged = f" ({len(block.merges)} merged into them)" if block.merges else ""
                 lines.append(f"  block {index}: query heads {heads}, channels {channels}{experts}{merged}{gone}")
+        if self.hidden is not None:
+            how = f"{self.hidden.method}{', refitted' if self.hidden.refit else ''}"
+            head = ", the head gets a weight of its own" if self.hidden.untie else ""
+            lines.append(f"{self.hidden.stack}: residual stream of {self.hidden.width} channels ({how}){head}")
         lines += self.weights.summary() if self.weights is not None else []
         by_scheme: dict[Scheme, int] = {}
         for scheme in self.schemes.values():

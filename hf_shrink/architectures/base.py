@@ -86,11 +86,15 @@ class Residual:
     Attributes:
         embedding, norm: paths of the embedding and of the last norm, beside the list of blocks.
         heads: paths, from the model itself, of the Linears that may read the last norm; a model has some of them.
+        width: config key of the number of channels.
+        scaled: attribute of the embedding that multiplies its rows by the square root of the width, if there is one.
     """
 
     embedding: str
     norm: str
     heads: tuple[str, ...]
+    width: str = "hidden_size"
+    scaled: str | None = None
 
 
 NOT_DECLARED = "its table does not say what reads and writes the residual stream"

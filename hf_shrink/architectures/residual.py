@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.base import Residual
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, BoundStack
 from hf_shrink.architectures.feeds import norm_path
 from hf_shrink.architectures.linears import is_matrix, shape
@@ -34,6 +35,8 @@ class ResidualStream:
         readers: all that read it, the last norm with the model's heads included.
         writers: paths of the matrices that add to it.
         offset: what norms add to their stored weight.
+        tied: whether the head's weight is the embedding's.
+        spec: the family's declaration.
     """
 
     width: int
@@ -41,10 +44,14 @@ class ResidualStream:
     readers: tuple[Reader, ...]
     writers: tuple[str, ...]
     offset: float
+    tied: bool
+    spec: Residual
 
 
-def find_residual(model: nn.Module, stack: BoundStack) -> ResidualStream | str:
+def find_residual(model: nn.Module, stack: BoundStack, *, tied: bool = False) -> ResidualStream | str:
     """The stack's residual stream; where it cannot be rotated, the reason.
+
+    `tied`: a head that shares its weight with the embedding is no reason against it.
 
     Everything in the model that holds a parameter must have its place, so that nothing is forgotten.
     """
@@ -75,14 +82,16 @@ def find_residual(model: nn.Module, stack: BoundStack) -> ResidualStream | str:
     for name, _ in model.named_parameters(remove_duplicate=False):
         if name.rpartition(".")[0] not in known:
             return f"{name} has no known place in the residual stream"
-    if any(modules[path].weight is modules[embedding].weight for path in heads):
+    is_tied = any(modules[path].weight is modules[embedding].weight for path in heads)
+    if is_tied and not tied:
         return TIED
     if any(isinstance(modules[r.norm], nn.LayerNorm) or hasattr(modules[r.norm], "bias") for r in readers):
         return "its norms do more than scale"
     width = int(modules[embedding].weight.shape[1])
     if any(shape(modules[path])[1] != width for reader in readers for path in reader.matrices):
         return "not everything that reads the residual stream has its width"
-    return ResidualStream(width, embedding, tuple(readers), tuple(writers), stack.spec.norm_offset)
+    offset = stack.spec.norm_offset
+    return ResidualStream(width, embedding, tuple(readers), tuple(writers), offset, is_tied, declared)
 
 
 def _block_readers(block: BoundBlock) -> list[Reader] | str:

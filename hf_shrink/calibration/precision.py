@@ -13,16 +13,29 @@ HALF = (torch.bfloat16, torch.float16)
 
 @contextmanager
 def in_float32(block: nn.Module, enabled: bool = True) -> Iterator[None]:
-    """The block in float32, and back in its own dtype afterwards. Casting back is exact for what was not changed."""
-    stored = next((p.dtype for p in block.parameters() if p.is_floating_point()), torch.float32)
+    """The block in float32, and back in its own dtype afterwards. Casting back is exact for what was not changed.
+
+    What is in float32 in a half-precision block (what corrects a router's scores) stays so.
+    """
+    stored = next((p.dtype for p in block.parameters() if p.dtype in HALF), torch.float32)
     if not enabled or stored not in HALF:
         yield
         return
+    whole = [(module, name) for module, name, tensor in _tensors(block) if tensor.dtype == torch.float32]
     block.to(torch.float32)
     try:
         yield
     finally:
+        kept = [(module, name, getattr(module, name).data) for module, name in whole if hasattr(module, name)]
         block.to(stored)
+        for module, name, data in kept:
+            getattr(module, name).data = data
+
+
+def _tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
+    for module in block.modules():
+        for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+            yield module, name, tensor
 
 
 @contextmanager

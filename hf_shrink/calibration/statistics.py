@@ -43,7 +43,7 @@ class Drift:
         """Add a batch of inputs (..., in) and the dense model's for the same tokens; `longest`: as of the inputs."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
         change = dense.reshape(rows.shape).to(torch.float32) - rows
-        factors = _factors(rows, longest)
+        factors = shortening(rows, longest)
         rows, change = rows * factors, change * factors
         (self.held_cross if held_out else self.cross).addmm_(change.t(), rows)
         shift = self.held_shift if held_out else self.shift
@@ -123,7 +123,7 @@ class InputStatistics:
     def add(self, x: Tensor) -> None:
         """Add a batch of inputs (..., in) of any float dtype. Only the lower panels are computed; see `finish`."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        factors = _factors(rows, self.longest)
+        factors = shortening(rows, self.longest)
         rows = rows if self.longest is None else rows * factors
         size = rows.shape[1]
         columns = rows.t()
@@ -157,7 +157,7 @@ class InputStatistics:
         return self
 
 
-def _factors(rows: Tensor, longest: float | None) -> Tensor:
+def shortening(rows: Tensor, longest: float | None) -> Tensor:
     """(rows, 1), what to shorten each row by."""
     if longest is None or not len(rows):
         return rows.new_ones(len(rows), 1)

@@ -7,7 +7,7 @@ out wrong without an error, dense ones stop it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
@@ -21,6 +21,12 @@ from hf_shrink.plan import Scheme
 def expert_matrices(model: PreTrainedModel) -> list[str]:
     """Paths of all matrices of all experts that a table of roles knows, in 3D parameters or taken apart."""
     return [path for block in _blocks(model) if block.experts is not None for path in block.experts.matrices]
+
+
+def read_with_experts(model: PreTrainedModel, paths: Iterable[str]) -> list[str]:
+    """Those of `paths` whose scheme stock reads as that of the experts, because of their names: shared experts too."""
+    matrices = set(expert_matrices(model))
+    return [path for path in paths if path in matrices or (matrices and "experts" in path)]
 
 
 def router_paths(model: PreTrainedModel) -> list[str]:
@@ -49,7 +55,7 @@ def expert_reasons(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> lis
             f"{dense[0]} stays dense: beside packed weights stock reads a mixture only when all matrices of all of its "
             "experts are packed"
         ]
-    found = {schemes[path] for path in matrices}
+    found = {schemes[path] for path in [*matrices, *read_with_experts(model, schemes)]}
     reasons = []
     if len(found) > 1:
         reasons.append("experts of several schemes, of which stock reads one")

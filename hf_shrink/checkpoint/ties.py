@@ -25,6 +25,8 @@ def settle_ties(model: PreTrainedModel) -> None:
     Both packed to the same values: the target shares the source's buffers. Otherwise, and one of them packed: the tie
     is gone and `tie_word_embeddings` is false.
     """
+    for pair in _parted_pairs(model):
+        _untie(model, pair)
     for pair in _packed_pairs(model):
         target, source = _modules(model, pair)
         if _same_weight(target, source):
@@ -130,6 +132,17 @@ def _packed_pairs(model: PreTrainedModel) -> list[Pair]:
         if target.endswith(".weight") and source.endswith(".weight")
     ]
     return [pair for pair in pairs if any(isinstance(module, PackedModule) for module in _modules(model, pair))]
+
+
+def _parted_pairs(model: PreTrainedModel) -> list[Pair]:
+    """Dense pairs that the model still counts as tied, and that have a weight each."""
+    pairs = [(t.removesuffix(".weight"), s.removesuffix(".weight")) for t, s in model.all_tied_weights_keys.items()]
+    found = []
+    for pair in pairs:
+        weights = [getattr(module, "weight", None) for module in _modules(model, pair)]
+        if all(isinstance(weight, nn.Parameter) for weight in weights) and weights[0] is not weights[1]:
+            found.append(pair)
+    return found
 
 
 def _modules(model: PreTrainedModel, pair: Pair) -> tuple[nn.Module, nn.Module]:

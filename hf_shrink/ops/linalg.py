@@ -131,6 +131,28 @@ def least_squares_refit(weight: Tensor, moment: Tensor, kept: Tensor, damping: f
     return (weight[:, kept].double() + update).float()
 
 
+def refit_towards(weight: Tensor, cross: Tensor, moment: Tensor, damping: float) -> Tensor:
+    """The weights that best give a target from an input, near to given weights where the input says little.
+
+    Minimises E||V x - y||^2 + damping * mean(diagonal) * ||V - W||^2 over V, in closed form.
+
+    Args:
+        weight: W, (out_features, in_features), any float dtype.
+        cross: E y x^T, (out_features, in_features).
+        moment: E x x^T, (in_features, in_features).
+        damping: fraction of the mean second moment. Grown tenfold until Cholesky holds.
+
+    Returns:
+        V, float64 (out_features, in_features).
+
+    Raises:
+        CalibrationError: NaN or Inf in the moment, or no damping helps.
+    """
+    lower, _ = damped_cholesky(moment, damping)
+    missing = cross.double() - weight.double() @ moment.double()
+    return weight.double() + torch.cholesky_solve(missing.T, lower).T
+
+
 def relative_error(weight: Tensor, approximation: Tensor, moment: Tensor | None) -> float:
     """tr(D H D^T) / tr(W H W^T) with D = W - approximation: the outputs' relative squared error.
 

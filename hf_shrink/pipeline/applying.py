@@ -29,6 +29,7 @@ from hf_shrink.pipeline.masking import Masking
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.pipeline.recipes import plan_transforms, plan_weights_method
 from hf_shrink.pipeline.repairing import repair
+from hf_shrink.pipeline.slicing import slice_planned
 from hf_shrink.pipeline.towers import tower_batches, towers_with
 from hf_shrink.pipeline.transforming import BlockScaler, rotate
 from hf_shrink.plan import BlockPlan, Plan, Scheme
@@ -69,6 +70,8 @@ def apply_plan(
         report.seconds["repair"] = time.perf_counter() - since
     stacks = remove_planned(model, binding, plan) if binding is not None else []
     put_back = separate_experts(model) if packs_experts(binding, touched) else None
+    if plan.hidden is not None:
+        stacks = slice_planned(model, stacks, plan.hidden, batches, report, progress)
     schemes, formats = present(plan.schemes, stacks), present(plan.formats, stacks)
     whole = method if isinstance(method, ModelMethod) else None
     method = None if isinstance(method, ModelMethod) else method

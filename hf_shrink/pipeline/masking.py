@@ -16,7 +16,7 @@ from hf_shrink.ops.linalg import damped_inverse_factor, damped_moment
 from hf_shrink.ops.masks import refit_kept
 from hf_shrink.pipeline.kept import KeptStack, present
 from hf_shrink.pipeline.targets import weight_holders
-from hf_shrink.pipeline.weights import view_of
+from hf_shrink.pipeline.weights import unfit, view_of
 from hf_shrink.pruning.base import WEIGHTS, Masked, WeightsMethod, WeightView
 from hf_shrink.quantization.drift import corrected
 from hf_shrink.sparsity import Amount, WeightsPlan
@@ -111,6 +111,8 @@ class Masking:
             self.notes.append(f"{refs[0].path} has no statistics of its own; its zeros are chosen by magnitude")
         views = [view_of(ref, self.amounts[ref.path]) for ref in refs]
         for ref, view in zip(refs, views, strict=True):
+            if reason := unfit(view.amount, ref.width):
+                raise RecipeError(f"{ref.path} cannot be pruned as planned: {reason}; make the plan anew")
             if not torch.isfinite(view.rows).all():
                 raise CalibrationError(f"NaN or Inf in {ref.path}; the checkpoint is damaged")
         if self.refit and statistics is not None:

@@ -12,9 +12,18 @@ from transformers import PreTrainedModel
 
 from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.architectures.linears import is_matrix, shape
+from hf_shrink.architectures.residual import find_residual
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import resolve_formats
-from hf_shrink.pipeline.recipes import depth_method, expert_method, quantization_method, weights_method, width_method
+from hf_shrink.pipeline.recipes import (
+    depth_method,
+    expert_method,
+    hidden_method,
+    quantization_method,
+    weights_method,
+    width_method,
+)
 from hf_shrink.pipeline.targets import resolve_schemes
 from hf_shrink.pipeline.transforming import transform_notes
 from hf_shrink.pipeline.weights import choose_weights
@@ -22,6 +31,7 @@ from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan, WeightsPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
 from hf_shrink.pruning.plan_experts import plan_experts
+from hf_shrink.pruning.plan_hidden import plan_hidden, stream_widths
 from hf_shrink.pruning.plan_width import plan_width
 from hf_shrink.quantization.base import ModelMethod
 from hf_shrink.recipe import QuantizeStep, Recipe
@@ -57,7 +67,8 @@ def plan_recipe(
     damage: dict[str, float] = {}
     depth, width, quantize = recipe.prune("depth"), recipe.prune("width"), recipe.quantize
     experts = recipe.prune("experts")
-    if depth or width or experts:
+    hidden = recipe.prune("hidden")
+    if depth or width or experts or hidden:
         if binding is None or not isinstance(model, PreTrainedModel):
             raise ArchitectureError(
                 "only transformers models can be pruned; this module can be quantized (method: rtn)"
@@ -89,12 +100,19 @@ def plan_recipe(
             )
             for name, blocks in found.kept.items()
         }
+    narrower_stream = None
+    if hidden:
+        assert isinstance(model, PreTrainedModel) and binding is not None
+        with _without(model, binding, stacks) as (shallower, _):
+            narrowing = plan_hidden(model, shallower, hidden, hidden_method(hidden))
+        narrower_stream = narrowing.plan
+        notes += narrowing.notes
     if experts:
         assert binding is not None
-        with _without(model, binding, stacks) as (_, sources), experts_apart(model) as smaller:
-            assert smaller is not None
-            fewer = plan_experts(model, smaller, experts, expert_method(experts), batches, progress=progress)
-            stacks = _with_blocks(smaller, sources, stacks, fewer.blocks)
+        with _without(model, binding, stacks) as (_, sources), experts_apart(model) as apart:
+            assert apart is not None
+            fewer = plan_experts(model, apart, experts, expert_method(experts), batches, progress=progress)
+            stacks = _with_blocks(apart, sources, stacks, fewer.blocks)
         notes += fewer.notes
     if width:
         assert binding is not None
@@ -117,6 +135,7 @@ def plan_recipe(
         refit=width.refit if width else False,
         repair=bool(depth and depth.refit and damage),
         damage=damage,
+        hidden=narrower_stream,
     )
     zeroing = recipe.prune("weights")
     if zeroing:
@@ -127,7 +146,7 @@ def plan_recipe(
                 zeroing,
                 weights_method(zeroing),
                 gone=lambda path: _removed(path, binding, plan),
-                narrowed=_narrowed(binding, plan),
+                narrowed=_narrowed(model, binding, plan),
             )
         weights = WeightsPlan(zeroing.method, chosen.amounts, dict(zeroing.options), zeroing.refit)
         plan = replace(plan, weights=weights)
@@ -148,7 +167,7 @@ def plan_recipe(
             effort=quantize.effort,
         )
         notes += [*found_notes, *transform_notes(plan)]
-    if not plan.stacks and not plan.bits and plan.weights is None:
+    if not plan.prunes and not plan.bits and plan.weights is None:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))
 
@@ -160,13 +179,13 @@ def _resolve(
     method = quantization_method(step)
     if not isinstance(method, ModelMethod):
         with experts_apart(model) as apart:
-            resolved = resolve_schemes(model, apart, step, recipe.portable, _narrowed(binding, plan))
+            resolved = resolve_schemes(model, apart, step, recipe.portable, _narrowed(model, binding, plan))
         return resolved.schemes, {}, resolved.notes
     if plan.prunes and not recipe.portable:
         raise RecipeError(
             f"{step.format} is stored by stock transformers, which cannot say uneven shapes: prune with portable: true"
         )
-    formats, notes = resolve_formats(model, binding, step, method, _cut(binding, plan))
+    formats, notes = resolve_formats(model, binding, step, method, _cut(model, binding, plan))
     return {}, formats, notes
 
 
@@ -241,9 +260,9 @@ def _removed(path: str, binding: Binding | None, plan: Plan) -> bool:
     return False
 
 
-def _narrowed(binding: Binding | None, plan: Plan) -> dict[str, int]:
-    """The new input width of every matrix that reads units which the plan removes, by its path in the source."""
-    widths = {}
+def _narrowed(model: nn.Module, binding: Binding | None, plan: Plan) -> dict[str, int]:
+    """The new input width of every matrix that reads something which the plan removes, by its path in the source."""
+    widths = {path: width for path, (_, width) in _stream_sizes(model, binding, plan).items() if width is not None}
     for name, stack in plan.stacks.items():
         assert binding is not None
         for block in binding.stack(name).blocks:
@@ -252,11 +271,24 @@ def _narrowed(binding: Binding | None, plan: Plan) -> dict[str, int]:
     return widths
 
 
-def _cut(binding: Binding | None, plan: Plan) -> dict[str, tuple[int, int]]:
+def _cut(model: nn.Module, binding: Binding | None, plan: Plan) -> dict[str, tuple[int, int]]:
     """The new (out_features, in_features) of every matrix that the plan cuts, by its path in the source."""
     shapes: dict[str, tuple[int, int]] = {}
     for name, stack in plan.stacks.items():
         assert binding is not None
         for block in binding.stack(name).blocks:
             shapes |= cut_shapes(block, stack.blocks.get(block.index, BlockPlan()))
+    for path, (rows, columns) in _stream_sizes(model, binding, plan).items():
+        module = model.get_submodule(path)
+        if is_matrix(module):
+            old = shapes.get(path, shape(module))
+            shapes[path] = rows or old[0], columns or old[1]
     return shapes
+
+
+def _stream_sizes(model: nn.Module, binding: Binding | None, plan: Plan) -> Mapping[str, tuple[int | None, int | None]]:
+    """What the plan makes of matrices and embeddings on a residual stream that it cuts, by path in the source."""
+    if plan.hidden is None or binding is None:
+        return {}
+    stream = find_residual(model, binding.stack(plan.hidden.stack), tied=True)
+    return {} if isinstance(stream, str) else stream_widths(model, stream, plan.hidden.width)

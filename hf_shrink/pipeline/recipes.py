@@ -12,11 +12,13 @@ from hf_shrink.plan import Plan
 from hf_shrink.pruning.base import (
     DEPTH,
     EXPERTS,
+    HIDDEN,
     WEIGHTS,
     WIDTH,
     DepthMethod,
     ExpertMethod,
     GradientMethod,
+    HiddenMethod,
     WeightsMethod,
     WidthMethod,
 )
@@ -100,6 +102,10 @@ def expert_method(step: PruneStep) -> ExpertMethod:
     return EXPERTS.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def hidden_method(step: PruneStep) -> HiddenMethod:
+    return HIDDEN.build(step.method, step.options, _own_keys(PruneStep))
+
+
 def weights_method(step: PruneStep) -> WeightsMethod:
     return WEIGHTS.build(step.method, step.options, _own_keys(PruneStep))
 
@@ -112,6 +118,7 @@ def plan_weights_method(plan: Plan) -> WeightsMethod | None:
 # How the method of a step is made, by what is pruned.
 PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {
     "depth": depth_method,
+    "hidden": hidden_method,
     "experts": expert_method,
     "width": width_method,
     "weights": weights_method,
@@ -128,7 +135,7 @@ def needs_calibration(recipe: Recipe) -> bool:
         if isinstance(step, QuantizeStep):
             parts = quantization_method(step), *build_transforms(step.transforms)
             needed = any(part.needs_statistics for part in parts) or bool(step.tune)
-        elif step.what in ("depth", "experts"):
+        elif step.what in ("depth", "hidden", "experts"):
             needed = True
         elif step.what == "weights":
             needed = weights_method(step).needs_statistics

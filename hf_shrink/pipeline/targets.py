@@ -14,7 +14,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.architectures.matching import class_of, matches
-from hf_shrink.checkpoint.experts import expert_matrices
+from hf_shrink.checkpoint.experts import read_with_experts
 from hf_shrink.checkpoint.portability import needs_dequantize, portability
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Scheme
@@ -79,7 +79,7 @@ def resolve_schemes(
     widths = {path: _width(model.get_submodule(path)) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
     if portable and isinstance(model, PreTrainedModel):
-        experts = [path for path in expert_matrices(model) if path in schemes]
+        experts = read_with_experts(model, schemes)
         schemes |= _one_group_size({path: schemes[path] for path in experts}, widths, "experts", notes)
         if needs_dequantize(model, schemes):
             schemes = _one_group_size(schemes, widths, "weights of this kind", notes)

@@ -128,13 +128,18 @@ def _check_patterns(model: nn.Module, refs: Iterable[WeightRef], step: Choice) -
                 raise RecipeError(f"prune.targets: {pattern!r} means no weight; {did_you_mean(pattern, names)}")
 
 
+def unfit(amount: Amount, width: int) -> str | None:
+    """Why an amount does not go with so many consecutive columns; None when it does."""
+    if amount.pattern is not None and width % amount.numbers[1]:
+        return f"{amount.pattern} does not divide rows of {width} weights"
+    return None
+
+
 def _unfit(ref: WeightRef, amount: Amount, method: WeightsMethod, width: int) -> str | None:
     """Why a weight cannot be pruned so; None when it can."""
     if method.needs_statistics and not ref.is_matrix:
         return "the method needs second moments of the inputs, which only Linears have; use magnitude"
-    if amount.pattern is not None and width % amount.numbers[1]:
-        return f"{amount.pattern} does not divide rows of {width} weights"
-    return None
+    return unfit(amount, width)
 
 
 def _amounts(refs: Sequence[WeightRef], amount: Amount, method: WeightsMethod) -> dict[str, Amount]:

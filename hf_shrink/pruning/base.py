@@ -195,6 +195,19 @@ class ExpertMethod(Protocol):
         ...
 
 
+class HiddenMethod(Protocol):
+    """Chooses the directions of a residual stream that are kept."""
+
+    def directions(self, moment: Tensor) -> Tensor:
+        """An orthogonal matrix, float64 (width, width), its columns the directions, the most important first.
+
+        Args:
+            moment: float64 (width, width), the mean of x x^T over what the norms pass on of the stream, before their
+                weights, over all tokens and all norms.
+        """
+        ...
+
+
 @dataclass(frozen=True)
 class WeightView:
     """What a method that zeroes single weights sees of one of them.
@@ -246,4 +259,5 @@ class WeightsMethod(Protocol):
 WIDTH: Registry[WidthMethod] = Registry("width pruning method", "hf_shrink.pruning.width")
 DEPTH: Registry[DepthMethod] = Registry("depth pruning method", "hf_shrink.pruning.depth")
 EXPERTS: Registry[ExpertMethod] = Registry("expert pruning method", "hf_shrink.pruning.experts")
+HIDDEN: Registry[HiddenMethod] = Registry("residual width method", "hf_shrink.pruning.hidden")
 WEIGHTS: Registry[WeightsMethod] = Registry("weights pruning method", "hf_shrink.pruning.weights")

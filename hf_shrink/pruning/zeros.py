@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any
 
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 from torch.optim.optimizer import Optimizer, register_optimizer_step_post_hook
 from torch.utils.hooks import RemovableHandle
 
-from hf_shrink.architectures.weights import weight_refs
 from hf_shrink.errors import RecipeError
 
 
@@ -26,30 +26,29 @@ class ZeroKeeper:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._refs = {ref.path: ref for ref in weight_refs(model)}
+        self._model = model
         self._handles: list[RemovableHandle] = []
+        self._paths: dict[int, str] = {}
         self.kept: dict[str, Tensor] = {}
-        self._by_id: dict[int, str] = {}
         self.update()
         self._step = register_optimizer_step_post_hook(self._after_step)
 
     def update(self) -> None:
         """Hold the zeros that the model has now: after more of its weights were pruned, or other ones."""
         self._forget_gradients()
-        self.kept, self._by_id = {}, {}
-        for path, ref in self._refs.items():
-            parameter = ref.parameter
-            kept = parameter.detach() != 0
-            if not parameter.requires_grad or kept.all() or not kept.any():
+        self.kept, self._paths = {}, {}
+        for path, parameter in self._model.named_parameters():
+            if parameter.dim() < 2 or not parameter.requires_grad:
                 continue
-            self.kept[path], self._by_id[id(parameter)] = kept, path
+            kept = parameter.detach() != 0
+            if kept.all() or not kept.any():
+                continue
+            self.kept[path], self._paths[id(parameter)] = kept, path
             self._handles.append(parameter.register_hook(self._gradient_hook(path)))  # type: ignore[no-untyped-call]
 
     def apply(self) -> None:
         """Put the zeros back now. For weights that something else than a `torch.optim` optimizer has changed."""
-        with torch.no_grad():
-            for path in self.kept:
-                self._refs[path].parameter.mul_(self._mask(path, self._refs[path].parameter))
+        self._zero(self._model.parameters())
 
     def sparsity(self) -> dict[str, float]:
         """The fraction of zeros held, by path of the parameter."""
@@ -81,12 +80,14 @@ class ZeroKeeper:
         return hook
 
     def _after_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        self._zero(parameter for group in optimizer.param_groups for parameter in group["params"])
+
+    def _zero(self, parameters: Iterable[nn.Parameter]) -> None:
         with torch.no_grad():
-            for group in optimizer.param_groups:
-                for parameter in group["params"]:
-                    path = self._by_id.get(id(parameter))
-                    if path is not None:
-                        parameter.mul_(self._mask(path, parameter))
+            for parameter in parameters:
+                path = self._paths.get(id(parameter))
+                if path is not None:
+                    parameter.mul_(self._mask(path, parameter))
 
     def _forget_gradients(self) -> None:
         for handle in self._handles:
@@ -101,8 +102,8 @@ def keep_zeros(model: nn.Module) -> ZeroKeeper:
             trainer.train()
         model.save_pretrained(...)          # has the zeros
 
-    Held are the zeros of every Linear, convolution, embedding, recurrent and attention weight that wants gradients.
-    Weights that are zero altogether are left alone: they are new ones that are to be trained (LoRA's B).
+    Held are the zeros of every parameter that has two dimensions or more and wants gradients; not biases and norms.
+    Parameters that are zero altogether are left alone: they are new ones that are to be trained (LoRA's B).
 
     Not for optimizers that train copies of the parameters (DeepSpeed, FSDP): call `ZeroKeeper.apply` there after
     loading the trained weights back.

@@ -104,9 +104,12 @@ def _without_record(config: PretrainedConfig) -> dict[str, Any]:
     return {key: value for key, value in config.to_dict().items() if key != "hf_shrink"}
 
 
-def build_skeleton(model: PreTrainedModel) -> PreTrainedModel:
-    """What stock transformers builds from the model's config, on the meta device; experts apart as in the model."""
-    config = copy.deepcopy(model.config)
+def build_skeleton(model: PreTrainedModel, config: PretrainedConfig | None = None) -> PreTrainedModel:
+    """What stock transformers builds from the model's config, on the meta device; experts apart as in the model.
+
+    `config`: build from this one instead.
+    """
+    config = copy.deepcopy(model.config if config is None else config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     with torch.device("meta"), no_init_weights():

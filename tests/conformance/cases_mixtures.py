@@ -9,6 +9,12 @@ import torch
 from conformance.cases import SPECIAL, tokens
 from torch import Tensor
 from transformers import (
+    Dots1Config,
+    Dots1ForCausalLM,
+    FlexOlmoConfig,
+    FlexOlmoForCausalLM,
+    Glm4MoeConfig,
+    Glm4MoeForCausalLM,
     MixtralConfig,
     MixtralForCausalLM,
     OlmoeConfig,
@@ -65,6 +71,29 @@ def olmoe(**changes: Any) -> PreTrainedModel:
     return _build(OlmoeForCausalLM, OlmoeConfig(**{**SIZES, "intermediate_size": 24, "num_experts": 5, **changes}))
 
 
+def glm4_moe(**changes: Any) -> PreTrainedModel:
+    """Its router chooses among two groups of three experts first, and corrects its scores to do so."""
+    settings = {**SIZES, "intermediate_size": 80, "moe_intermediate_size": 24, "n_routed_experts": 6, "n_group": 2}
+    settings |= {"topk_group": 1, "first_k_dense_replace": 1, "n_shared_experts": 2, "head_dim": 8}
+    model = _build(Glm4MoeForCausalLM, Glm4MoeConfig(**{**settings, **changes}))
+    for block in model.model.layers:
+        if hasattr(block.mlp, "gate"):
+            block.mlp.gate.e_score_correction_bias.copy_(torch.rand(len(block.mlp.gate.e_score_correction_bias)) / 5)
+    return model
+
+
+def dots1(**changes: Any) -> PreTrainedModel:
+    settings = {**SIZES, "intermediate_size": 80, "moe_intermediate_size": 24, "n_routed_experts": 5, "head_dim": 8}
+    return _build(Dots1ForCausalLM, Dots1Config(**{**settings, "n_shared_experts": 1, **changes}))
+
+
+def flex_olmo(**changes: Any) -> PreTrainedModel:
+    settings = {**SIZES, "intermediate_size": 24, "num_experts": 5, **changes}
+    return _build(FlexOlmoForCausalLM, FlexOlmoConfig(**settings))
+
+
+# Of layouts that the ones above have too; tested where experts are pruned.
+MORE: dict[str, Callable[..., PreTrainedModel]] = {"glm4_moe": glm4_moe, "dots1": dots1, "flex_olmo": flex_olmo}
 MIXTURES: dict[str, Callable[..., PreTrainedModel]] = {
     "mixtral": mixtral,
     "qwen3_moe": qwen3_moe,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from checkpoint.saved import Saved, logits_of, run_stock
 from conformance.cases import tokens
-from conformance.cases_mixtures import MIXTURES, data
+from conformance.cases_mixtures import MIXTURES, MORE, data
 from torch import Tensor, nn
 
 from hf_shrink import make_plan, shrink
@@ -27,6 +27,7 @@ ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "merged": ("qwen3_moe", [MERGED]),
     "depth and experts": ("olmoe", [DEPTH, EXPERTS]),
     "experts in few bits": ("qwen2_moe", [EXPERTS, GPTQ]),
+    "groups of experts in few bits": ("glm4_moe", [EXPERTS, GPTQ]),
     "depth and experts in few bits": ("mixtral", [DEPTH, EXPERTS, GPTQ]),
 }
 
@@ -41,7 +42,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, S
     root = tmp_path_factory.mktemp("experts")
     models, saved = {}, {}
     for row, (family, steps) in ROWS.items():
-        models[row] = shrink(MIXTURES[family](), {"steps": steps}, calibration=data(), progress=False)
+        models[row] = shrink({**MIXTURES, **MORE}[family](), {"steps": steps}, calibration=data(), progress=False)
         folder = root / row.replace(" ", "_")
         models[row].save_pretrained(folder)
         saved[row] = Saved(folder, type(models[row]).__name__, logits_of(models[row]), ())
@@ -57,9 +58,9 @@ def test_stock_loads_what_is_left(row: str, outcomes: dict[str, tuple[Any, Saved
     assert saved.stock_error is None
     assert (saved.stock_logits - saved.logits).abs().max() < 1e-4 * saved.logits.abs().max()
     kept = {block.experts.count for block in bind(model).blocks if block.experts is not None}
-    left = {"mixtral": 2, "olmoe": 3, "qwen2_moe": 3, "qwen3_moe": 3}[ROWS[row][0]]
+    left = {"mixtral": 2, "olmoe": 3, "qwen2_moe": 3, "qwen3_moe": 3, "glm4_moe": 4}[ROWS[row][0]]
     assert kept == {left} and saved.config()["num_experts_per_tok"] == 2
-    assert left in (saved.config().get("num_experts"), saved.config().get("num_local_experts"))
+    assert left in [saved.config().get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts")]
     assert report.parameters_after < 0.95 * report.parameters_before
     if GPTQ in ROWS[row][1]:
         experts = [m for path, m in model.named_modules() if ".experts." in path and path.count(".") == 6]
@@ -89,6 +90,18 @@ def test_a_plan_does_it_again(tmp_path: Path) -> None:
     again: Any = shrink(MIXTURES["mixtral"](), read, progress=False)
     for (name, one), (other_name, other) in zip(first.state_dict().items(), again.state_dict().items(), strict=True):
         assert name == other_name and torch.equal(one, other), name
+
+
+def test_experts_and_single_weights_in_one_run() -> None:
+    zeros = {"prune": {"what": "weights", "method": "magnitude", "sparsity": 0.5}}
+    model: Any = shrink(MIXTURES["mixtral"](), {"steps": [EXPERTS, zeros]}, calibration=data(), progress=False)
+    ids = tokens(3, 14)
+    for block in bind(model).blocks:
+        assert block.experts.count == 2
+        for name in ("gate_up_proj", "down_proj"):
+            weight = getattr(block.experts.module, name)
+            assert weight.shape[0] == 2 and 0.4 < float((weight == 0).float().mean()) < 0.6
+    assert model.config.num_local_experts == 2 and torch.isfinite(logits(model, ids)).all()
 
 
 def test_recipes_say_what_goes_together() -> None:

@@ -14,12 +14,14 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from conformance.cases_mixtures import MIXTURES
-from tiny import tiny_llama
+from safetensors.torch import load_file
+from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from hf_shrink import Plan, RecipeError, keep_zeros, make_plan, register_importance, shrink
 from hf_shrink.architectures.linears import is_matrix, matrix
+from hf_shrink.cli import main
 from hf_shrink.errors import CalibrationError
 from hf_shrink.pipeline.recipes import load_recipe
 from hf_shrink.recipe import Recipe
@@ -225,6 +227,30 @@ def test_experts_get_zeros_and_stay_in_their_3d_parameters(method: str, dtype: t
         assert (model.get_parameter(name) == 0).float().mean() == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("method", ["magnitude", "wanda"])
+def test_fewer_experts_with_zeros_in_what_is_left(method: str) -> None:
+    model = MIXTURES["mixtral"]()
+    count = model.config.num_local_experts
+    names = {name for name, p in model.named_parameters() if p.dim() == 3}
+    steps = {"prune": {"what": "experts", "method": "reap", "experts": 1}}, step(method)
+    model = shrunk(*steps, model=model, data=batches(24))
+    for name in names:
+        parameter = model.get_parameter(name)
+        assert len(parameter) == count - 1
+        assert ((parameter == 0).float().mean((1, 2)) - 0.5).abs().max() < 0.01
+    with torch.no_grad():
+        assert torch.isfinite(model(**batches(1)[0]).logits).all()
+
+
+def test_a_plan_that_does_not_fit_is_refused() -> None:
+    plan = make_plan(tiny_llama(), {"steps": [step()]})
+    text = plan.to_json().replace('"sparsity": 0.5', '"sparsity": null').replace('"pattern": null', '"pattern": "2:5"')
+    with pytest.raises(RecipeError, match="does not divide"):
+        shrink(tiny_llama(), Plan.from_json(text), progress=False)
+    with pytest.raises(RecipeError, match="does not have"):
+        shrink(tiny_llama(), Plan.from_json(plan.to_json().replace("mlp.up_proj", "mlp.up")), progress=False)
+
+
 def test_stock_loads_the_zeros_and_they_can_be_trained(tmp_path: Path) -> None:
     model = shrink(tiny_llama(), load_recipe("sparsegpt-50"), calibration=batches(), progress=False)
     model.save_pretrained(tmp_path)
@@ -236,6 +262,23 @@ def test_stock_loads_the_zeros_and_they_can_be_trained(tmp_path: Path) -> None:
     again = type(model).from_pretrained(tmp_path)
     with keep_zeros(again) as keeper:
         assert len(keeper.kept) == 28 and set(keeper.sparsity().values()) == {0.5}
+
+
+def test_the_command_writes_a_folder_that_says_what_it_is(tmp_path: Path) -> None:
+    source, output = tmp_path / "source", tmp_path / "out"
+    tiny_llama().save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    small = [f"--set=calibration.{key}" for key in ("samples=8", "length=24")]
+    steps = ["--set=prune.pattern=1:4", "--set=evaluation.metrics=[]"]
+    run = ["run", str(source), "--recipe", "wanda-2-4", "--output", str(output), "--quiet", *small, *steps]
+    assert main(run) == 0
+    record = json.loads((output / "shrink.json").read_text())
+    assert Plan.from_json(record["plan"]).weights.amounts["model.layers.3.mlp.down_proj.weight"].pattern == "1:4"
+    assert record["report"]["portable"] and any("75.00% of" in note for note in record["report"]["notes"])
+    assert "28 weights to 1:4 by wanda" in (card := (output / "README.md").read_text())
+    assert "- sparse" in card and "- pruned" in card
+    weight = load_file(output / "model.safetensors")["model.layers.3.mlp.down_proj.weight"]
+    assert ((weight != 0).view(48, -1, 4).sum(-1) == 1).all()
 
 
 def test_notes_and_recipes_say_what_was_done() -> None:

@@ -114,6 +114,20 @@ def test_more_zeros_later_and_none_in_new_weights() -> None:
     assert (model[-1].weight != 0).any()
 
 
+def test_parameters_of_three_dimensions_in_half_precision() -> None:
+    experts = nn.Module()
+    experts.weight = nn.Parameter(torch.randn(3, 4, 5).bfloat16())
+    experts.norm = nn.Parameter(torch.tensor([0.0, 1.0]))
+    with torch.no_grad():
+        experts.weight[:, ::2] = 0.0
+    with keep_zeros(experts) as keeper:
+        optimizer = torch.optim.SGD(experts.parameters(), lr=1.0)
+        (experts.weight.sum() + experts.norm.sum()).backward()
+        optimizer.step()
+        assert set(keeper.kept) == {"weight"}
+    assert (experts.weight[:, ::2] == 0).all() and (experts.norm != 0).any()
+
+
 def test_a_dense_model_is_refused() -> None:
     with pytest.raises(RecipeError, match="no zeros"):
         keep_zeros(net())

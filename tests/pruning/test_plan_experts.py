@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from conformance.cases_mixtures import MIXTURES, data
+from conformance.cases_mixtures import MIXTURES, MORE, data
 from tiny import tiny_llama
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -150,6 +150,14 @@ def test_experts_that_saw_few_tokens_are_named() -> None:
         model.model.layers[1].mlp.gate.weight[1, 0] = -50 * torch.sign(model.model.layers[1].mlp.gate.weight[0, 0])
     (note,) = planned(model, batches=data(1, length=8), experts=1).notes
     assert "fewer than 32 calibration tokens" in note and "model.layers.1.mlp.experts." in note
+
+
+def test_as_many_go_from_each_group_of_a_router_that_chooses_groups() -> None:
+    plan = planned(MORE["glm4_moe"](), Seen(), experts=2)
+    assert [block.experts for block in plan.blocks.values()] == [(1, 2, 4, 5)]
+    for step, message in (({"experts": 1}, "a multiple of 2"), ({"experts": 4}, "at most 2 can go")):
+        with pytest.raises(RecipeError, match=message):
+            planned(MORE["glm4_moe"](), Seen(), **step)
 
 
 class Wrong(Seen):

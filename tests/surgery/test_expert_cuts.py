@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.cases import tokens
-from conformance.cases_mixtures import MIXTURES, count_of
+from conformance.cases_mixtures import MIXTURES, MORE, count_of
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -66,6 +66,36 @@ def masked_routers(model: PreTrainedModel, plan: Plan, monkeypatch: pytest.Monke
         yield
 
 
+@pytest.mark.parametrize("name", MORE)
+def test_cut_equals_masked_where_routers_correct_their_scores_or_choose_groups(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, ids = MORE[name](), tokens(3, 14)
+    grouped = name == "glm4_moe"
+    plan = plan_of(model, 3)
+    if grouped:  # two of each group of three
+        kept = {index: BlockPlan(experts=(0, 2, 3, 4)) for index in plan.stacks["decoder"].blocks}
+        plan = Plan(name, {"decoder": StackPlan((0, 1), kept)})
+    dense, masked_model = logits(model, ids), copy.deepcopy(model)
+    for block in sparse(masked_model):
+        gone = sorted(set(range(block.experts.count)) - set(plan.stacks["decoder"].blocks[block.index].experts))
+        correction = getattr(masked_model.get_submodule(block.routers[0]), "e_score_correction_bias", None)
+        if correction is not None:
+            correction[gone] = -torch.inf
+    with masked_routers(masked_model, plan, monkeypatch):
+        masked = logits(masked_model, ids)
+    check_plan(bind(model), plan)
+    apply_structure(model, plan)
+    assert (masked - dense).abs().max() > 1e-3
+    torch.testing.assert_close(logits(model, ids), masked, rtol=1e-5, atol=1e-5)
+    assert model.config.num_local_experts == (4 if grouped else 3) and model.config.num_experts_per_tok == 2
+    if grouped:
+        for experts in ((0, 1, 2, 3), (0, 3)):
+            blocks = {1: BlockPlan(experts=experts)}
+            with pytest.raises(ArchitectureError, match="the same number of experts in each group, at least 2"):
+                apply_structure(MORE[name](), Plan(name, {"decoder": StackPlan((0, 1), blocks)}))
+
+
 @every_mixture
 @pytest.mark.parametrize("left", [1, 2, 3])  # a token goes to two experts, or to the one that is left
 @pytest.mark.parametrize("apart", [False, True], ids=["3D", "apart"])
@@ -87,6 +117,18 @@ def test_cut_equals_masked(name: str, left: int, apart: bool, monkeypatch: pytes
     each = sum(a * b for a, b in experts.shapes.values()) + model.config.hidden_size
     assert before - sum(p.numel() for p in model.parameters()) == each * (count_of(name) - left) * len(sparse(model))
     assert (model.config.num_experts, model.config.num_experts_per_tok) == (left, min(left, 2))
+
+
+def test_experts_cut_while_apart_go_back_without_what_was_cut() -> None:
+    model, ids = MIXTURES["mixtral"](), tokens(3, 14)
+    expected = copy.deepcopy(model)
+    plan = plan_of(model, 2)
+    apply_structure(expected, plan)
+    undo = separate_experts(model)
+    apply_structure(model, plan)
+    undo()
+    assert model.model.layers[0].mlp.experts.gate_up_proj.shape[0] == 2
+    torch.testing.assert_close(logits(model, ids), logits(expected, ids), rtol=1e-5, atol=1e-5)
 
 
 @every_mixture

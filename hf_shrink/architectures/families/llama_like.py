@@ -58,10 +58,12 @@ FUSED_ATTENTION = dataclasses.replace(
 )
 FUSED_MLP = Mlp(up="mlp.gate_up_proj", down="mlp.down_proj", gate="mlp.gate_up_proj", norm=MLP.norm)
 
+SCALED = Residual("embed_tokens", "norm", ("lm_head", "score", "qa_outputs"), scaled="embed_scale")
+
 FAMILIES = [
     Family(("llama", "mistral", "qwen2", "qwen3"), (STACK,)),
     # Of this kind's first generation: norms store their weight minus 1, and that is all.
-    Family(("gemma",), (dataclasses.replace(STACK, norm_offset=1.0),)),
+    Family(("gemma",), (dataclasses.replace(STACK, norm_offset=1.0, residual=SCALED),)),
     Family(("gemma2", "gemma3_text"), (FOUR_NORMS,)),
     Family(("smollm3",), (dataclasses.replace(STACK, block_lists=("layer_types", "no_rope_layers")),)),
     Family(("phi3",), (dataclasses.replace(STACK, attention=FUSED_ATTENTION, mlp=FUSED_MLP),)),

@@ -49,9 +49,34 @@ OLMOE = dataclasses.replace(
     experts=Experts(),
 )
 
+# The router adds a correction to its scores to choose, and may choose among groups of experts first. The width of the
+# shared experts follows from two config keys.
+CORRECTED = Experts(
+    entries=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
+    count="n_routed_experts",
+    groups="n_group",
+    groups_of_token="topk_group",
+)
+SHARED_EXPERTS = Mlp(
+    up="mlp.shared_experts.up_proj",
+    down="mlp.shared_experts.down_proj",
+    gate="mlp.shared_experts.gate_proj",
+    module="mlp.shared_experts",
+    attributes={"intermediate_size": "channels"},
+)
+GLM4_MOE = dataclasses.replace(QWEN3_MOE, mlp=(SHARED_EXPERTS, MLP), experts=CORRECTED)
+
+
+def _dense_first(stack: Stack) -> tuple[Stack, Stack]:
+    """The stack when every block is sparse, and when the first ones are dense."""
+    free = dataclasses.replace(stack, when={"first_k_dense_replace": 0})
+    return free, dataclasses.replace(stack, depth_fixed="the first blocks are dense (first_k_dense_replace)")
+
+
 FAMILIES = [
     Family(("mixtral",), (MIXTRAL,)),
     Family(("qwen3_moe",), _by_number(QWEN3_MOE)),
     Family(("qwen2_moe",), _by_number(QWEN2_MOE)),
-    Family(("olmoe",), (OLMOE,)),
+    Family(("olmoe", "flex_olmo"), (OLMOE,)),
+    Family(("glm4_moe", "dots1"), _dense_first(GLM4_MOE)),
 ]

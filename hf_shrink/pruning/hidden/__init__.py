@@ -1,0 +1,1 @@
+"""Ways to choose what is kept of the residual stream, one a file."""
