@@ -64,10 +64,7 @@ def apply_plan(
     zeroing = plan_weights_method(plan)
     solves = any(m is not None and m.needs_statistics for m in (method, zeroing))
     reaching = tower_batches(model, towers, batches) if solves else {}
-    if plan.repair and plan.prunes and binding is not None:
-        since = time.perf_counter()
-        report.notes += repair(model, binding, plan, batches, progress)
-        report.seconds["repair"] = time.perf_counter() - since
+    repair(model, binding, plan, batches, report, progress)
     stacks = remove_planned(model, binding, plan) if binding is not None else []
     put_back = separate_experts(model) if packs_experts(binding, touched) else None
     if plan.hidden is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
@@ -20,6 +21,7 @@ from hf_shrink.ops.precision import fast_precision
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.repair import Errors, best_change
+from hf_shrink.report import ShrinkReport
 from hf_shrink.surgery import check_plan, without_blocks
 
 HELD_OUT = 8  # every so many sequences one is held out
@@ -28,21 +30,22 @@ TOLERANCE = 1e-3  # of the largest value, where a block's output is checked to b
 
 def repair(
     model: nn.Module,
-    binding: Binding,
+    binding: Binding | None,
     plan: Plan,
     batches: Sequence[Mapping[str, Any]],
+    report: ShrinkReport,
     progress: ProgressCallback,
-) -> list[str]:
-    """Refit the blocks that the plan keeps, in place, from the first gap on; the gaps themselves are cut afterwards.
+) -> None:
+    """Refit the blocks that the plan keeps where it asks for it, in place, from the first gap on; gaps are cut afterwards.
 
     The last matrix of a block that writes the residual stream is refitted by least squares, so that on the inputs that
     it gets in the pruned model it gives what the dense model has in front of the next block kept. Only where the
     block's output is its stream plus what that matrix gives, which is tried: blocks with norms behind it stay as they
-    are.
-
-    Returns:
-        Notes. Raises as `check_plan` and `StackWalk`.
+    are. Notes and seconds go into the report. Raises as `check_plan` and `StackWalk`.
     """
+    if not plan.repair or not plan.prunes or binding is None:
+        return
+    since = time.perf_counter()
     check_plan(binding, plan)
     job = _Repair(model, progress)
     whole = {s.name: StackPlan(tuple(range(len(s.blocks)))) for s in binding.stacks}
@@ -55,7 +58,8 @@ def repair(
             if stack in changed:
                 job.stack(stack, plans[stack.name], walks.pop(stack.name), batches)
             gone.enter_context(_without(model, stack, plans[stack.name]))
-    return job.notes()
+    report.notes += job.notes()
+    report.seconds["repair"] = time.perf_counter() - since
 
 
 def _first_change(stack: BoundStack, plan: StackPlan) -> int | None:
