@@ -218,7 +218,7 @@ def _inspect(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from dataclasses import replace
 
-    from hf_shrink.checkpoint.measured import load_measured
+    from hf_shrink.checkpoint.measured import fewer_tokens, load_measured
     from hf_shrink.checkpoint.source import load_processing
     from hf_shrink.evaluation import evaluate_model
     from hf_shrink.evaluation.recipes import evaluation_spec
@@ -229,10 +229,12 @@ def _evaluate(options: argparse.Namespace) -> None:
     spec = replace(spec, **changes)
     with silence(), Progress(quiet=options.quiet) as progress:
         measured = load_measured(options.directory)
+        dense = load_measured(options.baseline) if options.baseline else None
         result = evaluate_model(
             measured.model,
             spec,
-            baseline=load_measured(options.baseline).model if options.baseline else None,
+            baseline=dense.model if dense is not None else None,
+            baseline_tokenizer=load_processing(dense.source) if dense is not None and fewer_tokens(measured) else None,
             metrics=spec.metrics,
             tokenizer=load_processing(measured.source),
             seed=options.seed,

@@ -12,6 +12,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
 from hf_shrink.scheme import BITS, KINDS, STRATEGIES, Kind, Scheme, Strategy
 from hf_shrink.sparsity import WeightsPlan
+from hf_shrink.tokens import VocabularyPlan, ranges
 
 __all__ = [
     "BITS",
@@ -26,6 +27,7 @@ __all__ = [
     "Scheme",
     "StackPlan",
     "Strategy",
+    "VocabularyPlan",
     "WeightsPlan",
 ]
 
@@ -128,6 +130,7 @@ class Plan:
         effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).
+        vocabulary: what is kept of it; None: all.
         weights: which matrices get zeros, and how many; None: none.
         hidden: to what the residual stream is cut; None: it stays.
         repair: whether the blocks left are refitted to the dense model's residual stream after depth pruning.
@@ -145,6 +148,7 @@ class Plan:
     effort: str | None = None
     refit: bool = True
     damage: Mapping[str, float] = field(default_factory=dict)
+    vocabulary: VocabularyPlan | None = None
     weights: WeightsPlan | None = None
     hidden: HiddenPlan | None = None
     repair: bool = False
@@ -188,6 +192,8 @@ class Plan:
             }
             schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
             transforms = tuple(data.pop("transforms", ()))
+            vocabulary = data.pop("vocabulary", None)
+            data["vocabulary"] = None if vocabulary is None else VocabularyPlan(**vocabulary)
             weights = data.pop("weights", None)
             weights = None if weights is None else WeightsPlan.from_dict(weights)
             hidden = data.pop("hidden", None)
@@ -201,8 +207,11 @@ class Plan:
     def summary(self) -> str:
         """One line a stack and one a scheme: how much is kept, what is quantized how, and by which work."""
         lines = []
+        if self.vocabulary is not None:
+            kept = sum(index < self.vocabulary.rows for index in self.vocabulary.ids)
+            lines.append(f"vocabulary: {kept:,} of {self.vocabulary.rows:,} tokens kept")
         for name, stack in self.stacks.items():
-            lines.append(f"{name}: {len(stack.kept)} blocks kept ({_ranges(stack.kept)})")
+            lines.append(f"{name}: {len(stack.kept)} blocks kept ({ranges(stack.kept)})")
             for index in stack.kept:
                 block = stack.blocks.get(index)
                 if block is None or block.keeps_all:
@@ -264,14 +273,3 @@ def _named(transform: TransformSpec) -> str:
 
 def _pairs(options: Mapping[str, Any]) -> str:
     return ", ".join(f"{key}: {value}" for key, value in options.items())
-
-
-def _ranges(numbers: tuple[int, ...]) -> str:
-    """(0, 1, 2, 5) as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and n == parts[-1][1] + 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

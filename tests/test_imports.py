@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_shrink"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("registry",),
-    ("scheme", "sparsity"),
+    ("scheme", "sparsity", "tokens"),
     ("plan", "report", "resources", "progress"),
     ("recipe",),
     ("ops",),

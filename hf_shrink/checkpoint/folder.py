@@ -15,17 +15,16 @@ from hf_shrink.checkpoint.record import CARD_NAME, RECORD_NAME
 from hf_shrink.checkpoint.source import PROCESSOR_FILES, TOKENIZER_FILES, Source, side_file
 from hf_shrink.errors import CheckpointError
 
-SIDE_FILES = (
-    *PROCESSOR_FILES,
+# Files that hold tokens or their ids.
+TOKEN_FILES = (
     *TOKENIZER_FILES,
     "special_tokens_map.json",
     "added_tokens.json",
     "merges.txt",
     "normalizer.json",
     GENERATION_CONFIG_NAME,
-    CHAT_TEMPLATE_FILE,
-    "chat_template.json",
 )
+SIDE_FILES = (*PROCESSOR_FILES, *TOKEN_FILES, CHAT_TEMPLATE_FILE, "chat_template.json")
 CHAT_TEMPLATES = "additional_chat_templates"
 
 
@@ -118,13 +117,16 @@ def _put(partial: Path, target: Path) -> None:
     shutil.rmtree(aside)
 
 
-def copy_side_files(source: Source, folder: Path) -> str | None:
+def copy_side_files(source: Source, folder: Path, *, tokens: bool = True) -> str | None:
     """Copy tokenizer, processor, generation config and chat templates beside the new weights.
+
+    Args:
+        tokens: whether the model has the source's tokens; else what holds tokens or their ids is not copied.
 
     Returns:
         The text of the source's README.md, which is not copied: the new card is made from it. None without one.
     """
-    for name in SIDE_FILES:
+    for name in SIDE_FILES if tokens else (name for name in SIDE_FILES if name not in TOKEN_FILES):
         path = side_file(source, name)
         if path is not None:
             shutil.copyfile(path, folder / name)

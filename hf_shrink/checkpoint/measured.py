@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_shrink.checkpoint.record import RECORD_NAME, read_record
 from hf_shrink.checkpoint.source import Source, model_class, open_source
 from hf_shrink.errors import CheckpointError
 
@@ -35,6 +36,12 @@ def load_measured(path_or_id: str | os.PathLike[str]) -> Measured:
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"{source.name} does not load: {' '.join(str(error).split())}") from error
     return Measured(source, model.eval())
+
+
+def fewer_tokens(measured: Measured) -> bool:
+    """Whether tokens were taken out of the model, so that it numbers them otherwise than its dense form."""
+    record = measured.source.folder / RECORD_NAME
+    return record.is_file() and read_record(record).plan.vocabulary is not None
 
 
 def source_skeleton(source: Source) -> PreTrainedModel:

@@ -10,6 +10,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from hf_shrink.errors import CheckpointError, ShrinkError
 from hf_shrink.plan import Plan
 from hf_shrink.report import ShrinkReport
@@ -44,6 +46,8 @@ class ShrinkRecord:
         report: what came of it.
         versions: of the packages that made it.
         card: text of the model card (README.md); None when there is none. Not part of shrink.json.
+        tokenizer: the one that was rewritten with the model's vocabulary, saved beside the model; None where it is the
+            source's. Not part of shrink.json.
     """
 
     source: str
@@ -52,6 +56,7 @@ class ShrinkRecord:
     report: ShrinkReport
     versions: dict[str, str] = field(default_factory=current_versions)
     card: str | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """The content of shrink.json."""
@@ -83,8 +88,10 @@ class ShrinkRecord:
             ) from error
 
     def write(self, folder: Path) -> None:
-        """Write shrink.json, and README.md when there is a card, into `folder`."""
+        """Write shrink.json, README.md when there is a card, and the tokenizer when it is new, into `folder`."""
         (folder / RECORD_NAME).write_text(json.dumps(self.to_dict(), indent=1) + "\n", encoding="utf-8")
+        if self.tokenizer is not None:
+            self.tokenizer.save_pretrained(folder)
         if self.card is not None:
             (folder / CARD_NAME).write_text(self.card, encoding="utf-8")
 

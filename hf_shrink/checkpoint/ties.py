@@ -124,21 +124,25 @@ def stored_names(model: nn.Module) -> dict[str, str]:
     }
 
 
-def _packed_pairs(model: PreTrainedModel) -> list[Pair]:
-    """The pairs whose `weight` the model still counts as tied, of which at least one is packed."""
-    pairs = [
+def _weight_pairs(model: PreTrainedModel) -> list[Pair]:
+    """The pairs whose `weight` the model still counts as tied. Biases can be tied too (BERT's head)."""
+    return [
         (target.removesuffix(".weight"), source.removesuffix(".weight"))
         for target, source in model.all_tied_weights_keys.items()
         if target.endswith(".weight") and source.endswith(".weight")
     ]
+
+
+def _packed_pairs(model: PreTrainedModel) -> list[Pair]:
+    """Of the pairs that count as tied, those of which at least one is packed."""
+    pairs = _weight_pairs(model)
     return [pair for pair in pairs if any(isinstance(module, PackedModule) for module in _modules(model, pair))]
 
 
 def _parted_pairs(model: PreTrainedModel) -> list[Pair]:
     """Dense pairs that the model still counts as tied, and that have a weight each."""
-    pairs = [(t.removesuffix(".weight"), s.removesuffix(".weight")) for t, s in model.all_tied_weights_keys.items()]
     found = []
-    for pair in pairs:
+    for pair in _weight_pairs(model):
         weights = [getattr(module, "weight", None) for module in _modules(model, pair)]
         if all(isinstance(weight, nn.Parameter) for weight in weights) and weights[0] is not weights[1]:
             found.append(pair)

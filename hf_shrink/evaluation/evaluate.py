@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +21,15 @@ from hf_shrink.calibration.targets import (
     Logits,
     cut_by_rows,
     kind_of,
-    mask_tokens,
-    model_inputs,
-    targets_of,
     without_placeholders,
 )
 from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.evaluation.apart import add_apart
 from hf_shrink.evaluation.bootstrap import ratio_interval
 from hf_shrink.evaluation.divergence import Totals
 from hf_shrink.evaluation.metrics import NAMES, load_metric
 from hf_shrink.evaluation.recipes import evaluation_spec
+from hf_shrink.evaluation.scored import Task, device_of, forward, length_of
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import METRICS, EvaluationSpec
 from hf_shrink.registry import did_you_mean
@@ -39,7 +37,6 @@ from hf_shrink.registry import did_you_mean
 # Logits of one forward pass and model, in elements: sequences go in one by one where a batch would make more.
 LOGITS = {"cpu": 2**25, "accelerator": 2**28}
 TASKS = {"causal": "text-generation", "masked": "fill-mask", "seq2seq": "text2text-generation"}
-MASK_SEED = 20_240_229
 
 
 def evaluate_model(
@@ -49,6 +46,7 @@ def evaluate_model(
     baseline: Any = None,
     metrics: Sequence[str] = METRICS,
     tokenizer: Any = None,
+    baseline_tokenizer: Any = None,
     spec: EvaluationSpec | None = None,
     seed: int = 0,
     progress: ProgressCallback | None = None,
@@ -68,6 +66,8 @@ def evaluate_model(
         baseline: the dense model; without one there is only perplexity.
         metrics: of "perplexity", "kl_divergence", "top1_agreement" and "cosine".
         tokenizer: needed for text, and for the mask token of a masked language model.
+        baseline_tokenizer: the baseline's own tokenizer, where the model's vocabulary was pruned. The data is made with
+            it, and both models read the same text, each in its own tokens; figures are per token of the model's.
         spec: samples, length and batch size to make batches by; None: those of the recipe that `data` names.
         seed: of the data and of the bootstrap.
         progress: called with ("evaluate", batches done, batches).
@@ -86,14 +86,20 @@ def evaluate_model(
     for name in metrics:
         if name not in NAMES:
             raise RecipeError(f"unknown metric {name!r}; {did_you_mean(name, NAMES)}")
-    batches, description = _batches(data, spec, model, baseline, tokenizer, seed, progress)
+    own_tokens = baseline is None or baseline_tokenizer is None
+    maker = tokenizer if own_tokens else baseline_tokenizer
+    batches, description = _batches(data, spec, model, baseline, maker, seed, progress)
     kind = kind_of(model)
     batches = [without_placeholders(kind, batch, model) for batch in batches]
-    task = _Task(kind, *_mask_of(kind, model, tokenizer))
+    task = Task.of(kind, model, tokenizer)
     totals, context = Totals(), 0
     with _inference([m for m in (model, baseline) if m is not None]):
+        if not own_tokens:
+            tokenizers = tokenizer_of(tokenizer), tokenizer_of(baseline_tokenizer)
+            context = add_apart(totals, task, batches, (model, baseline), tokenizers, progress)
+            batches = []
         for done, batch in enumerate(task.prepared(batches), 1):
-            context = max(context, _length(batch))
+            context = max(context, length_of(batch))
             for part in cut_by_rows(batch, _rows(model, kind, batch)):
                 _add(totals, kind, part, model, baseline)
             if progress is not None:
@@ -117,32 +123,6 @@ def for_report(result: Mapping[str, Any], speed: Mapping[str, Any] | None = None
     if speed is not None:
         report["speed"] = dict(speed)
     return report
-
-
-@dataclass(frozen=True)
-class _Task:
-    """How batches are made ready; `mask_id` is set for a masked model whose mask token is known."""
-
-    kind: Kind
-    mask_id: int | None
-    special: frozenset[int]
-
-    def prepared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        # The mask's seed is fixed, not the caller's: figures of different runs stay comparable.
-        generator = torch.Generator().manual_seed(MASK_SEED)
-        for batch in batches:
-            yield batch if self.mask_id is None else mask_tokens(batch, self.mask_id, self.special, generator)
-
-
-def _mask_of(kind: Kind, model: Any, tokenizer: Any) -> tuple[int | None, frozenset[int]]:
-    """The mask token's id, where there is one, and the tokens that are never masked."""
-    if kind != "masked":
-        return None, frozenset()
-    tokenizer = tokenizer_of(tokenizer)
-    known = getattr(model.config if tokenizer is None else tokenizer, "mask_token_id", None)
-    if known is None:
-        return None, frozenset()
-    return known, frozenset(() if tokenizer is None else tokenizer.all_special_ids)
 
 
 def _batches(
@@ -183,37 +163,12 @@ def _batches(
 
 
 def _add(totals: Totals, kind: Kind, batch: Batch, model: Any, baseline: Any) -> None:
-    own = _forward(kind, batch, model)
-    dense = None if baseline is None else _forward(kind, batch, baseline)
+    own = forward(kind, batch, model)
+    dense = None if baseline is None else forward(kind, batch, baseline)
     if isinstance(own, Logits):
         totals.add_logits(own, dense if isinstance(dense, Logits) else None)
     elif isinstance(dense, Hidden):
         totals.add_hidden(own, dense)
-
-
-def _forward(kind: Kind, batch: Batch, model: Any) -> Logits | Hidden:
-    device, dtype = _device(model), next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
-    batch = {k: value.to(device, dtype if value.is_floating_point() else None) for k, value in batch.items()}
-    inputs: dict[str, Any] = dict(model_inputs(kind, batch))
-    if kind != "other" and "use_cache" in inspect.signature(model.forward).parameters:
-        inputs["use_cache"] = False
-    outputs = model(**inputs)
-    if isinstance(outputs, torch.Tensor):
-        outputs = {"logits": outputs}
-    if not isinstance(outputs, Mapping):
-        raise CalibrationError(f"{type(model).__name__} returns {type(outputs).__name__}; a dict or tensor is needed")
-    return targets_of(kind, batch, outputs)
-
-
-def _device(model: Any) -> torch.device:
-    """Where the inputs belong: that of the first parameter with data."""
-    return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))
-
-
-def _length(batch: Batch) -> int:
-    """Tokens of a sequence; 0 for inputs that are not text."""
-    ids = batch.get("input_ids", batch.get("decoder_input_ids", batch.get("labels")))
-    return ids.shape[1] if ids is not None and ids.dim() == 2 else 0
 
 
 def _rows(model: Any, kind: Kind, batch: Batch) -> int:
@@ -225,7 +180,7 @@ def _rows(model: Any, kind: Kind, batch: Batch) -> int:
         return len(next(iter(batch.values())))
     target = batch.get("decoder_input_ids", batch.get("labels", batch.get("input_ids")))
     length = target.shape[1] if target is not None and target.dim() == 2 else 1
-    return max(1, LOGITS["cpu" if _device(model).type == "cpu" else "accelerator"] // (length * vocabulary))
+    return max(1, LOGITS["cpu" if device_of(model).type == "cpu" else "accelerator"] // (length * vocabulary))
 
 
 @contextmanager
@@ -243,7 +198,7 @@ def _inference(models: Sequence[torch.nn.Module]) -> Iterator[None]:
             module.training = mode
 
 
-def _reasons(totals: Totals, kind: Kind, task: _Task, model: Any, compared: bool) -> dict[str, str]:
+def _reasons(totals: Totals, kind: Kind, task: Task, model: Any, compared: bool) -> dict[str, str]:
     """Why a metric cannot be given, by metric."""
     name = type(model).__name__
     reasons: dict[str, str] = {}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -48,7 +49,8 @@ def shrink_checkpoint(
         source: folder or Hub id of a dense model in safetensors.
         output_dir: must not exist, or be empty, unless `overwrite`.
         recipe, calibration, seed, progress: as in `shrink`.
-        tokenizer: in place of the source's own tokenizer or processor.
+        tokenizer: in place of the source's own tokenizer or processor; rewritten in place where the recipe prunes the
+            vocabulary.
 
     Raises:
         CheckpointError: the source cannot be read or the output cannot be written.
@@ -65,14 +67,15 @@ def shrink_checkpoint(
         with evaluating(model):
             held_out = _held_out(spec, model, processing, seed, show)
             job.exclude = held_out.texts(processing) if held_out is not None and spec.data != "self" else None
+            before = copy.deepcopy(processing)  # its tokens, where the run takes some out
             record = replace(job.run(job.data()), source=found.name)
         bind_save(model, record)
         model.save_pretrained(folder)
-        source_card = copy_side_files(found, folder)
+        source_card = copy_side_files(found, folder, tokens=record.tokenizer is None)
         record.report.bytes_before = _source_bytes(found, record.report.bytes_before)
         record.report.bytes_after = stored_bytes(folder)
         if held_out is not None:
-            _measure(found, model, held_out, spec, processing, record, show)
+            _measure(found, model, held_out, spec, (processing, before), record, show)
         show.close()
         write_report(folder, record, source_card=source_card)
         record.write(Path(folder))
@@ -98,24 +101,32 @@ def _measure(
     model: PreTrainedModel,
     held_out: CalibrationData,
     spec: EvaluationSpec,
-    processing: Any,
+    processing: tuple[Any, Any],
     record: ShrinkRecord,
     show: Progress,
 ) -> None:
-    """Quality and speed beside the dense model, into the record's report."""
+    """Quality and speed beside the dense model, into the record's report. `processing`: after the run, and before."""
     dense = load_source_model(source)
     model.eval()
-    result = evaluate_model(model, held_out, baseline=dense, metrics=spec.metrics, tokenizer=processing, progress=show)
+    result = evaluate_model(
+        model,
+        held_out,
+        baseline=dense,
+        metrics=spec.metrics,
+        tokenizer=processing[0],
+        baseline_tokenizer=processing[1] if record.tokenizer is not None else None,
+        progress=show,
+    )
     show("comparing speed", 0, 1)
     speed = compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS)
     show("comparing speed", 1, 1)
     record.report.evaluation = for_report(result, speed)
-    writer = tokenizer_of(processing)
+    writer, dense_writer = map(tokenizer_of, processing)
     if dense.can_generate() and not dense.config.is_encoder_decoder and writer is not None:
         show("comparing completions", 0, 2)
         record.report.completions = {
             "prompt": PROMPT,
-            "dense": greedy_completion(dense, writer, PROMPT),
+            "dense": greedy_completion(dense, dense_writer, PROMPT),
             "compressed": greedy_completion(model, writer, PROMPT),
         }
         show("comparing completions", 2, 2)

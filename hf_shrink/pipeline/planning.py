@@ -12,10 +12,9 @@ from transformers import PreTrainedModel
 
 from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.binding import Binding, bind
-from hf_shrink.architectures.linears import is_matrix, shape
-from hf_shrink.architectures.residual import find_residual
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import resolve_formats
+from hf_shrink.pipeline.leaves import cut_by, narrowed_by, removed_by
 from hf_shrink.pipeline.recipes import (
     depth_method,
     expert_method,
@@ -26,17 +25,18 @@ from hf_shrink.pipeline.recipes import (
 )
 from hf_shrink.pipeline.targets import resolve_schemes
 from hf_shrink.pipeline.transforming import transform_notes
+from hf_shrink.pipeline.vocabulary import plan_tokens
 from hf_shrink.pipeline.weights import choose_weights
 from hf_shrink.plan import BlockPlan, Plan, Scheme, StackPlan, WeightsPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.plan_depth import plan_depth
 from hf_shrink.pruning.plan_experts import plan_experts
-from hf_shrink.pruning.plan_hidden import plan_hidden, stream_widths
+from hf_shrink.pruning.plan_hidden import plan_hidden
 from hf_shrink.pruning.plan_width import plan_width
 from hf_shrink.quantization.base import ModelMethod
 from hf_shrink.recipe import QuantizeStep, Recipe
 from hf_shrink.runtime.experts import separate_experts
-from hf_shrink.surgery import consumer_cuts, cut_shapes, without_blocks
+from hf_shrink.surgery import without_blocks
 
 
 @dataclass(frozen=True)
@@ -53,9 +53,17 @@ def find_binding(model: nn.Module) -> Binding | None:
 
 
 def plan_recipe(
-    model: nn.Module, recipe: Recipe, batches: Sequence[Mapping[str, Any]], seed: int, progress: ProgressCallback
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, Any]],
+    seed: int,
+    progress: ProgressCallback,
+    processing: Any = None,
 ) -> Planned:
     """Decide everything. The model is left as it was.
+
+    Args:
+        processing: the model's tokenizer or processor, which a smaller vocabulary needs.
 
     Raises:
         RecipeError: the recipe cannot be met on this model.
@@ -66,13 +74,12 @@ def plan_recipe(
     stacks: dict[str, StackPlan] = {}
     damage: dict[str, float] = {}
     depth, width, quantize = recipe.prune("depth"), recipe.prune("width"), recipe.quantize
-    experts = recipe.prune("experts")
-    hidden = recipe.prune("hidden")
-    if depth or width or experts or hidden:
-        if binding is None or not isinstance(model, PreTrainedModel):
-            raise ArchitectureError(
-                "only transformers models can be pruned; this module can be quantized (method: rtn)"
-            )
+    experts, hidden, vocabulary = recipe.prune("experts"), recipe.prune("hidden"), recipe.prune("vocabulary")
+    prunes = bool(depth or width or experts or hidden)
+    if (prunes or vocabulary) and (binding is None or not isinstance(model, PreTrainedModel)):
+        raise ArchitectureError("only transformers models can be pruned; this module can be quantized (method: rtn)")
+    if prunes:
+        assert binding is not None
         binding.require_roles()
     if width and binding is not None and (sparse := [b.path for b in binding.blocks if b.experts is not None]):
         raise ArchitectureError(
@@ -129,12 +136,15 @@ def plan_recipe(
             )
         notes += narrower.notes
         stacks = _with_blocks(smaller, sources, stacks, narrower.blocks)
+    tokens = plan_tokens(model, vocabulary, processing, batches, seed, progress)
+    notes += tokens.notes if tokens else []
     plan = Plan(
         model_type=binding.model_type if binding is not None else type(model).__name__,
         stacks={name: stack for name, stack in stacks.items() if not _keeps_all(binding, name, stack)},
         refit=width.refit if width else False,
         repair=bool(depth and depth.refit and damage),
         damage=damage,
+        vocabulary=tokens.plan if tokens else None,
         hidden=narrower_stream,
     )
     zeroing = recipe.prune("weights")
@@ -145,8 +155,8 @@ def plan_recipe(
                 apart,
                 zeroing,
                 weights_method(zeroing),
-                gone=lambda path: _removed(path, binding, plan),
-                narrowed=_narrowed(model, binding, plan),
+                gone=lambda path: removed_by(path, binding, plan),
+                narrowed=narrowed_by(model, binding, plan),
             )
         weights = WeightsPlan(zeroing.method, chosen.amounts, dict(zeroing.options), zeroing.refit)
         plan = replace(plan, weights=weights)
@@ -157,8 +167,8 @@ def plan_recipe(
         schemes, formats, found_notes = _resolve(model, binding, recipe, quantize, plan)
         plan = replace(
             plan,
-            schemes={p: s for p, s in schemes.items() if not _removed(p, binding, plan)},
-            formats={p: f for p, f in formats.items() if not _removed(p, binding, plan)},
+            schemes={p: s for p, s in schemes.items() if not removed_by(p, binding, plan)},
+            formats={p: f for p, f in formats.items() if not removed_by(p, binding, plan)},
             method=quantize.method,
             options=dict(quantize.options),
             transforms=quantize.transforms,
@@ -167,7 +177,7 @@ def plan_recipe(
             effort=quantize.effort,
         )
         notes += [*found_notes, *transform_notes(plan)]
-    if not plan.prunes and not plan.bits and plan.weights is None:
+    if not plan.prunes and not plan.bits and plan.vocabulary is None and plan.weights is None:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))
 
@@ -179,13 +189,13 @@ def _resolve(
     method = quantization_method(step)
     if not isinstance(method, ModelMethod):
         with experts_apart(model) as apart:
-            resolved = resolve_schemes(model, apart, step, recipe.portable, _narrowed(model, binding, plan))
+            resolved = resolve_schemes(model, apart, step, recipe.portable, narrowed_by(model, binding, plan))
         return resolved.schemes, {}, resolved.notes
     if plan.prunes and not recipe.portable:
         raise RecipeError(
             f"{step.format} is stored by stock transformers, which cannot say uneven shapes: prune with portable: true"
         )
-    formats, notes = resolve_formats(model, binding, step, method, _cut(model, binding, plan))
+    formats, notes = resolve_formats(model, binding, step, method, cut_by(model, binding, plan))
     return {}, formats, notes
 
 
@@ -241,54 +251,3 @@ def _with_blocks(
 def _keeps_all(binding: Binding | None, name: str, stack: StackPlan) -> bool:
     assert binding is not None
     return not stack.blocks and len(stack.kept) == len(binding.stack(name).blocks)
-
-
-def _removed(path: str, binding: Binding | None, plan: Plan) -> bool:
-    """Whether a module lies in a block, in a part of one, or in an expert, that the plan removes."""
-    for name, stack in plan.stacks.items():
-        assert binding is not None
-        for block in binding.stack(name).blocks:
-            if not path.startswith(block.path + "."):
-                continue
-            own = stack.blocks.get(block.index, BlockPlan())
-            if any(path in getattr(block, part).modules for part in own.removed or ()):
-                return True
-            kept = own.experts
-            if block.experts is not None and kept is not None and path.startswith(block.experts.path + "."):
-                return int(path.removeprefix(block.experts.path + ".").partition(".")[0]) not in kept
-            return block.index not in stack.kept
-    return False
-
-
-def _narrowed(model: nn.Module, binding: Binding | None, plan: Plan) -> dict[str, int]:
-    """The new input width of every matrix that reads something which the plan removes, by its path in the source."""
-    widths = {path: width for path, (_, width) in _stream_sizes(model, binding, plan).items() if width is not None}
-    for name, stack in plan.stacks.items():
-        assert binding is not None
-        for block in binding.stack(name).blocks:
-            cuts = consumer_cuts(block, stack.blocks.get(block.index, BlockPlan()))
-            widths.update({path: kept.numel() for path, kept in cuts.items()})
-    return widths
-
-
-def _cut(model: nn.Module, binding: Binding | None, plan: Plan) -> dict[str, tuple[int, int]]:
-    """The new (out_features, in_features) of every matrix that the plan cuts, by its path in the source."""
-    shapes: dict[str, tuple[int, int]] = {}
-    for name, stack in plan.stacks.items():
-        assert binding is not None
-        for block in binding.stack(name).blocks:
-            shapes |= cut_shapes(block, stack.blocks.get(block.index, BlockPlan()))
-    for path, (rows, columns) in _stream_sizes(model, binding, plan).items():
-        module = model.get_submodule(path)
-        if is_matrix(module):
-            old = shapes.get(path, shape(module))
-            shapes[path] = rows or old[0], columns or old[1]
-    return shapes
-
-
-def _stream_sizes(model: nn.Module, binding: Binding | None, plan: Plan) -> Mapping[str, tuple[int | None, int | None]]:
-    """What the plan makes of matrices and embeddings on a residual stream that it cuts, by path in the source."""
-    if plan.hidden is None or binding is None:
-        return {}
-    stream = find_residual(model, binding.stack(plan.hidden.stack), tied=True)
-    return {} if isinstance(stream, str) else stream_widths(model, stream, plan.hidden.width)

@@ -13,12 +13,14 @@ from hf_shrink.pruning.base import (
     DEPTH,
     EXPERTS,
     HIDDEN,
+    VOCABULARY,
     WEIGHTS,
     WIDTH,
     DepthMethod,
     ExpertMethod,
     GradientMethod,
     HiddenMethod,
+    VocabularyMethod,
     WeightsMethod,
     WidthMethod,
 )
@@ -102,6 +104,10 @@ def expert_method(step: PruneStep) -> ExpertMethod:
     return EXPERTS.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def vocabulary_method(step: PruneStep) -> VocabularyMethod:
+    return VOCABULARY.build(step.method, step.options, _own_keys(PruneStep))
+
+
 def hidden_method(step: PruneStep) -> HiddenMethod:
     return HIDDEN.build(step.method, step.options, _own_keys(PruneStep))
 
@@ -118,6 +124,7 @@ def plan_weights_method(plan: Plan) -> WeightsMethod | None:
 # How the method of a step is made, by what is pruned.
 PRUNE_METHODS: Mapping[str, Callable[[PruneStep], Any]] = {
     "depth": depth_method,
+    "vocabulary": vocabulary_method,
     "hidden": hidden_method,
     "experts": expert_method,
     "width": width_method,
@@ -137,6 +144,8 @@ def needs_calibration(recipe: Recipe) -> bool:
             needed = any(part.needs_statistics for part in parts) or bool(step.tune)
         elif step.what in ("depth", "hidden", "experts"):
             needed = True
+        elif step.what == "vocabulary":
+            needed = not vocabulary_method(step).texts
         elif step.what == "weights":
             needed = weights_method(step).needs_statistics
         else:

@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.save import model_portability
@@ -33,6 +34,7 @@ from hf_shrink.pipeline.recipes import (
     plan_weights_method,
 )
 from hf_shrink.pipeline.targets import check_inputs
+from hf_shrink.pipeline.vocabulary import apply_vocabulary
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
@@ -63,7 +65,8 @@ def shrink(
             `prune` with `what: weights` and `method: magnitude`).
         recipe: a built-in name ("w4a16", "prune20-w4a16", ...; see `hf-shrink recipes`), the path of a YAML file, a
             mapping, a `Recipe`, or a `Plan` made for this model.
-        tokenizer: tokenizer or processor; needed when calibration data is text, images or sound.
+        tokenizer: tokenizer or processor; needed when calibration data is text, images or sound, and rewritten in place
+            where the recipe prunes the vocabulary.
         calibration: in place of the recipe's `calibration.data`: a name such as "self" or "wikitext", the path of a
             .txt, .jsonl or .parquet file, a `datasets.Dataset`, a list of texts, or an iterable of model-input dicts.
         seed: of everything random. Same seed, same machine, same bytes.
@@ -182,7 +185,7 @@ class Job:
             check_inputs(self.model, self.asked.schemes)
             return Planned(self.asked, ())
         assert self.recipe is not None
-        return plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show)
+        return plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show, self.tokenizer)
 
     def _teacher(self, tuning: Tuning | None, data: CalibrationData) -> Teacher | None:
         """What the dense model says, before anything is changed; None without tuning."""
@@ -191,6 +194,17 @@ class Job:
         if not isinstance(self.model, PreTrainedModel) or not data.batches:
             raise CalibrationError("tune works on transformers models with calibration data")
         return Teacher(self.model, regrouped(data.batches, tuning.tokens), self.show)
+
+    def _with_fewer_tokens(
+        self, plan: Plan, data: CalibrationData
+    ) -> tuple[CalibrationData, PreTrainedTokenizerBase | None]:
+        """The data in the tokens that a vocabulary plan leaves, and the tokenizer that it rewrote, if it did."""
+        if plan.vocabulary is None:
+            return data, None
+        if not isinstance(self.model, PreTrainedModel):
+            raise RecipeError("only transformers models have a vocabulary; this module can be quantized")
+        batches = apply_vocabulary(self.model, plan.vocabulary, self.tokenizer, data.batches)
+        return replace(data, batches=batches), tokenizer_of(self.tokenizer)
 
     def run(self, data: CalibrationData) -> ShrinkRecord:
         """Plan and apply; returns the record of it."""
@@ -204,6 +218,7 @@ class Job:
         planned = self.plan(data)
         report.seconds["plan"] = time.perf_counter() - started
         report.notes += planned.notes
+        data, tokenizer = self._with_fewer_tokens(planned.plan, data)
         if self.recipe is not None and self.recipe.dtype != "keep":
             model.to(getattr(torch, self.recipe.dtype))
         tuning = Tuning.from_options(planned.plan.tune)
@@ -226,4 +241,4 @@ class Job:
         if recipe and self.calibration is not None:  # an object: the recipe can only say what it was
             recipe["calibration"]["data"] = data.description
         source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-        return ShrinkRecord(source, recipe, planned.plan, report)
+        return ShrinkRecord(source, recipe, planned.plan, report, tokenizer=tokenizer)

@@ -195,6 +195,29 @@ class ExpertMethod(Protocol):
         ...
 
 
+class VocabularyMethod(Protocol):
+    """Chooses tokens."""
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Names of data (see `calibration.documents`) to count tokens in; empty: the calibration data."""
+        ...
+
+    @property
+    def tokens(self) -> int | None:
+        """Most tokens to read of each of them; None: all."""
+        ...
+
+    @property
+    def multiple_of(self) -> int:
+        """The number of tokens kept is rounded up to a multiple of it, with tokens that would have gone."""
+        ...
+
+    def keeps(self, counts: Tensor) -> Tensor:
+        """bool (tokens,): which stay, from int64 (tokens,), how often each is in the texts."""
+        ...
+
+
 class HiddenMethod(Protocol):
     """Chooses the directions of a residual stream that are kept."""
 
@@ -258,6 +281,7 @@ class WeightsMethod(Protocol):
 
 WIDTH: Registry[WidthMethod] = Registry("width pruning method", "hf_shrink.pruning.width")
 DEPTH: Registry[DepthMethod] = Registry("depth pruning method", "hf_shrink.pruning.depth")
+VOCABULARY: Registry[VocabularyMethod] = Registry("vocabulary pruning method", "hf_shrink.pruning.vocabulary")
 EXPERTS: Registry[ExpertMethod] = Registry("expert pruning method", "hf_shrink.pruning.experts")
 HIDDEN: Registry[HiddenMethod] = Registry("residual width method", "hf_shrink.pruning.hidden")
 WEIGHTS: Registry[WeightsMethod] = Registry("weights pruning method", "hf_shrink.pruning.weights")

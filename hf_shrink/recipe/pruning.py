@@ -14,6 +14,7 @@ from hf_shrink.sparsity import Amount
 # to say how much. Kinds that decide by themselves what goes take none.
 AMOUNTS: Mapping[str, tuple[str, ...]] = {
     "depth": ("ratio", "blocks"),
+    "vocabulary": (),
     "hidden": ("ratio",),
     "experts": ("ratio", "experts"),
     "width": ("ratio",),
@@ -31,8 +32,8 @@ class PruneStep:
     """Take something out of the model.
 
     Attributes:
-        what: whole blocks (`depth`), channels of the residual stream (`hidden`), experts of mixtures (`experts`), heads
-            and channels in the blocks (`width`), or single weights (`weights`).
+        what: whole blocks (`depth`), tokens (`vocabulary`), channels of the residual stream (`hidden`), experts of
+            mixtures (`experts`), heads and channels in the blocks (`width`), or single weights (`weights`).
         ratio: the fraction of all block parameters, as they are when the step starts, that the step removes.
         blocks: of depth: how many blocks go.
         experts: of experts: how many go from each block that has some.

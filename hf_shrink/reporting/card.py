@@ -98,7 +98,7 @@ def _tags(plan: Plan) -> list[str]:
         tags += [f"{bits}-bit" for bits in sorted(set(plan.bits.values()))]
         names = {scheme.name for scheme in plan.schemes.values()}
         tags += [tag for name, tag in (("W8A8", "w8a8"), ("FP8A16", "fp8")) if name in names]
-    if plan.prunes or plan.weights is not None:
+    if plan.prunes or plan.vocabulary is not None or plan.weights is not None:
         tags.append("pruned")
     if plan.weights is not None:
         tags.append("sparse")

@@ -1,0 +1,1 @@
+"""Ways to choose the tokens that stay, one a file."""
