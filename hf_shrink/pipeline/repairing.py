@@ -18,6 +18,7 @@ from hf_shrink.calibration.capture import first_output
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.precision import fast_precision
+from hf_shrink.pipeline.kept import KeptStack, remove_planned
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.repair import Errors, best_change
@@ -28,23 +29,35 @@ HELD_OUT = 8  # every so many sequences one is held out
 TOLERANCE = 1e-3  # of the largest value, where a block's output is checked to be a sum
 
 
+def repair_and_remove(
+    model: nn.Module,
+    binding: Binding,
+    plan: Plan,
+    batches: Sequence[Mapping[str, Any]],
+    report: ShrinkReport,
+    progress: ProgressCallback,
+) -> list[KeptStack]:
+    """As `remove_planned`; where the plan asks for it, with what is left repaired first."""
+    if plan.repair and plan.prunes:
+        repair(model, binding, plan, batches, report, progress)
+    return remove_planned(model, binding, plan)
+
+
 def repair(
     model: nn.Module,
-    binding: Binding | None,
+    binding: Binding,
     plan: Plan,
     batches: Sequence[Mapping[str, Any]],
     report: ShrinkReport,
     progress: ProgressCallback,
 ) -> None:
-    """Refit the blocks that the plan keeps where it asks for it, in place, from the first gap on; gaps are cut afterwards.
+    """Refit the blocks that the plan keeps, in place, from the first gap on; the gaps themselves are cut afterwards.
 
     The last matrix of a block that writes the residual stream is refitted by least squares, so that on the inputs that
     it gets in the pruned model it gives what the dense model has in front of the next block kept. Only where the
     block's output is its stream plus what that matrix gives, which is tried: blocks with norms behind it stay as they
     are. Notes and seconds go into the report. Raises as `check_plan` and `StackWalk`.
     """
-    if not plan.repair or not plan.prunes or binding is None:
-        return
     since = time.perf_counter()
     check_plan(binding, plan)
     job = _Repair(model, progress)

@@ -158,11 +158,8 @@ class Job:
             method, spec = plan_method(self.asked), CalibrationSpec()
             solvers = method, plan_weights_method(self.asked), *plan_transforms(self.asked)
             needed = any(s is not None and s.needs_statistics for s in solvers) or bool(self.asked.tune)
-            needed = (
-                needed
-                or ((self.asked.refit or self.asked.repair) and self.asked.prunes)
-                or self.asked.hidden is not None
-            )
+            needed = needed or self.asked.hidden is not None
+            needed = needed or (self.asked.prunes and (self.asked.refit or self.asked.repair))
         if not needed:
             return NO_DATA
         if not isinstance(self.model, PreTrainedModel):
