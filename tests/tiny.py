@@ -60,3 +60,24 @@ def tiny_llama(seed: int = 0, **changes: object) -> LlamaForCausalLM:
             elif "norm" in name:
                 parameter.uniform_(0.5, 1.5)
     return model.eval()
+
+
+class MadeUpConfig(LlamaConfig):
+    """Of a model type that is in no table."""
+
+    model_type = "made-up"
+
+
+class Unreadable(LlamaForCausalLM):
+    """Has blocks, but reads what nobody knows how to make: its roles cannot be verified."""
+
+    config_class = MadeUpConfig
+    main_input_name = "tokens"
+
+    def forward(self, tokens: torch.Tensor, **kwargs: object) -> object:
+        return super().forward(input_ids=tokens, **kwargs)
+
+
+def tiny_unknown() -> Unreadable:
+    """The tiny Llama as a type of which nothing can be verified: it can be quantized only."""
+    return Unreadable(MadeUpConfig(**tiny_llama().config.to_diff_dict() | {"model_type": "made-up"})).eval()

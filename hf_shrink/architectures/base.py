@@ -31,6 +31,7 @@ class Attention:
             after the residual sum.
         tied: every block of the stack must keep the same heads (a position bias is handed from block to block).
         fixed: why heads cannot be removed at all; None when they can.
+        head_count: attribute of `module` with the number of query heads, where none says the size of a head.
         returns: what `module` returns behind its output: the argument of that name, or None for what nobody needs.
         whole: why the attention cannot be taken out of its block; None when it can.
     """
@@ -50,6 +51,7 @@ class Attention:
     norm: str | tuple[str, ...] | None = None
     tied: bool = False
     fixed: str | None = None
+    head_count: str | None = None
     returns: tuple[str | None, ...] = (None,)
     whole: str | None = None
 
@@ -64,6 +66,7 @@ class Mlp:
         module, attributes: as in Attention.
         norm: as in Attention, of what feeds up and gate.
         activation: config key with the name of the function between up and down, where there is no gate.
+        whole: why the MLP cannot be taken out of its block; None when it can.
     """
 
     up: str
@@ -74,6 +77,7 @@ class Mlp:
     attributes: Mapping[str, Quantity] = field(default_factory=dict)
     norm: str | tuple[str, ...] | None = None
     activation: str | None = None
+    whole: str | None = None
 
 
 @dataclass(frozen=True)
@@ -170,6 +174,8 @@ class Stack:
         depth_fixed: why blocks cannot be removed; None when they can.
         norm_offset: what the blocks' norms add to their stored weight (1 where they store the weight minus 1).
         residual: what is needed to rotate the residual stream, or why it cannot be rotated.
+        found: derived by convention and verified, not written down: a block may lack any of the parts and may hold
+            other matrices beside them, and nothing is known of norms.
     """
 
     name: str
@@ -188,6 +194,7 @@ class Stack:
     depth_fixed: str | None = None
     norm_offset: float = 0.0
     residual: Residual | str = NOT_DECLARED
+    found: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,7 @@
-"""Find a model's blocks and resolve their roles, from the table of families or, for quantization only, by search."""
+"""Find a model's blocks and their roles: from the table of families, else by transformers' conventions, verified.
+
+Where neither knows them, blocks are found by search, for quantization only.
+"""
 
 from __future__ import annotations
 
@@ -6,18 +9,20 @@ import functools
 import importlib
 import pkgutil
 from dataclasses import dataclass
+from typing import Literal
 
-import torch
 from torch import nn
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers import PreTrainedModel
 
 from hf_shrink.architectures import families
-from hf_shrink.architectures.absent import is_absent
-from hf_shrink.architectures.base import Attention, Family, Mlp, Stack
-from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, BoundStack, Slot
-from hf_shrink.architectures.experts import bind_experts, routers_of
-from hf_shrink.architectures.linears import is_matrix, shape
+from hf_shrink.architectures.base import Family, Stack
+from hf_shrink.architectures.bound import BoundBlock, BoundStack
+from hf_shrink.architectures.declared import bind_stack
+from hf_shrink.architectures.derive import Derived, derive
+from hf_shrink.architectures.search import find_stacks, find_towers
 from hf_shrink.errors import ArchitectureError
+
+Source = Literal["table", "convention"]
 
 
 @functools.cache
@@ -39,14 +44,18 @@ class Binding:
     """A model's stacks with their roles.
 
     Attributes:
-        family: None when the model type is not in the table: such a model can be quantized, not pruned.
+        family: None when neither the table nor the conventions know the roles: such a model can only be quantized.
         towers: rows of blocks that feed the stacks (image encoders), in the model's order; no part of `stacks`.
+        source: where the family comes from.
+        missing: why parts have no roles, where the model type is not in the table.
     """
 
     model_type: str
     family: Family | None
     stacks: tuple[BoundStack, ...]
     towers: tuple[BoundStack, ...] = ()
+    source: Source | None = None
+    missing: tuple[str, ...] = ()
 
     @property
     def blocks(self) -> list[BoundBlock]:
@@ -59,11 +68,12 @@ class Binding:
         raise ArchitectureError(f"this model has no stack {name!r}; it has {', '.join(s.name for s in self.stacks)}")
 
     def require_roles(self) -> Family:
-        """The family. Raises ArchitectureError naming the missing roles when the model type is not in the table."""
+        """The family. Raises ArchitectureError naming the missing roles when there is none."""
         if self.family is None:
             raise ArchitectureError(
-                f"model type {self.model_type!r} has no role table, so the roles query, key, value, output, up and "
-                "down are missing and nothing can be pruned; quantization works without. To add it, write one entry in "
+                f"model type {self.model_type!r} has no role table, and its roles query, key, value, output, up and "
+                f"down could not be found and verified ({'; '.join(self.missing) or 'not a transformers model'}), so "
+                "nothing can be pruned; quantization works without. To add it, write one entry in "
                 "hf_shrink/architectures/families/ (see CONTRIBUTING.md)"
             )
         return self.family
@@ -77,19 +87,54 @@ def bind(model: nn.Module) -> Binding:
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     family = known_families().get(model_type)
-    towers: list[BoundStack] = []
+    binding = Binding(model_type, None, ())
     if family is not None:
         specs = _applying(family, getattr(model, "config", None))
-        stacks = [bound for spec in specs if (bound := _bind_stack(model, spec)) is not None]
-        towers = _find_towers(model, family.towers)
-    else:
-        stacks = _find_stacks(model)
-    if not stacks:
+        stacks = [bound for spec in specs if (bound := bind_stack(model, spec)) is not None]
+        binding = Binding(model_type, family, tuple(stacks), tuple(find_towers(model, family.towers)), "table")
+    elif isinstance(model, PreTrainedModel):
+        binding = _bind_derived(model, model_type, _derived(model))
+    if binding.family is None:
+        binding = Binding(model_type, None, tuple(find_stacks(model)), missing=binding.missing)
+    if not binding.stacks:
         raise ArchitectureError(
             f"no repeated blocks were found in {type(model).__name__} (model type {model_type!r}); "
             "hf_shrink works on models made of a list of transformer blocks"
         )
-    return Binding(model_type, family, tuple(stacks), tuple(towers))
+    return binding
+
+
+def family_of(model: nn.Module) -> Family | None:
+    """The family of a model that has roles, from the table or derived; None for one that can be quantized only."""
+    family = known_families().get(getattr(getattr(model, "config", None), "model_type", ""))
+    return family if family is not None or not isinstance(model, PreTrainedModel) else _derived(model).family
+
+
+def same_family(model: PreTrainedModel, other: PreTrainedModel) -> None:
+    """Let `other`, made from the config that `model` has by now, have the roles that `model` had before it was cut."""
+    if _DERIVED in vars(model):
+        vars(other)[_DERIVED] = vars(model)[_DERIVED]
+
+
+_DERIVED = "_derived_family"  # on the model: what it was derived to be as it came
+
+
+def _derived(model: PreTrainedModel) -> Derived:
+    if _DERIVED not in vars(model):
+        vars(model)[_DERIVED] = derive(model)
+    found: Derived = vars(model)[_DERIVED]
+    return found
+
+
+def _bind_derived(model: PreTrainedModel, model_type: str, derived: Derived) -> Binding:
+    if derived.family is None:
+        return Binding(model_type, None, (), missing=derived.reasons)
+    try:
+        stacks = [bound for spec in derived.family.stacks if (bound := bind_stack(model, spec)) is not None]
+    except ArchitectureError as error:  # its sizes do not fit what a small copy of it was found to be
+        vars(model)[_DERIVED] = Derived(None, (str(error),))
+        return Binding(model_type, None, (), missing=(str(error),))
+    return Binding(model_type, derived.family, tuple(stacks), source="convention", missing=derived.reasons)
 
 
 def _applying(family: Family, config: object) -> list[Stack]:
@@ -102,189 +147,3 @@ def _applying(family: Family, config: object) -> list[Stack]:
         if all(getattr(owner, key, None) == value for key, value in spec.when.items()):
             chosen.setdefault(spec.name, spec)
     return list(chosen.values())
-
-
-def _bind_stack(model: nn.Module, spec: Stack) -> BoundStack | None:
-    """None when the model has no such stack (for example the text half of a two-tower model)."""
-    matches = [
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and (name == spec.blocks or name.endswith("." + spec.blocks))
-    ]
-    if not matches:
-        return None
-    path, blocks = min(matches, key=lambda match: len(match[0]))
-    bound = tuple(_bind_block(spec, f"{path}.{i}", i, block) for i, block in enumerate(blocks))
-    return BoundStack(spec.name, path, bound, spec)
-
-
-def _bind_block(spec: Stack, path: str, index: int, block: nn.Module) -> BoundBlock:
-    attention = _bind_attention(spec.attention, path, block) if spec.attention else None
-    has_cross = spec.cross_attention is not None and _has(block, spec.cross_attention.module)
-    cross = _bind_attention(spec.cross_attention, path, block) if spec.cross_attention and has_cross else None
-    experts = bind_experts(spec.experts, path, block) if spec.experts else None
-    form = _mlp_form(spec.mlp, block, needed=experts is None) if spec.mlp else None
-    mlp = _bind_mlp(form, path, block) if form else None
-    routers = routers_of(spec.experts, path, block) if spec.experts else ()
-    roles: dict[str, list[str]] = {}
-    for part in (part for part in (attention, cross, mlp) if part is not None):
-        for slot in part.slots:
-            roles.setdefault(slot.path, []).append(slot.role)
-    if experts is not None and experts.separate:
-        roles.update({matrix: [role] for matrix, role in experts.matrices.items()})
-    roles.update({router: ["router"] for router in routers if is_matrix(block.get_submodule(router[len(path) + 1 :]))})
-    for name, module in block.named_modules():
-        full = f"{path}.{name}"
-        if is_matrix(module) and full not in roles:
-            if name not in spec.ignored:
-                raise ArchitectureError(f"{full} has no role in the table of {spec.name} blocks and is not ignored")
-            roles[full] = []
-    return BoundBlock(
-        path, index, block, attention, cross, mlp, {k: tuple(v) for k, v in roles.items()}, experts, routers
-    )
-
-
-def _submodule(block: nn.Module, path: str, relative: str, role: str) -> nn.Module:
-    try:
-        return block.get_submodule(relative)
-    except AttributeError as error:
-        raise ArchitectureError(f"the role {role!r} is missing: {path} has no module {relative!r}") from error
-
-
-def _bind_attention(spec: Attention, path: str, block: nn.Module) -> BoundAttention | None:
-    """None when the attention was taken out of the block."""
-    if is_absent(block, spec):
-        return None
-    owner = _submodule(block, path, spec.module, "attention")
-    relative = {"query": spec.query, "key": spec.key, "value": spec.value, "output": spec.output}
-    modules = {f"{path}.{r}": _submodule(block, path, r, role) for role, r in relative.items()}
-    size = getattr(owner, spec.head_size, None)
-    if not isinstance(size, int):
-        raise ArchitectureError(f"{path}.{spec.module} does not say its head size: it has no {spec.head_size!r}")
-    out_columns = shape(modules[f"{path}.{spec.output}"])[1]
-    heads = out_columns // size
-    if spec.layout == "separate":
-        kv_heads = shape(modules[f"{path}.{spec.key}"])[0] // size
-    else:
-        kv_heads = (shape(modules[f"{path}.{spec.query}"])[0] // size - heads) // 2
-    if kv_heads < 1 or heads % kv_heads or out_columns != heads * size:
-        raise ArchitectureError(
-            f"{path}.{spec.output} has {out_columns} inputs, and the attention {kv_heads} KV groups: "
-            f"these do not fit heads of size {size}"
-        )
-    index = _attention_rows(spec, heads, kv_heads, size)
-    slots = tuple(
-        Slot(role, f"{path}.{r}", "in" if role == "output" else "out", index[role]) for role, r in relative.items()
-    )
-    _check_cover(slots, modules, path)
-    name = f"{path}.{spec.module}"
-    return BoundAttention(spec, name, owner, heads, kv_heads, size, slots, modules, _carried(spec, owner, heads))
-
-
-def _carried(spec: Attention, owner: nn.Module, heads: int) -> dict[str, int]:
-    """The parameters with one entry a head that this block has (only the first has them where they are handed on)."""
-    present = {name for name, _ in owner.named_parameters()}
-    carried = {path: dim for path, dim in spec.per_head.items() if path in present}
-    for path, dim in carried.items():
-        size = owner.get_parameter(path).shape[dim]
-        if size != heads:
-            raise ArchitectureError(f"{path} has {size} entries where the attention has {heads} heads")
-    return carried
-
-
-def _attention_rows(spec: Attention, heads: int, kv_heads: int, size: int) -> dict[str, torch.Tensor]:
-    """Positions of every head in its matrix, (heads or KV groups, head size), per role."""
-
-    def runs(starts: torch.Tensor) -> torch.Tensor:
-        return starts[:, None] + torch.arange(size)
-
-    head, group = torch.arange(heads), torch.arange(kv_heads)
-    rows = {"output": runs(head * size)}
-    if spec.layout == "separate":
-        rows.update(query=runs(head * size), key=runs(group * size), value=runs(group * size))
-    elif spec.layout == "concatenated":
-        rows.update(
-            query=runs(head * size), key=runs((heads + group) * size), value=runs((heads + kv_heads + group) * size)
-        )
-    else:  # per_head is per_group with one query head a group
-        per = heads // max(kv_heads, 1)
-        start = group * (per + 2) * size
-        rows.update(
-            query=runs((head // per) * (per + 2) * size + (head % per) * size),
-            key=runs(start + per * size),
-            value=runs(start + (per + 1) * size),
-        )
-    return rows
-
-
-def _has(block: nn.Module, relative: str) -> bool:
-    return any(name == relative for name, _ in block.named_modules())
-
-
-def _mlp_form(forms: Mlp | tuple[Mlp, ...], block: nn.Module, *, needed: bool) -> Mlp | None:
-    """The first form whose paths the block has; else the last if `needed`, so that binding names what is missing."""
-    alternatives = forms if isinstance(forms, tuple) else (forms,)
-    for form in alternatives:
-        if all(_has(block, path) for path in (form.up, form.down, form.gate) if path is not None):
-            return form
-    return alternatives[-1] if needed else None
-
-
-def _bind_mlp(spec: Mlp, path: str, block: nn.Module) -> BoundMlp | None:
-    """None when the MLP was taken out of the block."""
-    if is_absent(block, spec):
-        return None
-    relative = {"up": spec.up, "down": spec.down} | ({"gate": spec.gate} if spec.gate else {})
-    modules = {f"{path}.{r}": _submodule(block, path, r, role) for role, r in relative.items()}
-    channels = shape(modules[f"{path}.{spec.down}"])[1]
-    each = torch.arange(channels)[:, None]
-    fused = spec.gate == spec.up
-    slots = [Slot("up", f"{path}.{spec.up}", "out", each + channels if fused else each)]
-    slots += [Slot("gate", f"{path}.{spec.gate}", "out", each)] if spec.gate else []
-    slots += [Slot("down", f"{path}.{spec.down}", "in", each)]
-    _check_cover(tuple(slots), modules, path)
-    owner = _submodule(block, path, spec.module, "mlp") if spec.module else block
-    return BoundMlp(spec, f"{path}.{spec.module}" if spec.module else path, owner, channels, tuple(slots), modules)
-
-
-def _check_cover(slots: tuple[Slot, ...], modules: dict[str, nn.Module], path: str) -> None:
-    """Every row (or column) of a matrix that units share out belongs to exactly one unit of one role."""
-    owned: dict[tuple[str, str], int] = {}
-    for slot in slots:
-        owned[slot.path, slot.axis] = owned.get((slot.path, slot.axis), 0) + slot.index.numel()
-    for (name, axis), count in owned.items():
-        size = shape(modules[name])[0 if axis == "out" else 1]
-        if size != count:
-            roles = ", ".join(s.role for s in slots if (s.path, s.axis) == (name, axis))
-            raise ArchitectureError(
-                f"{name} has {size} {axis}put positions where the roles {roles} of {path} need {count}"
-            )
-
-
-def _find_towers(model: nn.Module, names: tuple[str, ...]) -> list[BoundStack]:
-    """The rows of blocks inside the modules that a family's `towers` name."""
-    towers = []
-    for path, module in model.named_modules():
-        if any(path == name or path.endswith("." + name) for name in names):
-            towers += _find_stacks(module, path)
-    return towers
-
-
-def _find_stacks(model: nn.Module, prefix: str = "") -> list[BoundStack]:
-    """Outermost lists of blocks, found without a table: no matrix has a role. `prefix`: the model's path."""
-    stacks: list[BoundStack] = []
-    for path, modules in model.named_modules(prefix=prefix):
-        if not isinstance(modules, nn.ModuleList) or any(path.startswith(s.path + ".") for s in stacks):
-            continue
-        children = list(modules)
-        same = len({type(child) for child in children}) == 1
-        blocky = all(isinstance(child, GradientCheckpointingLayer) for child in children)
-        inside = [any(is_matrix(m) for n, m in child.named_modules() if n) for child in children]
-        if not children or not all(inside) or not (blocky or (same and len(children) > 1)):
-            continue
-        blocks = []
-        for index, child in enumerate(children):
-            roles = {f"{path}.{index}.{n}": () for n, m in child.named_modules() if is_matrix(m)}
-            blocks.append(BoundBlock(f"{path}.{index}", index, child, None, None, None, dict(roles)))
-        stacks.append(BoundStack(path, path, tuple(blocks), None))
-    return stacks

@@ -70,7 +70,7 @@ def find_feeds(block: BoundBlock, spec: Stack | None, config: PretrainedConfig) 
         spec: the block's stack; None for a tower and a family without a role table, where nothing is found.
         config: the model's.
     """
-    if spec is None:
+    if spec is None or spec.found:
         return Feeds((), (("all", f"the table of model type {config.model_type!r} has no roles for them"),))
     found: list[Feed] = []
     refused: list[tuple[str, str]] = []

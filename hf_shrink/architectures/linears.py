@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
@@ -10,8 +12,35 @@ MATRIX_TYPES = (nn.Linear, Conv1D)
 
 
 def is_matrix(module: nn.Module) -> bool:
-    """Whether the module multiplies by one dense weight matrix."""
-    return isinstance(module, MATRIX_TYPES)
+    """Whether the module multiplies by one dense weight matrix, and does nothing else."""
+    return isinstance(module, MATRIX_TYPES) and (has_usual_forward(type(module)) or _multiplies(module))
+
+
+def has_usual_forward(kind: type[nn.Module]) -> bool:
+    """Whether a matrix of this class computes in the way of its base class, without a forward of its own."""
+    return kind.forward in (nn.Linear.forward, Conv1D.forward)
+
+
+_multiplying: dict[type, bool] = {}
+
+
+def _multiplies(module: nn.Module) -> bool:
+    """Whether a class with a forward of its own (a router, matrices in groups, a scaled head) only multiplies."""
+    kind = type(module)
+    if kind not in _multiplying:
+        twin = copy.copy(module)
+        generator = torch.Generator().manual_seed(0)
+        weight, bias, x = (torch.randn(size, generator=generator) for size in ((6, 4), (6,), (2, 3, 4)))
+        twin._parameters = {"weight": nn.Parameter(weight), "bias": nn.Parameter(bias)}
+        twin.in_features, twin.out_features = 4, 6  # type: ignore[assignment]
+        try:
+            with torch.no_grad():
+                found = twin(x)
+            same = isinstance(found, Tensor) and torch.allclose(found, x @ weight.T + bias, atol=1e-5)
+        except Exception:  # whatever a forward does with sizes that are not its own
+            same = False
+        _multiplying[kind] = same
+    return _multiplying[kind]
 
 
 def matrix(module: nn.Module) -> Tensor:

@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.architectures.linears import has_usual_forward
 from hf_shrink.checkpoint.experts import expert_reasons
 from hf_shrink.checkpoint.ties import can_untie
 from hf_shrink.plan import Scheme
@@ -84,6 +85,8 @@ def _dense_in_stock(
         "asymmetric": [p for p, scheme in schemes.items() if not scheme.symmetric and scheme.strategy != "tensor"],
         "packed apart from a weight that this config always ties": _forced_ties(model, schemes),
     }
+    own = [p for p, kind in kinds.items() if issubclass(kind, nn.Linear) and not has_usual_forward(kind)]
+    found["of a class that reads its weight in a forward of its own"] = own
     if not found["a quantized embedding"]:
         found["initialised by the module around it"] = _initialised_by_parents(model, schemes)
     return {what: paths for what, paths in found.items() if paths}

@@ -84,8 +84,8 @@ def why_part_stays(block: BoundBlock, part: str) -> str | None:
     bound = getattr(block, part, None)
     if bound is None:
         return "the block has none of known form"
-    if isinstance(bound, BoundMlp):
-        return "it runs beside a mixture of experts" if block.experts is not None else None
+    if isinstance(bound, BoundMlp) and block.experts is not None:
+        return "it runs beside a mixture of experts"
     whole: str | None = bound.spec.whole
     return whole
 

@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures.absent import PARTS, is_absent, part_of, take_parts
-from hf_shrink.architectures.binding import Binding, bind, known_families
+from hf_shrink.architectures.binding import Binding, bind, family_of, same_family
 from hf_shrink.architectures.bound import BoundMlp
 from hf_shrink.architectures.linears import resize
 from hf_shrink.architectures.portable import part_keys
@@ -33,7 +33,7 @@ RECORD_FORMAT = 1
 
 def settle_config(model: PreTrainedModel) -> None:
     """Write the model's present sizes into its config: stock keys where all blocks agree, `hf_shrink` for the rest."""
-    if model.config.model_type not in known_families():
+    if family_of(model) is None:
         # Such a model is never cut; and once its weights are packed, its blocks can no longer be found by search.
         model.config.hf_shrink = {"format": RECORD_FORMAT, "shapes": {}, "attributes": {}}
         return
@@ -114,6 +114,7 @@ def build_skeleton(model: PreTrainedModel, config: PretrainedConfig | None = Non
         del config.quantization_config
     with torch.device("meta"), no_init_weights():
         skeleton = type(model)(config)
+    same_family(model, skeleton)
     skeleton.tie_weights()
     if separate_modules(model):
         separate_experts(skeleton)

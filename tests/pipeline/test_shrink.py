@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer
+from tiny import tiny_llama, tiny_tokenizer, tiny_unknown
 from torch import nn
 
 import hf_shrink
@@ -238,15 +238,11 @@ def test_nan_in_a_weight_is_named() -> None:
 
 
 def test_unknown_family_is_quantized_but_not_pruned() -> None:
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    config = OlmoConfig(
-        vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, pad_token_id=0
-    )
-    model = OlmoForCausalLM(config).eval()
+    model = tiny_unknown()
     with pytest.raises(ArchitectureError, match="query, key, value"):
-        shrink(model, PRUNE, calibration=data(), progress=False)
-    shrink(model, GPTQ, calibration=data(), progress=False)
+        step = {"what": "width", "method": "magnitude", "ratio": 0.2, "refit": False}
+        shrink(model, {"steps": [{"prune": step}]}, progress=False)
+    shrink(model, {"steps": [{"quantize": {"method": "rtn", "scheme": "W4A16"}}]}, progress=False)
     assert isinstance(model.model.layers[1].mlp.up_proj, CompressedLinear)
 
 

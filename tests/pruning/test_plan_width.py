@@ -9,7 +9,7 @@ import pytest
 import torch
 from conformance.cases import CASES as DECODERS
 from conformance.cases_encoders import CASES as OTHERS
-from tiny import VOCABULARY, tiny_llama
+from tiny import VOCABULARY, tiny_llama, tiny_unknown
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -222,10 +222,8 @@ def test_ratio_zero_removes_nothing() -> None:
 
 
 def test_an_unknown_family_cannot_be_pruned() -> None:
-    model = tiny_llama()
-    model.config.model_type = "unheard-of"
     with pytest.raises(ArchitectureError, match="no role table"):
-        planned(model, 0.2)
+        planned(tiny_unknown(), 0.2)
 
 
 def test_progress_ends_at_its_total() -> None:

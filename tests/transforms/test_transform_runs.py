@@ -177,7 +177,7 @@ def test_what_cannot_be_done_is_said() -> None:
     notes = shrink(
         OlmoForCausalLM(config).eval(), recipe("rotate", "awq"), calibration=data(), progress=False
     ).shrink_report.notes
-    assert any("not rotated: its family has no role table" in note for note in notes)
+    assert any("was not rotated: found by the names of its modules" in note for note in notes)
     assert any("not scaled in 2 blocks: the table of model type 'olmo' has no roles" in note for note in notes)
     with pytest.raises(RecipeError, match="only transformers models"):
         shrink(nn.Sequential(nn.Linear(16, 16)), recipe("rotate"), progress=False)
