@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_shrink.architectures.refused import check_type
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.record import ShrinkRecord
@@ -147,6 +148,7 @@ class Job:
             plan_transforms(self.asked)
             plan_weights_method(self.asked)
         check_dense(self.model)
+        check_type(self.model)
         self.show = Progress(quiet=not self.progress)
 
     def data(self) -> CalibrationData:
