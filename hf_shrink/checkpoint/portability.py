@@ -104,7 +104,7 @@ def _forced_ties(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[
 
 
 def _initialised(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[str]:
-    """Packed modules whose `weight` the `_init_weights` of a module around them (T5), or called on them (CvT), asks for.
+    """Packed modules whose `weight` an `_init_weights` asks for, of a module around them (T5) or called on them (CvT).
 
     Stock calls it on every module after loading, also where nothing is left to initialise, and fails where the weight
     is packed.
