@@ -133,6 +133,7 @@ class Plan:
         vocabulary: what is kept of it; None: all.
         weights: which matrices get zeros, and how many; None: none.
         hidden: to what the residual stream is cut; None: it stays.
+        repair: whether the blocks left are refitted to the dense model's residual stream after depth pruning.
     """
 
     model_type: str
@@ -150,6 +151,7 @@ class Plan:
     vocabulary: VocabularyPlan | None = None
     weights: WeightsPlan | None = None
     hidden: HiddenPlan | None = None
+    repair: bool = False
 
     @property
     def prunes(self) -> bool:

@@ -88,7 +88,7 @@ def _dense_in_stock(
     own = [p for p, kind in kinds.items() if issubclass(kind, nn.Linear) and not has_usual_forward(kind)]
     found["of a class that reads its weight in a forward of its own"] = own
     if not found["a quantized embedding"]:
-        found["initialised by the module around it"] = _initialised_by_parents(model, schemes)
+        found["initialised by a code that asks for its weight"] = _initialised(model, schemes)
     return {what: paths for what, paths in found.items() if paths}
 
 
@@ -103,8 +103,8 @@ def _forced_ties(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[
     return [target for target, source in ties.items() if (target in schemes) != (source in schemes)]
 
 
-def _initialised_by_parents(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[str]:
-    """Packed modules whose `weight` the `_init_weights` of a module around them asks for (T5).
+def _initialised(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Packed modules whose `weight` an `_init_weights` asks for, of a module around them (T5) or called on them (CvT).
 
     Stock calls it on every module after loading, also where nothing is left to initialise, and fails where the weight
     is packed.
@@ -118,11 +118,11 @@ def _initialised_by_parents(model: PreTrainedModel, schemes: Mapping[str, Scheme
         vars(tensor)["_is_hf_initialized"] = True  # as from_pretrained marks what it has loaded
     asked = []
     with torch.random.fork_rng(devices=[]), torch.no_grad():
-        for around in dict.fromkeys(parent for path in packed for parent in _parents(path)):
+        for place in dict.fromkeys(place for path in packed for place in (*_parents(path), path)):
             try:
-                _owner(modules, around)._init_weights(modules[around])
+                _owner(modules, place)._init_weights(modules[place])
             except AttributeError:
-                asked += [path for path in packed if around in _parents(path)]
+                asked += [path for path in packed if place in (*_parents(path), path)]
     return list(dict.fromkeys(asked))
 
 

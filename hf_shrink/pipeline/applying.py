@@ -23,11 +23,12 @@ from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.clock import Clock
 from hf_shrink.pipeline.cutting import cut_and_refit, cut_tied_heads
-from hf_shrink.pipeline.kept import KeptStack, present, remove_planned, whole_stack
+from hf_shrink.pipeline.kept import KeptStack, present, whole_stack
 from hf_shrink.pipeline.learning import Learning
 from hf_shrink.pipeline.masking import Masking
 from hf_shrink.pipeline.packing import Task, solve_and_pack, tied_partner_missing, untie
 from hf_shrink.pipeline.recipes import plan_transforms, plan_weights_method
+from hf_shrink.pipeline.repairing import repair_and_remove
 from hf_shrink.pipeline.slicing import slice_planned
 from hf_shrink.pipeline.towers import tower_batches, towers_with
 from hf_shrink.pipeline.transforming import BlockScaler, rotate
@@ -63,13 +64,12 @@ def apply_plan(
     zeroing = plan_weights_method(plan)
     solves = any(m is not None and m.needs_statistics for m in (method, zeroing))
     reaching = tower_batches(model, towers, batches) if solves else {}
-    stacks = remove_planned(model, binding, plan) if binding is not None else []
+    stacks = repair_and_remove(model, binding, plan, batches, report, progress) if binding is not None else []
     put_back = separate_experts(model) if packs_experts(binding, touched) else None
     if plan.hidden is not None:
         stacks = slice_planned(model, stacks, plan.hidden, batches, report, progress)
     schemes, formats = present(plan.schemes, stacks), present(plan.formats, stacks)
-    whole = method if isinstance(method, ModelMethod) else None
-    method = None if isinstance(method, ModelMethod) else method
+    whole, method = (method, None) if isinstance(method, ModelMethod) else (None, method)
     untie(model, tied_partner_missing(model, schemes))
     transforms = plan_transforms(plan)
     report.notes += rotate(model, [s.stack for s in stacks], transforms)

@@ -142,6 +142,7 @@ def plan_recipe(
         model_type=binding.model_type if binding is not None else type(model).__name__,
         stacks={name: stack for name, stack in stacks.items() if not _keeps_all(binding, name, stack)},
         refit=width.refit if width else False,
+        repair=bool(depth and depth.refit and damage),
         damage=damage,
         vocabulary=tokens.plan if tokens else None,
         hidden=narrower_stream,

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_shrink.architectures.refused import check_type
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.record import ShrinkRecord
@@ -147,6 +148,7 @@ class Job:
             plan_transforms(self.asked)
             plan_weights_method(self.asked)
         check_dense(self.model)
+        check_type(self.model)
         self.show = Progress(quiet=not self.progress)
 
     def data(self) -> CalibrationData:
@@ -158,7 +160,8 @@ class Job:
             method, spec = plan_method(self.asked), CalibrationSpec()
             solvers = method, plan_weights_method(self.asked), *plan_transforms(self.asked)
             needed = any(s is not None and s.needs_statistics for s in solvers) or bool(self.asked.tune)
-            needed = needed or (self.asked.refit and self.asked.prunes) or self.asked.hidden is not None
+            needed = needed or self.asked.hidden is not None
+            needed = needed or (self.asked.prunes and (self.asked.refit or self.asked.repair))
         if not needed:
             return NO_DATA
         if not isinstance(self.model, PreTrainedModel):

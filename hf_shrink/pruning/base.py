@@ -129,6 +129,13 @@ class DepthProblem(Protocol):
         """Mean over tokens of 1 - cos(input, output) of every block left, without the `removed` ones."""
         ...
 
+    def angles(self, spans: Sequence[Sequence[int]], tokens: int) -> list[float]:
+        """Mean over tokens of the angle between the input of a span's first block and the output of its last, over pi.
+
+        Spans are neighbouring blocks of one stack, ascending.
+        """
+        ...
+
     def divergences(self, base: Sequence[int], trials: Sequence[Sequence[int]], look: Look) -> list[float]:
         """How far the model's predictions move from the dense ones without the items of each trial.
 

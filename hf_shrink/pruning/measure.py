@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -75,7 +76,15 @@ class MeasuredModel:
         runner = Predictor(self._model, fast=False)
         for done, inputs in enumerate(chosen):
             self._progress("measuring block influence", done, len(chosen))
-            with self._without(self._items.left(removed)), self._watching(removed, inputs, sums, counts):
+
+            def add(number: int, states: tuple[Tensor, Tensor], inputs: Mapping[str, Any] = inputs) -> None:
+                before, after = (state.float() for state in states)
+                turned = 1 - F.cosine_similarity(before, after.to(before.device), dim=-1)
+                turned = _real(turned, inputs, self._items.all[number].stack)
+                sums[number] = sums.get(number, 0.0) + float(turned.double().sum())
+                counts[number] = counts.get(number, 0) + turned.numel()
+
+            with self._without(self._items.left(removed)), self._watching(removed, add):
                 runner.run(inputs)
         self._progress("measuring block influence", len(chosen), len(chosen))
         found = {number: sums[number] / counts[number] for number in sorted(sums)}
@@ -85,6 +94,27 @@ class MeasuredModel:
         if not all(abs(value) < float("inf") for value in found.values()):
             raise CalibrationError("NaN or Inf in the hidden states; check the weights and the calibration data")
         return found
+
+    def angles(self, spans: Sequence[Sequence[int]], tokens: int) -> list[float]:
+        sums, count = [0.0] * len(spans), [0] * len(spans)
+        chosen, runner = self._samples(tokens), Predictor(self._model, fast=True)
+        for done, inputs in enumerate(chosen):
+            self._progress("measuring angles", done, len(chosen))
+            states: dict[int, tuple[Tensor, Tensor]] = {}
+            with self._watching([], states.__setitem__):
+                runner.run(inputs)
+            for place, span in enumerate(spans):
+                if span[0] not in states or span[-1] not in states:
+                    raise CalibrationError(f"{self.labels[span[0]]} never runs on this calibration data")
+                before, after = states[span[0]][0], states[span[-1]][1]
+                cosine = F.cosine_similarity(before.float(), after.float().to(before.device), dim=-1)
+                angle = _real(cosine.clamp(-1, 1).arccos() / math.pi, inputs, self._items.all[span[0]].stack)
+                sums[place] += float(angle.double().sum())
+                count[place] += angle.numel()
+        self._progress("measuring angles", len(chosen), len(chosen))
+        if not all(total < float("inf") for total in sums):
+            raise CalibrationError("NaN or Inf in the hidden states; check the weights and the calibration data")
+        return [total / n for total, n in zip(sums, count, strict=True)]
 
     def divergences(self, base: Sequence[int], trials: Sequence[Sequence[int]], look: Look) -> list[float]:
         predictor, references = self._references(look)
@@ -159,24 +189,14 @@ class MeasuredModel:
             yield
 
     @contextmanager
-    def _watching(
-        self, removed: Sequence[int], inputs: Mapping[str, Any], sums: dict[int, float], counts: dict[int, int]
-    ) -> Iterator[None]:
-        """Add up 1 - cos(input, output) over the tokens of every block that runs."""
-
-        def watch(number: int, args: Any, kwargs: Any, output: Any) -> None:
-            before, after = split_hidden(args, kwargs)[0], first_output(output)
-            turned = 1 - F.cosine_similarity(before.float(), after.float().to(before.device), dim=-1)
-            turned = _real(turned, inputs, self._items.all[number].stack)
-            sums[number] = sums.get(number, 0.0) + float(turned.double().sum())
-            counts[number] = counts.get(number, 0) + turned.numel()
-
+    def _watching(self, removed: Sequence[int], see: Callable[[int, tuple[Tensor, Tensor]], None]) -> Iterator[None]:
+        """Show the hidden states in front of and behind every block that runs, with its number."""
         with ExitStack() as stack:
             for number, item in enumerate(self._items.all):
                 if number not in removed:
 
                     def hook(_: nn.Module, args: Any, kwargs: Any, output: Any, number: int = number) -> None:
-                        watch(number, args, kwargs, output)
+                        see(number, (split_hidden(args, kwargs)[0], first_output(output)))
 
                     stack.callback(item.block.module.register_forward_hook(hook, with_kwargs=True).remove)
             yield

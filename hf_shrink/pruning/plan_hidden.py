@@ -49,9 +49,10 @@ def plan_hidden(model: PreTrainedModel, binding: Binding, step: PruneStep, metho
     assert step.ratio is not None
     stack, stream = _stream(model, binding)
     config = stack_configs(model, stack)[0]
-    untie = bool(getattr(method, "untie", False)) and stream.tied
+    asked: bool | None = getattr(method, "untie", False)
+    untie = (not step.refit if asked is None else asked) and stream.tied
     if untie and not can_untie(model.config):
-        raise RecipeError("this family always ties its head to the embedding; leave untie out")
+        raise RecipeError("this family always ties its head to the embedding; set untie: false")
     if step.ratio == 0:
         return Narrowing(None, [])
     total = sum(bound.parameters for bound in binding.stacks)

@@ -40,7 +40,8 @@ class PruneStep:
         units: of width: which units.
         sparsity, threshold, pattern: of weights: see `sparsity.Amount`.
         targets, ignore: of weights: which modules, as in a quantize step.
-        refit: whether matrices that read or write what was cut are refitted by least squares.
+        refit: whether matrices that read or write what was cut are refitted by least squares; of depth: the matrices
+            that write the residual stream, from the first gap on.
         options: the fields of the method's own dataclass.
         parts: of depth: whether whole blocks go, only their attentions or MLPs, or either of these ("any").
     """

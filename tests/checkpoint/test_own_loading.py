@@ -19,13 +19,15 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     CompressedTensorsConfig,
+    CvtConfig,
+    CvtForImageClassification,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
 )
 from transformers.pytorch_utils import Conv1D
 
-import hf_shrink  # noqa: F401  registers the loaders
+import hf_shrink
 from hf_shrink.checkpoint.packed import packed_modules
 from hf_shrink.checkpoint.quantizers import register
 from hf_shrink.errors import CheckpointError
@@ -211,3 +213,19 @@ def test_another_tie_is_not_lost_when_the_head_is_packed_apart(tmp_path: Path) -
 def test_in_memory_and_loaded_agree_on_the_dense_model() -> None:
     """The helper rounds: a test that compared dense with dense would prove nothing."""
     assert not torch.equal(logits_of(llama({})()), logits_of(tiny_llama()))
+
+
+def test_a_type_that_initialises_linears_by_their_weight_loads_dense_in_stock(tmp_path: Path) -> None:
+    """CvT's `_init_weights` reads the weight of every Linear, which stock also asks of packed ones."""
+    torch.manual_seed(0)
+    config = CvtConfig(embed_dim=[32, 32, 32], num_heads=[1, 2, 2], depth=[1, 2, 3], num_labels=3)
+    model = CvtForImageClassification(config).eval()
+    recipe = {"steps": [{"quantize": {"method": "rtn", "scheme": "W8A16", "group_size": 32}}]}
+    hf_shrink.shrink(model, recipe, progress=False)
+    assert model.shrink_report.portable
+    model.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["quantization_config"]["dequantize"] is True
+    again = CvtForImageClassification.from_pretrained(tmp_path).eval()
+    pixels = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        torch.testing.assert_close(again(pixels).logits, model(pixels).logits)

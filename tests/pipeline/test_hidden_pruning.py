@@ -111,7 +111,7 @@ WIDTH = {"prune": {"what": "width", "method": "magnitude", "ratio": 0.1, "units"
 ROWS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
     "apart": (built, [hidden()]),
     "tied": (lambda: built(tied=True), [hidden(untie=False)]),
-    "untied": (lambda: built(tied=True), [hidden()]),
+    "untied": (lambda: built(tied=True), [hidden(untie=True)]),
     "scaled": (_scaled_embedding, [hidden(refit=False)]),
     "in few bits": (built, [DEPTH, hidden(), WIDTH, RTN]),
 }
@@ -156,9 +156,11 @@ def test_quantization_knows_the_new_widths(outcomes: dict[str, tuple[Any, Saved]
 
 
 def test_a_plan_does_it_again(tmp_path: Path) -> None:
-    recipe = {"steps": [hidden(), RTN]}
+    recipe = {"steps": [hidden(untie=True), RTN]}
+    left = make_plan(built(tied=True), {"steps": [hidden()]}, calibration=tokens(), progress=False)
+    assert left.hidden == HiddenPlan("decoder", 36, "pca", {}, True, False)
     plan = make_plan(built(tied=True), recipe, calibration=tokens(), progress=False)
-    assert plan.hidden == HiddenPlan("decoder", 36, "pca", {}, True, True)
+    assert plan.hidden == HiddenPlan("decoder", 36, "pca", {"untie": True}, True, True)
     assert "residual stream of 36 channels (pca, refitted), the head gets a weight of its own" in plan.summary()
     read = Plan.from_json(plan.to_json(tmp_path / "plan.json"))
     assert read == plan

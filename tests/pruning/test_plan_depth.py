@@ -132,6 +132,34 @@ def test_influence_is_one_minus_the_cosine_over_real_tokens() -> None:
         assert found[block] == pytest.approx(float(expected.mean().detach()), rel=1e-5)
 
 
+def test_angles_are_those_between_hidden_states() -> None:
+    model, [batch] = tiny_llama(), tokens(1)
+    [one, two] = problem_of(model, [batch]).angles([[1], [0, 1]], 10_000)
+    states = model(**batch, output_hidden_states=True).hidden_states
+    for start, found in ((1, one), (0, two)):
+        before, after = states[start].double(), states[2].double()
+        cosine = (before * after).sum(-1) / before.norm(dim=-1) / after.norm(dim=-1)
+        # Products may be in bfloat16.
+        assert found == pytest.approx(float((cosine.arccos() / torch.pi).mean().detach()), rel=1e-2)
+
+
+@pytest.mark.parametrize(("idle", "kept"), [((1, 2), (0, 3, 4)), ((3, 4), (0, 1, 2))])
+def test_a_span_is_made_of_neighbours(idle: tuple[int, int], kept: tuple[int, ...]) -> None:
+    model = with_idle_block(idle[0], num_hidden_layers=5)
+    model.model.layers[idle[1]].self_attn.o_proj.weight.data.zero_()
+    model.model.layers[idle[1]].mlp.down_proj.weight.data.zero_()
+    assert planned(model, "span", blocks=2).kept["decoder"] == kept
+    model, inputs = CASES["t5"].build(), CASES["t5"].inputs()
+    left = planned(model, "span", [inputs], blocks=2).kept
+    assert (left["encoder"], left["decoder"]) in (
+        ((0,), (0, 1, 2, 3)),
+        ((0, 1, 2), (0, 1)),
+        ((0, 1, 2), (0, 3)),
+    )
+    with pytest.raises(RecipeError, match="no further block"):
+        planned(model, "span", [inputs], blocks=4)
+
+
 def test_later_rounds_try_what_cost_least_before() -> None:
     model, data = tiny_llama(num_hidden_layers=5), tokens()
     tried: list[list[int]] = []

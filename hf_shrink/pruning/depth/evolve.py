@@ -29,7 +29,7 @@ class Evolve:
 
     Attributes:
         generations: how many; None: as many as `minutes` allow.
-        minutes: no generation starts after this time; None: no limit.
+        minutes: of the whole choice; no generation starts after them. None: no limit.
         offspring: of a generation.
         tokens, predictions: of the last measurement; the first runs on an eighth of the tokens, the second on half.
         candidates: of the greedy start, see kl_greedy.
@@ -53,19 +53,19 @@ class Evolve:
             raise ValueError(f"minutes must be a number of at least 0, not {self.minutes!r}")
 
     def removals(self, problem: DepthProblem) -> Iterator[Removal]:
+        ends = None if self.minutes is None else time.monotonic() + 60 * self.minutes
         greedy = cheapest_first(problem, self._look(2), self.candidates)
-        best, loss = self._search(problem, sorted(removal.item for removal in greedy))
+        best, loss = self._search(problem, sorted(removal.item for removal in greedy), ends)
         for item in best:
             yield Removal(item, loss)
 
-    def _search(self, problem: DepthProblem, parent: list[int]) -> tuple[list[int], float]:
+    def _search(self, problem: DepthProblem, parent: list[int], ends: float | None) -> tuple[list[int], float]:
         """The best set found, and its divergence."""
         looks = [self._look(8), self._look(2), self._look(1)]
         if not parent:
             return parent, 0.0
         [loss] = problem.divergences(parent, [parent], looks[-1])
         chance = random.Random(self.seed)
-        ends = None if self.minutes is None else time.monotonic() + 60 * self.minutes
         known = {tuple(parent)}
         generations = self.generations if self.generations is not None or ends is not None else 20
         generation = 0
