@@ -111,6 +111,8 @@ class Items:
             return True
         types = self._types[stack.name]
         first = {types[index]: index for index in reversed(left.kept[stack.name])}
+        if stack.spec is not None and stack.spec.found and len(first) < len(set(types)):
+            return False  # of blocks without a table nobody knows which kind it is that the cache asks
         return all(
             _attends(stack, index) and "attention" not in left.parts.get((stack.name, index), ())
             for index in first.values()

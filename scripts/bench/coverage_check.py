@@ -32,7 +32,7 @@ from hf_shrink.plan import BlockPlan, Plan
 
 NEAR = 1e-4
 WIDTH = [{"what": "width", "method": "magnitude", "ratio": ratio, "refit": False} for ratio in (0.15, 0.05, 0.01)]
-DEPTH = {"what": "depth", "method": "block_influence", "blocks": 1}
+DEPTH = {"what": "depth", "method": "block_influence", "blocks": 1, "refit": False}
 QUANTIZE = {"method": "rtn", "scheme": "W4A16", "group_size": 32}
 
 

@@ -196,7 +196,7 @@ def test_units_that_are_read_elsewhere_are_not_bound() -> None:
 def test_blocks_whose_attention_has_no_known_form_can_go() -> None:
     model = made_up(_Mixed)
     inputs = find_inputs(model)
-    step = {"what": "depth", "method": "block_influence", "blocks": 1}
+    step = {"what": "depth", "method": "block_influence", "blocks": 1, "refit": False}
     dense = copy.deepcopy(model)
     shrink(model, {"steps": [{"prune": step}]}, calibration=[inputs], progress=False)
     assert len(model.model.layers) == model.config.num_hidden_layers == 3
