@@ -20,7 +20,7 @@ from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.architectures.conventions import attentions, mlps
 from hf_shrink.architectures.declared import bind_stack
 from hf_shrink.architectures.keys import with_channels, with_depth, with_heads
-from hf_shrink.architectures.probe import ProbeError, build, find_inputs, outputs
+from hf_shrink.architectures.probe import build, find_inputs, outputs
 from hf_shrink.architectures.search import find_stacks
 from hf_shrink.architectures.tiny import rebuilt, shrunken
 from hf_shrink.architectures.verify import Probe, check_absence, check_width, parts_of
@@ -56,7 +56,7 @@ def derive(model: PreTrainedModel) -> Derived:
             if modules != _structure(build(kind, _dense(model.config), meta=True)):
                 return Derived(None, ("a small copy to verify on has other modules than the model",))
         return derived
-    except (ProbeError, ValueError, TypeError, KeyError, AttributeError) as error:  # a config that cannot be narrow
+    except Exception as error:  # whatever a class does with a config that does not suit it: it can still be quantized
         return Derived(None, (f"a small copy to verify on: {error}",))
 
 

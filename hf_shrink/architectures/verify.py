@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -155,7 +156,7 @@ def same_as_stock(
         stock = build(kind, again)
         stock.load_state_dict(smaller)
         found = outputs(stock, probe.inputs)
-    except (ProbeError, ValueError, TypeError, KeyError) as error:
+    except (ProbeError, StrictDataclassError, ValueError, TypeError, KeyError) as error:
         return f"{what}: {error}"
     return probe.judge(found, expected, what)
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from huggingface_hub.errors import StrictDataclassClassValidationError
 from tiny import MadeUpConfig, tiny_llama
 from torch import Tensor, nn
 from transformers import LlamaForCausalLM, PreTrainedModel
@@ -227,3 +228,24 @@ def test_verifying_leaves_the_random_state_alone() -> None:
 def test_a_matrix_with_a_computation_of_its_own_is_none() -> None:
     assert not is_matrix(_Mixing(8, 8))
     assert is_matrix(type("Plain", (nn.Linear,), {"forward": lambda self, x: x @ self.weight.T + self.bias})(8, 8))
+
+
+class _Strict(MadeUpConfig):
+    """Refuses another number of blocks than it has layer types, as some of transformers' configs do."""
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        types = getattr(self, "layer_types", None)
+        if types is not None and len(types) != self.num_hidden_layers:
+            raise StrictDataclassClassValidationError("layer_types", ValueError("one type a block"))
+
+
+class _Listed(LlamaForCausalLM):
+    config_class = _Strict
+
+
+def test_a_config_that_refuses_a_guess_is_only_a_wrong_guess() -> None:
+    settings = {**tiny_llama().config.to_diff_dict(), "model_type": "made-up"}
+    config = _Strict(**settings, layer_types=["full_attention"] * 4)
+    spec = bind(build(_Listed, config)).stacks[0].spec
+    assert spec is not None and spec.depth_fixed is None and spec.block_lists == ("layer_types",)
