@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures.linears import has_usual_forward
+from hf_shrink.checkpoint.exchanged import exchange_reasons
 from hf_shrink.checkpoint.experts import expert_reasons
 from hf_shrink.checkpoint.ties import can_untie
 from hf_shrink.plan import Scheme
@@ -52,7 +53,7 @@ def portability(
     other = [path for path, kind in kinds.items() if not issubclass(kind, nn.Linear | nn.Embedding | Conv1D)]
     if other:
         reasons.append(f"{_few(other)}: neither Linear nor Embedding, which is all that compressed-tensors knows")
-    reasons += expert_reasons(model, schemes)
+    reasons += [*expert_reasons(model, schemes), *exchange_reasons(model, schemes)]
     rounded = [path for path, scheme in schemes.items() if scheme.activation_bits < 16]
     for what, paths in _dense_in_stock(model, schemes, kinds).items():
         if len(set(schemes.values())) > 1:

@@ -133,6 +133,11 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         bind(model, _record_beside(model))
         return model.dequantize() if self._to_dense else model
 
+    def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
+        # Stock exchanges modules that it cannot quantize; our checkpoints hold them as they are.
+        if not self._ours:
+            super()._convert_model_for_quantization(model)  # type: ignore[no-untyped-call]
+
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
         # Stock unpacks experts while it merges them into 3D parameters, and takes all of them for packed. Here they are
         # apart and stored as they are, or dense.

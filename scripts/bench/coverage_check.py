@@ -44,6 +44,9 @@ def check(name: str, class_name: str, folder: Path) -> dict[str, Any]:
         inputs = find_inputs(model)
     except Exception as error:  # a type that cannot be built from a small config is a row of the table
         return {**result, "built": _said(error)}
+    off = _round_trip(model, inputs, folder / "dense")
+    if off != "ok":
+        return {**result, "built": off}
     result |= {"built": "ok", "parameters": sum(p.numel() for p in model.parameters())}
     try:
         binding = bind(copy.deepcopy(model))
@@ -65,6 +68,16 @@ def check(name: str, class_name: str, folder: Path) -> dict[str, Any]:
         except Exception as error:  # what should have been refused earlier, and with a reason
             result[step] = {"status": f"FAILED: {_said(error)}"}
     return result
+
+
+def _round_trip(model: PreTrainedModel, inputs: Inputs, folder: Path) -> str:
+    """Whether transformers itself gives the dense model back after saving it."""
+    try:
+        type(model).save_pretrained(model, folder)
+        off = difference(outputs(type(model).from_pretrained(folder).eval(), inputs), outputs(model, inputs))
+    except Exception as error:
+        return f"the dense model cannot be saved and loaded: {_said(error)}"
+    return "ok" if off <= NEAR else f"the dense model gives other outputs after saving and loading (by {off:.1e})"
 
 
 def _narrowed(model: PreTrainedModel, inputs: Inputs, folder: Path, *, portable: bool) -> dict[str, Any]:

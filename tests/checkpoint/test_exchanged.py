@@ -1,0 +1,36 @@
+"""Models of which stock builds or makes something else once weights are packed: marked, and right in our own loader."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from transformers import Llama4ForCausalLM, Llama4TextConfig, RadioConfig, RadioModel
+
+from hf_shrink import shrink
+from hf_shrink.architectures.probe import build, difference, find_inputs, outputs
+from hf_shrink.architectures.tiny import rebuilt, shrunken
+
+CASES = {
+    "experts": (Llama4ForCausalLM, Llama4TextConfig(num_hidden_layers=2), "puts another module there"),
+    "fused": (RadioModel, RadioConfig(num_hidden_layers=2), "makes its weight from others"),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_stock_exchanges_is_not_portable(name: str, tmp_path: Path) -> None:
+    kind, config, reason = CASES[name]
+    model = build(kind, rebuilt(shrunken(config)))
+    inputs = find_inputs(model)
+    shrink(model, {"portable": False, "steps": [{"quantize": {"method": "rtn", "scheme": "W4A16"}}]}, progress=False)
+    assert any(reason in why for why in model.shrink_report.not_portable_because)
+    model.save_pretrained(tmp_path)
+    loaded = kind.from_pretrained(tmp_path).eval()
+    assert difference(outputs(loaded, inputs), outputs(model, inputs)) < 1e-5
+
+
+def test_a_dense_model_has_nothing_to_exchange() -> None:
+    kind, config, _ = CASES["experts"]
+    model = build(kind, rebuilt(shrunken(config)))
+    recipe = {"steps": [{"prune": {"what": "width", "method": "magnitude", "ratio": 0.01, "refit": False}}]}
+    assert shrink(model, recipe, progress=False).shrink_report.portable
