@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_shrink.calibration.routing import routed
 from hf_shrink.errors import ArchitectureError, CalibrationError
 
 
@@ -100,7 +100,7 @@ def run_with_outputs(model: nn.Module, blocks: Sequence[nn.Module], batch: Mappi
         return _rebuild(outputs[-1])(hidden.to(given.dtype) if index == len(blocks) - 1 else given)
 
     outputs: list[Any] = [None]
-    with torch.no_grad(), _replaced(blocks, stand_in):
+    with torch.no_grad(), routed(dict(enumerate(blocks)), stand_in):
         model(**model_inputs(model, batch))
 
 
@@ -181,7 +181,7 @@ def _rebuild(output: Any) -> Callable[[Tensor], Any]:
 
 def _run(model: nn.Module, blocks: Sequence[nn.Module], batch: Mapping[str, Any], stand_in: Callable[..., Any]) -> None:
     inputs = model_inputs(model, batch)
-    with torch.no_grad(), _replaced(blocks, stand_in):
+    with torch.no_grad(), routed(dict(enumerate(blocks)), stand_in):
         try:
             model(**inputs)
         except _Stop:
@@ -210,28 +210,6 @@ def _takes_use_cache(model: nn.Module) -> bool:
     hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     inner = (part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)
     return hands_on and any("use_cache" in inspect.signature(part.forward).parameters for part in inner)
-
-
-@contextmanager
-def _replaced(blocks: Sequence[nn.Module], stand_in: Callable[..., Any]) -> Any:
-    """Route every block's forward through `stand_in(index, real forward, args, kwargs)`."""
-    previous: list[Any] = []
-    for index, block in enumerate(blocks):
-        previous.append(block.__dict__.get("forward"))
-        real = block.forward
-
-        def replacement(*args: Any, _index: int = index, _real: Callable[..., Any] = real, **kwargs: Any) -> Any:
-            return stand_in(_index, _real, args, kwargs)
-
-        block.forward = replacement
-    try:
-        yield
-    finally:
-        for block, old in zip(blocks, previous, strict=True):
-            if old is None:
-                del block.forward
-            else:
-                block.forward = old
 
 
 def _is_decoder(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from hf_shrink.calibration.precision import HALF, in_float32
+from hf_shrink.calibration.routing import routed
 
 
 @contextmanager
@@ -23,18 +24,14 @@ def rerunning_blocks(blocks: Sequence[nn.Module], *, float32: bool = False) -> I
     Args:
         float32: half-precision blocks compute in float32, one at a time; what they put out has their own dtype again.
     """
-    before = [block.__dict__.get("forward") for block in blocks]
-    for block in blocks:
-        real = functools.partial(_in_float32, block, block.forward) if float32 and _is_half(block) else block.forward
-        block.forward = functools.partial(checkpoint, real, use_reentrant=False)
-    try:
+
+    def rerun(place: int, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        block = blocks[place]
+        run = functools.partial(_in_float32, block, real) if float32 and _is_half(block) else real
+        return checkpoint(run, *args, use_reentrant=False, **kwargs)
+
+    with routed(dict(enumerate(blocks)), rerun):
         yield
-    finally:
-        for block, forward in zip(blocks, before, strict=True):
-            if forward is None:
-                del block.forward
-            else:
-                block.forward = forward
 
 
 def _is_half(block: nn.Module) -> bool:

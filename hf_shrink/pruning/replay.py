@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from torch import nn
 
+from hf_shrink.calibration.routing import routed
 from hf_shrink.errors import ArchitectureError
 
 K = TypeVar("K", bound=Hashable)
@@ -28,7 +29,7 @@ def recording(blocks: Mapping[K, nn.Module]) -> Iterator[dict[K, Any]]:
         outputs[number] = real(*args, **kwargs)
         return outputs[number]
 
-    with _routed(blocks, record):
+    with routed(blocks, record):
         yield outputs
 
 
@@ -39,25 +40,5 @@ def replaying(blocks: Mapping[K, nn.Module], outputs: Mapping[K, Any]) -> Iterat
     def replay(number: K, real: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         return outputs[number]
 
-    with _routed(blocks, replay):
+    with routed(blocks, replay):
         yield
-
-
-@contextmanager
-def _routed(blocks: Mapping[K, nn.Module], through: Callable[..., Any]) -> Iterator[None]:
-    """Every block's forward goes through `through(number, real forward, args, kwargs)`."""
-    previous: dict[K, Any] = {number: block.__dict__.get("forward") for number, block in blocks.items()}
-    for number, block in blocks.items():
-
-        def routed(*args: Any, _number: K = number, _real: Callable[..., Any] = block.forward, **kwargs: Any) -> Any:
-            return through(_number, _real, args, kwargs)
-
-        block.forward = routed
-    try:
-        yield
-    finally:
-        for number, block in blocks.items():
-            if previous[number] is None:
-                del block.forward
-            else:
-                block.forward = previous[number]

@@ -5,11 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny import tiny_llama
+from torch import nn
 from transformers import Llama4ForCausalLM, Llama4TextConfig, RadioConfig, RadioModel
 
 from hf_shrink import shrink
 from hf_shrink.architectures.probe import build, difference, find_inputs, outputs
 from hf_shrink.architectures.tiny import rebuilt, shrunken
+from hf_shrink.checkpoint.exchanged import exchange_reasons
 
 CASES = {
     "experts": (Llama4ForCausalLM, Llama4TextConfig(num_hidden_layers=2), "puts another module there"),
@@ -29,8 +32,8 @@ def test_what_stock_exchanges_is_not_portable(name: str, tmp_path: Path) -> None
     assert difference(outputs(loaded, inputs), outputs(model, inputs)) < 1e-5
 
 
-def test_a_dense_model_has_nothing_to_exchange() -> None:
+def test_without_packed_weights_and_in_other_models_nothing_is_exchanged() -> None:
     kind, config, _ = CASES["experts"]
-    model = build(kind, rebuilt(shrunken(config)))
-    recipe = {"steps": [{"prune": {"what": "width", "method": "magnitude", "ratio": 0.01, "refit": False}}]}
-    assert shrink(model, recipe, progress=False).shrink_report.portable
+    assert exchange_reasons(build(kind, rebuilt(shrunken(config))), []) == []
+    llama = tiny_llama()
+    assert exchange_reasons(llama, [path for path, m in llama.named_modules() if isinstance(m, nn.Linear)]) == []
