@@ -14,7 +14,7 @@ K = TypeVar("K", bound=Hashable)
 @contextmanager
 def routed(blocks: Mapping[K, nn.Module], through: Callable[[K, Callable[..., Any], Any, Any], Any]) -> Iterator[None]:
     """Every block's forward goes through `through(key, real forward, args, kwargs)`."""
-    previous = {key: block.__dict__.get("forward") for key, block in blocks.items()}
+    previous: dict[K, Any] = {key: block.__dict__.get("forward") for key, block in blocks.items()}
     for key, block in blocks.items():
 
         def forward(*args: Any, _key: K = key, _real: Callable[..., Any] = block.forward, **kwargs: Any) -> Any:
