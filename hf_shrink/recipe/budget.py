@@ -74,8 +74,8 @@ class Budget:
 
     Attributes:
         bytes: of all weights as stored.
-        decode: seconds of one token at batch 1 on this device.
-        prefill: seconds of reading one prompt on this device.
+        decode: seconds of writing one token at batch 1 on this device.
+        prefill: seconds for each token of a prompt that is read at once, on this device.
         memory: weights as stored, and the KV cache of one sequence of `context` tokens.
         context: tokens; None: 4096, or as many as the model takes.
     """
