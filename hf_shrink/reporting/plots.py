@@ -44,12 +44,19 @@ def write_plots(folder: str | Path, record: Record) -> list[Path]:
     return paths
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, panels: int = 1) -> tuple[Any, list[Any]]:
+    """A figure, and so many axes in a row. Only where `can_plot`."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = [figure.add_subplot(1, panels, place + 1) for place in range(panels)]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    figure, (axes,) = new_figure(width, height)
     return figure, axes
 
 
