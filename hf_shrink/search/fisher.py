@@ -1,8 +1,8 @@
 """How the predictions answer to errors in what matrices put out: the Fisher information, from one backward pass.
 
-With labels drawn from the model's own predictions, the expected outer product of the log-likelihood's gradients g is the
-Hessian of the KL divergence. Of it we keep a diagonal, g_tr^2 of every token t and output row r of a matrix, and of that
-its sums over tokens and over rows, whose product stands for it. Output errors e then cost 1/2 sum over t, r of
+With labels drawn from the model's own predictions, the expected outer product of the log-likelihood's gradients g is
+the Hessian of the KL divergence. Of it we keep a diagonal, g_tr^2 of every token t and output row r of a matrix, and of
+that its sums over tokens and over rows, whose product stands for it. Output errors e then cost 1/2 sum over t, r of
 g_tr^2 e_tr^2 nats: errors of different rows and tokens are taken for independent, which rounding makes them nearly.
 """
 

@@ -51,8 +51,8 @@ def find_pieces(binding: Binding, quantizable: Collection[str]) -> tuple[Piece, 
 def _of(stack: BoundStack, block: BoundBlock, quantizable: Collection[str]) -> list[Piece]:
     if block.experts is not None:
         raise ArchitectureError(
-            f"{block.path} is a mixture of experts, which a budget cannot be spent on yet; give the recipe steps, such as "
-            "prune: {what: experts} and quantize"
+            f"{block.path} is a mixture of experts, which a budget cannot be spent on yet; give the recipe steps, "
+            "such as prune: {what: experts} and quantize"
         )
     pieces: list[Piece] = []
     taken: set[str] = set()

@@ -1,4 +1,4 @@
-"""From what was measured to a Problem: the options of every group, with what they cost exactly and damage by prediction."""
+"""From what was measured to a Problem: the options of all groups, with exact costs and predicted damage."""
 
 from __future__ import annotations
 
@@ -108,9 +108,7 @@ class _Maker:
             made.append(("others", list(self._others(pieces["others"]))))
         rest = self._rest(block)
         drop = self.sensitivity.dropped.get((stack.name, block.index, None))
-        goes = (
-            self.space.depth and drop is not None and stack.name not in self._fixed_depth and self._may_go(stack, block)
-        )
+        goes = self.space.depth and stack.name not in self._fixed_depth and self._may_go(stack, block)
         for number, (kind, options) in enumerate(made):
             if number == 0:
                 options = [replace(option, cost=option.cost + rest) for option in options]

@@ -1,4 +1,4 @@
-"""What a scheme costs in one piece: the output errors of a real quantizer on some rows, weighted by the Fisher information.
+"""What a scheme costs a piece: a real quantizer's output errors on some rows, weighted by the Fisher information.
 
 Rows of a weight are solved independently given the statistics of its inputs, so that a sample of them tells what all
 would lose. The inputs' second moment is taken twice: as the quantizer sees it, and with every token weighted by how

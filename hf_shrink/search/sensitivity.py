@@ -1,6 +1,6 @@
-"""What was measured of a model: what every scheme, every unit and every block is worth to its predictions. Data, on disk.
+"""What was measured of a model: what every scheme, every unit and every block is worth to its predictions; on disk.
 
-Everything is in one currency: nats a prediction of KL divergence to the dense model (1 - cos where it predicts nothing).
+In one currency: nats a prediction of KL divergence to the dense model (1 - cos where it predicts nothing).
 """
 
 from __future__ import annotations
