@@ -146,7 +146,7 @@ class Recipe:
     def with_overrides(self, assignments: Iterable[str]) -> Recipe:
         """Apply `--set` assignments such as "quantize.group_size=64" or "calibration.samples=16".
 
-        `prune.` and `quantize.` change that key in every step of the kind; `budget.latency.prefill=60%` goes one deeper.
+        `prune.` and `quantize.` change that key in every step of the kind; `budget.latency.decode=60%` goes one deeper.
         Values are read as YAML; null takes a budget away.
         """
         data = copy.deepcopy(self.to_dict())

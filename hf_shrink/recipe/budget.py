@@ -14,8 +14,14 @@ UNITS: Mapping[str, Mapping[str, float]] = {
     "bytes": {
         "": 1,
         "b": 1,
-        **{"kb": 1e3, "mb": 1e6, "gb": 1e9, "tb": 1e12},
-        **{"kib": 2**10, "mib": 2**20, "gib": 2**30, "tib": 2**40},
+        "kb": 1e3,
+        "mb": 1e6,
+        "gb": 1e9,
+        "tb": 1e12,
+        "kib": 2**10,
+        "mib": 2**20,
+        "gib": 2**30,
+        "tib": 2**40,
     },
     "seconds": {"s": 1, "ms": 1e-3, "us": 1e-6},
 }

@@ -1,4 +1,4 @@
-"""A plan as a heat map: a column a block; rows for bits, what is kept of heads and channels, and the predicted damage."""
+"""A plan as a heat map: a column a block; rows for bits, for what is kept of units, and for the predicted damage."""
 
 from __future__ import annotations
 
@@ -64,10 +64,10 @@ def plan_map(rows: Sequence[PlanRow]) -> str:
         y = line * CELL_HEIGHT
         shapes.append(f'<text class="label" x="{LABEL - 8}" y="{y + 17}" text-anchor="end">{escape(name)}</text>')
         for column, cell in enumerate(found):
-            x = LABEL + column * CELL_WIDTH
+            x: float = LABEL + column * CELL_WIDTH
             shapes.append(
-                f'<rect x="{x}" y="{y}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" rx="3" fill="{cell.colour}">'
-                f"<title>{escape(cell.tip)}</title></rect>"
+                f'<rect x="{x}" y="{y}" width="{CELL_WIDTH - 2}" height="{CELL_HEIGHT - 2}" rx="3" '
+                f'fill="{cell.colour}"><title>{escape(cell.tip)}</title></rect>'
             )
             middle = x + (CELL_WIDTH - 2) / 2
             shapes.append(
@@ -109,7 +109,7 @@ def cells(rows: Sequence[PlanRow]) -> dict[str, list[Cell]]:
 
 def _bits(row: PlanRow, part: str) -> Cell:
     if "block" in row.removed or part in row.removed:
-        return Cell("×", GONE, f"block {row.block}: {'dropped' if 'block' in row.removed else part + ' out'}")
+        return Cell("x", GONE, f"block {row.block}: {'dropped' if 'block' in row.removed else part + ' out'}")
     known = [bits for bits in row.bits.get(part, ()) if bits is not None]
     said = row.said_bits(part)
     colour = COLOURS[min(known)] if known else DENSE
@@ -118,7 +118,7 @@ def _bits(row: PlanRow, part: str) -> Cell:
 
 def _share(row: PlanRow, share: Share | None, part: str, name: str) -> Cell:
     if share is None or "block" in row.removed or part in row.removed:
-        return Cell("×", GONE, f"block {row.block}: no {name}")
+        return Cell("x", GONE, f"block {row.block}: no {name}")
     kept = share.kept / share.total
     return Cell(str(share.kept), _between((168, 72, 12), (31, 111, 67), kept), f"block {row.block}: {share} {name}")
 

@@ -30,8 +30,8 @@ class PlanRow:
 
     Attributes:
         stack, block: name of the stack, index of the block in the source.
-        bits: by part ("attention", "cross_attention", "mlp", "experts", "others"), the bits of its matrices in the order
-            in which they run, each number once; None stands for dense. Absent: the block has no such part.
+        bits: by part ("attention", "cross_attention", "mlp", "experts", "others"), the bits of its matrices, in the
+            order in which they run, each number once; None stands for dense. Absent: the block has no such part.
         groups, heads, channels, experts: None: it has none.
         removed: parts that go; ("block",): all of it.
         damage: predicted, nats a prediction; None: nothing was predicted.
@@ -83,7 +83,7 @@ def _row(plan: Plan, stack: BoundStack, block: BoundBlock) -> PlanRow:
         groups=groups,
         heads=heads,
         channels=channels,
-        experts=experts and Share(experts.count if own.experts is None else len(own.experts), experts.count),
+        experts=None if experts is None else Share(len(own.experts or range(experts.count)), experts.count),
         removed=(own.removed or ()) if kept else ("block",),
         damage=_damage(plan, block.path),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from io import StringIO
 from typing import TextIO
 
@@ -53,7 +54,7 @@ def _table(stack: str, rows: Sequence[PlanRow], colours: bool) -> Table:
     for part, name in PARTS.items():
         if any(part in row.bits for row in rows):
             table.add_column(f"{name} bits", justify="center")
-            columns.append(lambda row, part=part: _bits(row, part, colours))
+            columns.append(partial(_bits, part=part, colours=colours))
     for field, name in (
         ("groups", "KV groups"),
         ("heads", "query heads"),
@@ -62,11 +63,11 @@ def _table(stack: str, rows: Sequence[PlanRow], colours: bool) -> Table:
     ):
         if any(getattr(row, field) is not None for row in rows):
             table.add_column(name, justify="right")
-            columns.append(lambda row, field=field: _share(row, field))
+            columns.append(partial(_share, field=field))
     largest = max((row.damage for row in rows if row.damage is not None), default=0.0)
     if largest > 0:
         table.add_column("predicted KL")
-        columns.append(lambda row: _damage(row, largest, colours))
+        columns.append(partial(_damage, largest=largest, colours=colours))
     for row in rows:
         table.add_row(str(row.block), *(column(row) for column in columns))
     return table

@@ -17,9 +17,7 @@ from hf_shrink.search.pieces import find_pieces
 from hf_shrink.search.sensitivity import Rounding, Sensitivity
 
 
-def blank_sensitivity(
-    model: nn.Module, binding: Binding, space: Space, quantizable: Collection[str]
-) -> Sensitivity:
+def blank_sensitivity(model: nn.Module, binding: Binding, space: Space, quantizable: Collection[str]) -> Sensitivity:
     """What `measure` gives, with 0 everywhere and units in their own order; takes no data."""
     free = dict.fromkeys(space.schemes, 0.0)
     dropped = {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from hf_shrink.search.options import Assignment, Group, Option, Problem
 from hf_shrink.search.solve import Programme
@@ -14,8 +15,9 @@ Allowed = Callable[[Group, Option], bool]
 def levers_of(option: Option) -> frozenset[str]:
     """The levers that an option pulls; none where it leaves everything as it is."""
     change = option.change
-    cut = any(value is not None for value in (change.block.query_heads, change.block.channels, change.block.cross_heads))
-    found = {"bits": bool(change.schemes), "width": cut, "depth": change.dropped or bool(change.block.removed)}
+    block = change.block
+    cut = any(units is not None for units in (block.query_heads, block.channels, block.cross_heads))
+    found = {"bits": bool(change.schemes), "width": cut, "depth": change.dropped or bool(block.removed)}
     return frozenset(name for name, pulled in found.items() if pulled)
 
 
@@ -51,11 +53,19 @@ def starting_points(programme: Programme) -> list[Assignment]:
     """
     found: list[Assignment] = []
     for levers in (LEVERS, ("bits",), ("bits", "width"), ("bits", "depth")):
-        options = only(programme.problem, lambda _, option, levers=levers: levers_of(option) <= set(levers))
+        options = only(programme.problem, partial(_within, frozenset(levers)))
         best = None if options is None else programme.minimise(fixed=options)
         if best is not None and best not in found:
             found.append(best)
     return found
+
+
+def _within(levers: frozenset[str], group: Group, option: Option) -> bool:
+    return levers_of(option) <= levers
+
+
+def _within(levers: frozenset[str], group: Group, option: Option) -> bool:
+    return levers_of(option) <= levers
 
 
 def paid(problem: Problem, assignment: Sequence[int]) -> dict[str, dict[str, float]]:

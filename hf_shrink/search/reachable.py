@@ -18,7 +18,7 @@ SHOWN = 3  # contributions that a message names
 
 
 def check_reachable(programme: Programme, spec: SearchSpec, portable: bool) -> None:
-    """Raises RecipeError where no assignment keeps the limits: with the least that can be reached, and what takes it."""
+    """Raises RecipeError where no assignment keeps the limits: with the least that can be, and what takes it."""
     problem, limits = programme.problem, programme.limits
     for resource, most in limits.most.items():
         least = programme.least(resource)
@@ -26,9 +26,9 @@ def check_reachable(programme: Programme, spec: SearchSpec, portable: bool) -> N
         if takes > most:
             dense = limits.dense[resource]
             raise RecipeError(
-                f"the budget asks for at most {said(most, resource)} ({most / dense:.1%}) of {NAMES[resource]}, and the "
-                f"least that this search reaches is {said(takes, resource)} ({takes / dense:.1%} of the dense model's "
-                f"{said(dense, resource)}). There, {_contributions(problem, least, resource, limits)}. "
+                f"the budget asks for at most {said(most, resource)} ({most / dense:.1%}) of {NAMES[resource]}, and "
+                f"the least that this search reaches is {said(takes, resource)} ({takes / dense:.1%} of the dense "
+                f"model's {said(dense, resource)}). There, {_contributions(problem, least, resource, limits)}. "
                 f"{_remedies(problem, spec, portable, resource)}"
             )
     nothing = programme.objective(lambda group, option: 0.0)

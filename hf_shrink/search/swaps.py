@@ -11,7 +11,7 @@ FEW = (2, 3, 4, 6)  # decisions that a small swap takes again
 EVERYTHING = 0.15  # share of swaps that take all of them again
 SHAKEN = 0.5  # standard deviation of the logarithm of what predictions are multiplied with
 GAP = 5e-3  # a swap need not be the best one
-ATTEMPTS = 20  # to draw an assignment that is new
+ATTEMPTS = 5  # to draw an assignment that is new
 
 
 class Swaps:

@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from problems import DENSE, everything, made_up
+from made_up_problems import DENSE, everything, made_up
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.recipe import Budget, SearchSpec
@@ -20,7 +20,7 @@ from hf_shrink.search.solve import Programme
 def test_no_assignment_within_the_limits_is_better(seed: int, portable: bool) -> None:
     problem = made_up(seed, blocks=2, portable=portable)
     all_of_them = everything(problem)
-    assert len({problem.cost(a).bytes for a in all_of_them}) > 100
+    assert len({problem.cost(a).bytes for a in all_of_them}) > 50
     budgets = [
         {"bytes": "60%"},
         {"bytes": "35%"},
