@@ -11,20 +11,24 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
+from hf_shrink.architectures.linears import is_matrix, shape
+from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import CompressedLinear
 
 PURPOSES: Mapping[str, int] = {"decode": 1, "prefill": 128}  # tokens that are multiplied at once
 BEYOND_CACHES = 96 << 20  # bytes of weights that are gone through in turn
 MOST_COPIES = 64
+CONTEXT = 64  # tokens in the KV cache when decoding is timed
 ROUNDS = 5
 FORMAT = 1
 
@@ -90,23 +94,65 @@ class LatencyTable:
         size = max(sum(t.nbytes for t in (*first.parameters(), *first.buffers())), 1)
         copies = min(MOST_COPIES, math.ceil(BEYOND_CACHES / size))
         modules = [first, *(self.build(rows, columns, scheme, self.dtype, self.device) for _ in range(copies - 1))]
-        return {
-            name: _least_seconds(modules, torch.ones(1, tokens, columns, dtype=self.dtype, device=self.device)) / tokens
-            for name, tokens in PURPOSES.items()
-        }
+        found = {}
+        for name, tokens in PURPOSES.items():
+            x = torch.ones(1, tokens, columns, dtype=self.dtype, device=self.device)
+            found[name] = _least(lambda x=x: [module(x) for module in modules], self.device) / len(modules) / tokens
+        return found
 
 
-def _least_seconds(modules: list[nn.Module], x: torch.Tensor) -> float:
-    modules[0](x)
-    best = math.inf
-    for _ in range(ROUNDS):
-        _wait(x.device)
-        start = time.perf_counter()
-        for module in modules:
-            module(x)
-        _wait(x.device)
-        best = min(best, (time.perf_counter() - start) / len(modules))
-    return best
+def model_seconds(model: PreTrainedModel) -> dict[str, float]:
+    """Seconds a token of the model as it is, by purpose, the least of several runs at batch 1.
+
+    "decode" of models that generate, with CONTEXT tokens in the KV cache; "prefill" of all.
+
+    Raises:
+        ArchitectureError: an encoder-decoder, or a model that does not read tokens.
+    """
+    if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
+        raise ArchitectureError(
+            f"the latency of {type(model).__name__} cannot be predicted: only models of one stack that read tokens "
+            "have latency budgets; give a budget in bytes"
+        )
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, PURPOSES["prefill"]), generator=generator)
+    ids = ids.to(model.device)
+    cached = {"use_cache": False} if model.can_generate() else {}
+    found = {"prefill": _least(lambda: model(input_ids=ids, **cached), model.device) / ids.shape[1]}
+    if model.can_generate():
+        cache = model(input_ids=ids[:, :CONTEXT], use_cache=True).past_key_values
+        found["decode"] = _least(lambda: model(input_ids=ids[:, :1], past_key_values=cache), model.device)
+    return found
+
+
+def rest_of_blocks(model: nn.Module, blocks: Sequence[nn.Module], table: LatencyTable) -> dict[str, float]:
+    """Seconds a token of a block besides its matrices: what the dense model takes more than them, in equal shares.
+
+    Raises:
+        ArchitectureError: as of `model_seconds`.
+    """
+    assert isinstance(model, PreTrainedModel)
+    left = model_seconds(model)
+    modules = [module for block in blocks for module in block.modules() if is_matrix(module)]
+    head = model.get_output_embeddings()
+    for module in [*modules, *([head] if head is not None else [])]:
+        for name, seconds in table.matrix(*shape(module), None).items():
+            if name in left:
+                left[name] -= seconds
+    return {name: max(seconds, 0.0) / len(blocks) for name, seconds in left.items()}
+
+
+def _least(run: Callable[[], object], device: torch.device) -> float:
+    with torch.no_grad():
+        run()
+        times = []
+        for _ in range(ROUNDS):
+            _wait(device)
+            start = time.perf_counter()
+            run()
+            _wait(device)
+            times.append(time.perf_counter() - start)
+    return min(times)
 
 
 def _wait(device: torch.device) -> None:

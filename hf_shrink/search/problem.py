@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from hf_shrink.architectures.absent import PARTS
 from hf_shrink.architectures.binding import Binding
@@ -16,7 +17,7 @@ from hf_shrink.architectures.linears import is_matrix, shape
 from hf_shrink.plan import BlockPlan, Plan, Scheme
 from hf_shrink.pruning.prunable import config_key, find_prunable
 from hf_shrink.search.cuts import STEP, Cut, cuts_of
-from hf_shrink.search.latency import LatencyTable
+from hf_shrink.search.latency import LatencyTable, rest_of_blocks
 from hf_shrink.search.measuring import Space, outer_weights
 from hf_shrink.search.options import Change, Cost, Group, Option, Place, Problem
 from hf_shrink.search.pieces import Piece, find_pieces
@@ -89,6 +90,8 @@ class _Maker:
             find_prunable(self.model, self.binding, "all", portable=self.space.portable) if can_be_cut else None
         )
         self._schemes: tuple[Choice, ...] = (None, *self.space.schemes)
+        blocks = [block.module for block in self.binding.blocks]
+        self._seconds_of_rest = {} if self.latency is None else rest_of_blocks(self.model, blocks, self.latency)
         keys = [stack.spec and (stack.spec.config, stack.spec.depth) for stack in self.binding.stacks]
         self._fixed_depth = {
             stack.name
@@ -192,12 +195,20 @@ class _Maker:
 
     def fixed(self) -> Cost:
         """Everything that no group pays for. Call it last."""
-        return Cost(self.storage.file + self.storage.dense(n for n in self.storage.state if n not in self.counted))
+        seconds = {}
+        head = self.model.get_output_embeddings() if isinstance(self.model, PreTrainedModel) else None
+        if self.latency is not None and head is not None and f"{self._path(head)}.weight" not in self.counted:
+            seconds = self.latency.matrix(*shape(head), None)
+        kept = (name for name in self.storage.state if name not in self.counted)
+        return Cost(self.storage.file + self.storage.dense(kept), 0, seconds)
+
+    def _path(self, module: nn.Module) -> str:
+        return next(path for path, other in self.model.named_modules() if other is module)
 
     def _rest(self, block: BoundBlock) -> Cost:
-        """The block's tensors besides the matrices of its groups: norms and the like."""
+        """The block besides the matrices of its groups: norms and the like."""
         names = self._names(block)
-        rest = Cost(self.storage.dense(names - self.counted))
+        rest = Cost(self.storage.dense(names - self.counted), 0, self._seconds_of_rest)
         self.counted |= names
         return rest
 

@@ -1,4 +1,4 @@
-"""A whole search space on tiny models: bytes as written, plans that the pipeline applies, what the data says of damage."""
+"""A whole search space on tiny models: bytes as written, plans that the pipeline applies, damage as it is."""
 
 from __future__ import annotations
 
@@ -83,8 +83,7 @@ def uneven() -> tuple[Space, Sensitivity]:
     return space, measured(tiny_llama(tie_word_embeddings=True), space)
 
 
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize(("seed", "dtype"), [(0, None), (1, torch.bfloat16), (2, torch.bfloat16)])
 def test_bytes_are_those_of_the_folder(
     uneven: tuple[Space, Sensitivity], seed: int, dtype: torch.dtype | None, tmp_path: Path
 ) -> None:
@@ -99,7 +98,8 @@ def test_bytes_are_those_of_the_folder(
     shrink(model, plan, calibration=tokens(), progress=False)
     model.save_pretrained(tmp_path)
     predicted, written = problem.cost(choice).bytes, stored_bytes(tmp_path)
-    assert written <= predicted <= 1.005 * written
+    # Offsets have as many digits as in the dense file, which shows in one as small as this.
+    assert written <= predicted <= 1.001 * written + 4 * len(model.state_dict())
 
 
 def test_the_dense_model_is_the_first_option_of_all(uneven: tuple[Space, Sensitivity], tmp_path: Path) -> None:
