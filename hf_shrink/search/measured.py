@@ -23,6 +23,7 @@ from hf_shrink.search.options import Assignment, Problem
 from hf_shrink.surgery.depth import without_blocks
 
 ROWS = 4  # of as many tokens one prediction is compared: the output head of small models costs as much as blocks
+ALL = 2**62
 DENSE_BYTES = 800 * 2**20  # of the dense model's log-probabilities
 OUTPUT_BYTES = 2**30  # of what a base's blocks put out
 
@@ -127,10 +128,10 @@ class MeasuredAssignments:
         self._seed = seed
         self._progress = progress
         self._blocks = {(stack.name, block.index): block.module for stack in binding.stacks for block in stack.blocks}
-        self._looks: dict[int, tuple[Predictor, list[dict[str, Any]], list[Reference]]] = {}
+        self._looks: dict[int | None, tuple[Predictor, list[dict[str, Any]], list[Reference]]] = {}
 
-    def divergences(self, base: Assignment, trials: Sequence[Assignment], tokens: int) -> list[float]:
-        """Nats a prediction of every trial, on about `tokens` tokens; the model is dense before and after.
+    def divergences(self, base: Assignment, trials: Sequence[Assignment], tokens: int | None) -> list[float]:
+        """Nats a prediction of every trial, on about `tokens` tokens (None: all); the model is dense before and after.
 
         Raises:
             CalibrationError: a model gives NaN or Inf.
@@ -156,7 +157,7 @@ class MeasuredAssignments:
         return [total / rows for total in sums]
 
     @contextmanager
-    def dense_but(self, assignment: Assignment) -> Iterator[None]:
+    def installed(self, assignment: Assignment) -> Iterator[None]:
         """The model as an assignment leaves it, to be measured by others; dense again afterwards."""
         with Installed(self._model, self._problem, self._replacements) as installed:
             installed.put(assignment)
@@ -207,17 +208,17 @@ class MeasuredAssignments:
                 stack.enter_context(without_parts(takings))
             yield
 
-    def _look(self, tokens: int) -> tuple[Predictor, list[dict[str, Any]], list[Reference]]:
+    def _look(self, tokens: int | None) -> tuple[Predictor, list[dict[str, Any]], list[Reference]]:
         """Inputs of about so many tokens, and what the dense model predicts for them."""
         if tokens not in self._looks:
             predictor = Predictor(self._model, fast=True)
             samples = [model_inputs(self._model, batch) for batch in choose(self._batches, tokens, self._seed)]
             count = len(samples)
-            most, largest = max(1, tokens // ROWS // count), DENSE_BYTES // count
+            most, largest = None if tokens is None else max(1, tokens // ROWS // count), DENSE_BYTES // count
             references = []
             for done, inputs in enumerate(samples):
                 self._progress("reading the dense model's predictions", done, count)
-                references.append(predictor.reference(inputs, most, largest))
+                references.append(predictor.reference(inputs, most or ALL, largest))
             self._progress("reading the dense model's predictions", count, count)
             self._looks[tokens] = predictor, samples, references
         return self._looks[tokens]

@@ -17,8 +17,8 @@ WHAT = "refining the plan"
 class Measure(Protocol):
     """True divergences of assignments."""
 
-    def divergences(self, base: Assignment, trials: Sequence[Assignment], tokens: int) -> list[float]:
-        """KL(dense || compressed) in nats a prediction of every trial, on about `tokens` tokens.
+    def divergences(self, base: Assignment, trials: Sequence[Assignment], tokens: int | None) -> list[float]:
+        """KL(dense || compressed) in nats a prediction of every trial, on about `tokens` tokens (None: all).
 
         The same tokens give the same figures. `base`: what the trials differ little from, so that they share its work.
         """
