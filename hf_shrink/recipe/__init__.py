@@ -170,7 +170,7 @@ class Recipe:
                     raise RecipeError(f"--set {assignment!r}: the recipe has steps, and no budget to search for")
                 _put(data[section], leaf, value)
             elif section in ("prune", "quantize"):
-                bodies = [s[section] for s in data["steps"] if section in s]
+                bodies = [s[section] for s in data.get("steps", ()) if section in s]
                 if not bodies:
                     raise RecipeError(f"--set {assignment!r}: the recipe has no {section} step")
                 if section == "prune" and leaf in AMOUNT_KEYS:

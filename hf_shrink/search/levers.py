@@ -64,10 +64,6 @@ def _within(levers: frozenset[str], group: Group, option: Option) -> bool:
     return levers_of(option) <= levers
 
 
-def _within(levers: frozenset[str], group: Group, option: Option) -> bool:
-    return levers_of(option) <= levers
-
-
 def paid(problem: Problem, assignment: Sequence[int]) -> dict[str, dict[str, float]]:
     """Bytes that each lever saved, by group: what is cut counts at its dense size, bits for what is left."""
     found: dict[str, dict[str, float]] = {}

@@ -58,7 +58,7 @@ class RoundedWeights:
         paths = {path for group in problem.groups for option in group.options for path in option.change.schemes}
         paths |= {path for group in range(len(problem.groups)) for path in self._readers(group)}
         self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
-        self._dense = {path: module.weight.data for path, module in self._modules.items()}
+        self._dense: dict[str, Tensor] = {path: model.get_parameter(f"{path}.weight").data for path in self._modules}
         self._biases = {path: bias_of(module) for path, module in self._modules.items() if is_matrix(module)}
 
     def weights(self, group: int, option: int) -> dict[str, Tensor]:
