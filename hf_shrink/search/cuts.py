@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def _cuts(part: BoundAttention | BoundMlp, kind: Kind, way: Way, counts: Sequenc
         left = torch.ones(units, dtype=torch.bool)
         left[way.items[:count].reshape(-1)] = False
         kept = tuple(left.nonzero()[:, 0].tolist())
-        changes: Mapping[str, tuple[int, ...]] = {FIELDS[kind]: kept}
+        changes: dict[str, Any] = {FIELDS[kind]: kept}
         groups = 0 if isinstance(part, BoundMlp) else len(part.groups_of(kept))
         name = f"{len(kept)} channels" if not groups else f"{groups} KV groups of {len(kept) // groups}"
         yield Cut(name, BlockPlan(**changes), float(way.losses[count - 1]), left, groups)

@@ -135,7 +135,7 @@ def _probed(matrices: Mapping[str, nn.Module], anchor: Tensor, sink: Callable[[s
 
     def hook(path: str) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         own = sink(path)
-        return lambda _, args, output: _Probe.apply(output, anchor, own)  # type: ignore[no-untyped-call,no-any-return]
+        return lambda _, args, output: _Probe.apply(output, anchor, own)  # type: ignore[no-untyped-call]
 
     with ExitStack() as stack:
         for path, module in matrices.items():

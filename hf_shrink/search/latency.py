@@ -13,6 +13,7 @@ import platform
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -97,8 +98,13 @@ class LatencyTable:
         found = {}
         for name, tokens in PURPOSES.items():
             x = torch.ones(1, tokens, columns, dtype=self.dtype, device=self.device)
-            found[name] = _least(lambda x=x: [module(x) for module in modules], self.device) / len(modules) / tokens
+            found[name] = _least(partial(_in_turn, modules, x), self.device) / len(modules) / tokens
         return found
+
+
+def _in_turn(modules: Sequence[nn.Module], x: torch.Tensor) -> None:
+    for module in modules:
+        module(x)
 
 
 def model_seconds(model: PreTrainedModel) -> dict[str, float]:

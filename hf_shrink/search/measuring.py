@@ -27,6 +27,7 @@ from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.plan import Scheme
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.base import WIDTH, Look
+from hf_shrink.pruning.curves import PartCurves
 from hf_shrink.pruning.items import Items
 from hf_shrink.pruning.measure import MeasuredModel
 from hf_shrink.pruning.plan_width import unit_curves
@@ -201,7 +202,7 @@ class _Measuring:
         for paths in sharing(piece, statistics):
             dense = [matrix(piece.modules[path]).float() for path in paths]
             solved = self.method.solve(torch.cat(dense), scheme, statistics[paths[0]], scale_dtype=self.scale_dtype)
-            weights += zip(paths, solved.dequantized().split([len(weight) for weight in dense]), strict=True)
+            weights += zip(paths, torch.split(solved.dequantized(), [len(weight) for weight in dense]), strict=True)
         return weights
 
     def _units(self, piece: Piece, rounded: Rounded) -> Tensor | None:
@@ -221,14 +222,15 @@ class _Measuring:
         total = float(found.sum())
         return found / total if total > 0 else torch.full_like(found, 1 / units)
 
-    def curves(self) -> dict[tuple[str, int, str], Any]:
+    def curves(self) -> dict[tuple[str, int, str], PartCurves]:
         """What units cost, in nats."""
         prunable = find_prunable(self.model, self.binding, "all", portable=self.space.portable)
         step = PruneStep("width", "obs", ratio=WIDTH_TRIAL)
         method = WIDTH.build("obs", {"exchanges": 0})
         with Shelf() as shelf:
             scorer = Scorer(method, step, shelf, trials=self.trials)
-            return dict(unit_curves(self.model, self.binding, prunable, scorer, self.batches, self.progress))
+            found = unit_curves(self.model, self.binding, prunable, scorer, self.batches, self.progress)
+        return {(stack, index, kind): curves for (stack, index, kind), curves in found.items()}
 
     def dropped(self, batches: Sequence[Mapping[str, Any]]) -> dict[tuple[str, int, str | None], float]:
         """What it costs to leave out each block, or each part of one where stock need not load the result."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -112,12 +112,12 @@ class _Maker:
         rest = self._rest(block)
         drop = self.sensitivity.dropped.get((stack.name, block.index, None))
         goes = self.space.depth and stack.name not in self._fixed_depth and self._may_go(stack, block)
-        for number, (kind, options) in enumerate(made):
+        for number, (what, options) in enumerate(made):
             if number == 0:
                 options = [replace(option, cost=option.cost + rest) for option in options]
             if goes and drop is not None:
                 options.append(Option("dropped", Cost(), drop if number == 0 else 0.0, Change(dropped=True)))
-            yield Group(f"{block.path} {kind}", tuple(options), stack.name, block.index)
+            yield Group(f"{block.path} {what}", tuple(options), stack.name, block.index)
         if not made:
             self.counted -= self._names(block)
 
@@ -184,7 +184,8 @@ class _Maker:
                 if scheme is not None and scheme not in damages:
                     continue
                 own = None if scheme is None else scheme.for_width(weight.shape[1])
-                cost = self._matrix(paths[0], module, *weight.shape, own)
+                rows, columns = weight.shape
+                cost = self._matrix(paths[0], module, rows, columns, own)
                 if not heads:
                     cost = replace(cost, seconds={})  # a row is looked up
                 damage = 0.0 if scheme is None else damages[scheme]
@@ -203,7 +204,7 @@ class _Maker:
         return Cost(self.storage.file + self.storage.dense(kept), 0, seconds)
 
     def _path(self, module: nn.Module) -> str:
-        return next(path for path, other in self.model.named_modules() if other is module)
+        return str(next(path for path, other in self.model.named_modules() if other is module))
 
     def _rest(self, block: BoundBlock) -> Cost:
         """The block besides the matrices of its groups: norms and the like."""
@@ -266,9 +267,9 @@ class _Maker:
 
     def _may_go(self, stack: BoundStack, block: BoundBlock) -> bool:
         """Not the first block, nor the first of its kind where layers with windows have caches of their own."""
-        types = getattr(self.model.config, "layer_types", None)  # type: ignore[union-attr]
+        types: Any = getattr(self.model.config, "layer_types", None)
         known = isinstance(types, list | tuple) and len(types) == len(stack.blocks)
-        kinds: Sequence[object] = types if known else [None] * len(stack.blocks)
+        kinds: list[Any] = list(types) if known else [None] * len(stack.blocks)
         return kinds.index(kinds[block.index]) != block.index
 
 

@@ -99,7 +99,12 @@ def unique_state(model: nn.Module) -> dict[str, Tensor]:
     seen: dict[tuple[Any, ...], str] = {}
     found: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        place = (tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tuple(tensor.shape))
+        place: tuple[Any, ...] = (
+            tensor.device,
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tuple(tensor.shape),
+        )
         place = place if tensor.device.type != "meta" and tensor.numel() else (name,)
         if seen.setdefault(place, name) == name:
             found[name] = tensor
