@@ -74,7 +74,12 @@ def _cell(model: ModelSpeed, task: str) -> str:
     """The median with the least and the greatest."""
     timing = model.timings[task]
     spread = timing.per_second if TASKS[task][1] == "rate" else timing.milliseconds
-    return f"{spread.median:.4g} [{spread.low:.3g}, {spread.high:.3g}]"
+    return f"{_short(spread.median)} [{_short(spread.low)}, {_short(spread.high)}]"
+
+
+def _short(value: float) -> str:
+    """Three digits, and all of those before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _cpu(model: ModelSpeed, task: str) -> str:

@@ -62,7 +62,8 @@ def _verdict(target: Mapping[str, Any]) -> str:
 def _spread(value: Mapping[str, float] | None, brief: bool = False) -> str:
     if value is None:
         return "-"
-    return f"{value['median']:.4g}" + ("" if brief else f" [{value['low']:.3g}, {value['high']:.3g}]")
+    median, low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in (value["median"], value["low"], value["high"]))
+    return median if brief else f"{median} [{low}, {high}]"
 
 
 def _megabytes(value: float | None) -> str:
