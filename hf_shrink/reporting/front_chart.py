@@ -11,7 +11,7 @@ from typing import Any
 from hf_shrink.errors import RecipeError
 from hf_shrink.front import Front, Point
 from hf_shrink.reporting.figures import size
-from hf_shrink.reporting.plots import can_plot, new_figure
+from hf_shrink.reporting.plots import can_plot, figure_of, save
 from hf_shrink.reporting.style import STYLE
 
 AXES = {"bytes": "stored weights in MB", "memory": "weights and KV cache in MB", "decode": "ms a token, decoding"}
@@ -56,7 +56,7 @@ def write_front(front: Front, path: str | Path) -> Path:
     elif path.suffix == ".png":
         if not can_plot():
             raise RecipeError("a .png needs matplotlib (pip install 'hf_shrink[report]'); or name a .html file")
-        _drawn(front).savefig(path, dpi=150, metadata={"Software": None})
+        save(_drawn(front), path)
     else:
         raise RecipeError(f"{path.name}: figures are .png or .html files")
     return path
@@ -64,7 +64,7 @@ def write_front(front: Front, path: str | Path) -> Path:
 
 def _drawn(front: Front) -> Any:
     perplexities = all(point.perplexity is not None for point in front.points)
-    figure, axes = new_figure(11 if perplexities else 8, 3.8, panels=3 if perplexities else 2)
+    figure, axes = figure_of(11 if perplexities else 8, 3.8, columns=3 if perplexities else 2)
     values: list[tuple[str, Callable[[Point], float]]] = [("KL divergence in nats", lambda p: p.kl)]
     if perplexities:
         values.append(("perplexity", lambda p: p.perplexity or 0.0))

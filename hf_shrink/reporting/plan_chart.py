@@ -13,7 +13,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
 from hf_shrink.reporting.plan_rows import PlanRow, Share, plan_rows
 from hf_shrink.reporting.plan_table import COLOURS, PARTS
-from hf_shrink.reporting.plots import can_plot, new_figure
+from hf_shrink.reporting.plots import can_plot, figure_of, save
 from hf_shrink.reporting.style import STYLE
 
 CELL_WIDTH, CELL_HEIGHT, LABEL = 34, 26, 150
@@ -50,7 +50,7 @@ def write_plan_map(plan: Plan, binding: Binding, path: str | Path) -> Path:
     elif path.suffix == ".png":
         if not can_plot():
             raise RecipeError("a .png needs matplotlib (pip install 'hf_shrink[report]'); or name a .html file")
-        _drawn(stacks).savefig(path, dpi=150, metadata={"Software": None})
+        save(_drawn(stacks), path)
     else:
         raise RecipeError(f"{path.name}: figures are .png or .html files")
     return path
@@ -143,7 +143,7 @@ def _drawn(stacks: dict[str, list[PlanRow]]) -> Any:
     most = max(len(rows) for rows in stacks.values())
     tables = {name: cells(rows) for name, rows in stacks.items()}
     height = sum(0.32 * len(table) + 0.7 for table in tables.values())
-    figure, _ = new_figure(1.8 + 0.42 * most, height, panels=0)
+    figure, _ = figure_of(1.8 + 0.42 * most, height, columns=0)
     axes = figure.subplots(len(tables), 1, squeeze=False)[:, 0]
     for one, (name, table) in zip(axes, tables.items(), strict=True):
         for line, found in enumerate(table.values()):
