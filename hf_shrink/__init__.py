@@ -9,7 +9,7 @@ from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
 from hf_shrink.checkpoint.quantizers import register as _register
 from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
-from hf_shrink.evaluation import evaluate_model
+from hf_shrink.evaluation import bench_checkpoint, evaluate_model
 from hf_shrink.pipeline import make_plan, prune_weights, shrink, shrink_checkpoint
 from hf_shrink.plan import Plan
 from hf_shrink.pruning.importance import register_importance
@@ -34,6 +34,7 @@ __all__ = [
     "RecipeError",
     "ShrinkError",
     "ShrinkReport",
+    "bench_checkpoint",
     "evaluate_model",
     "keep_zeros",
     "kernel_summary",
