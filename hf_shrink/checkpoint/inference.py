@@ -20,6 +20,9 @@ def optimize_for_inference(model: Module, *, device: torch.device | str | None =
     The kernels take bfloat16: up to some tens of tokens, a float32 model's inputs are rounded to it for each Linear.
     `kernel_summary(model)` says what runs on what, and why the rest does not.
 
+    `shrink` does this by itself unless called with `optimize=False`, and `from_pretrained` with checkpoints of ours
+    unless called with `quantization_config=LoadingConfig(optimize=False)`.
+
     Args:
         model: with weights packed by hf_shrink. Calling it again changes nothing.
         device: where to move the model first; by default it stays.
