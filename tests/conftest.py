@@ -18,6 +18,7 @@ import pytest
 import torch
 from filelock import FileLock
 from from_scripts import load_script
+from stock import Stock
 
 ROOT = Path(__file__).resolve().parents[1]
 REMEDY = "run the tests through `bash scripts/test.sh`, which installs it"
@@ -33,6 +34,14 @@ def _seeds() -> Iterator[None]:
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(scope="session")
+def stock_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
+    """Stock transformers in a process that never imports hf_shrink."""
+    stock = Stock(tmp_path_factory.mktemp("stock_process") / "stderr.txt")
+    yield stock
+    stock.close()
 
 
 def _package_folder(name: str) -> Path:

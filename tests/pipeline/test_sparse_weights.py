@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from conformance.cases_mixtures import MIXTURES
 from safetensors.torch import load_file
+from stock import Stock
 from tiny import tiny_llama, tiny_tokenizer
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
@@ -27,7 +26,6 @@ from hf_shrink.pipeline.recipes import load_recipe
 from hf_shrink.recipe import Recipe
 from hf_shrink.runtime.linear import CompressedLinear
 
-STOCK = Path(__file__).parents[1] / "checkpoint" / "stock.py"
 IDS = [[5, 17, 40, 8, 99, 130, 7, 23]]
 
 
@@ -251,14 +249,12 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
         shrink(tiny_llama(), Plan.from_json(plan.to_json().replace("mlp.up_proj", "mlp.up")), progress=False)
 
 
-def test_stock_loads_the_zeros_and_they_can_be_trained(tmp_path: Path) -> None:
+def test_stock_loads_the_zeros_and_they_can_be_trained(tmp_path: Path, stock_process: Stock) -> None:
     model = shrink(tiny_llama(), load_recipe("sparsegpt-50"), calibration=batches(), progress=False)
     model.save_pretrained(tmp_path)
-    jobs = tmp_path / "jobs.json"
-    jobs.write_text(json.dumps([{"folder": str(tmp_path), "class": "LlamaForCausalLM", "ids": IDS}]))
-    subprocess.run([sys.executable, str(STOCK), str(jobs)], check=True, capture_output=True)
+    stock = stock_process.logits(tmp_path, "LlamaForCausalLM", IDS)
     with torch.no_grad():
-        assert torch.equal(torch.load(tmp_path / "stock.pt"), model(torch.tensor(IDS)).logits)
+        assert torch.equal(stock, model(torch.tensor(IDS)).logits)
     again = type(model).from_pretrained(tmp_path)
     with keep_zeros(again) as keeper:
         assert len(keeper.kept) == 28 and set(keeper.sparsity().values()) == {0.5}
