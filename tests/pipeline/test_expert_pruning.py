@@ -10,6 +10,7 @@ import torch
 from checkpoint.saved import Saved, logits_of, run_stock
 from conformance.cases import tokens
 from conformance.cases_mixtures import MIXTURES, MORE, data
+from stock import Stock
 from torch import Tensor, nn
 
 from hf_shrink import make_plan, shrink
@@ -38,7 +39,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Saved]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, stock_process: Stock) -> dict[str, tuple[Any, Saved]]:
     root = tmp_path_factory.mktemp("experts")
     models, saved = {}, {}
     for row, (family, steps) in ROWS.items():
@@ -46,7 +47,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, S
         folder = root / row.replace(" ", "_")
         models[row].save_pretrained(folder)
         saved[row] = Saved(folder, type(models[row]).__name__, logits_of(models[row]), ())
-    found = run_stock(saved, root)
+    found = run_stock(saved, stock_process)
     return {row: (models[row], found[row]) for row in ROWS}
 
 

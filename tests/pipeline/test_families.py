@@ -20,6 +20,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.runtime.linear import CompressedLinear
 
 GPTQ = {"quantize": {"method": "gptq", "scheme": "W8A16", "group_size": 16, "damping": 0.1}}
+RTN = {"quantize": {"method": "rtn", "scheme": "W8A16", "group_size": 16}}
 WIDTH = {"prune": {"what": "width", "method": "wanda", "ratio": 0.15}}
 
 Built = tuple[Callable[[], PreTrainedModel], Callable[[], dict[str, Tensor]]]
@@ -65,7 +66,8 @@ def test_pruned_refitted_and_quantized(name: str, portable: bool, tmp_path: Path
     build, make_inputs = EVERY[name]
     dense, inputs = build(), make_inputs()
     conv = any(isinstance(module, Conv1D) for module in dense.modules())
-    steps = [WIDTH] if portable and conv else [WIDTH, GPTQ]
+    # Between the units that stock can say and rounding to nearest lies nothing that the other row does not try.
+    steps = [WIDTH, GPTQ] if not portable else [WIDTH] if conv else [WIDTH, RTN]
     if portable and name == "bloom":  # no config key for its channels, and slopes that depend on the number of heads
         with pytest.raises(RecipeError, match="no units"):
             shrink(dense, {"steps": steps}, calibration=[inputs], progress=False)
