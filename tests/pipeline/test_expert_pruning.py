@@ -11,6 +11,7 @@ from checkpoint.saved import Saved, logits_of, run_stock
 from conformance.cases import tokens
 from conformance.cases_mixtures import MIXTURES, MORE, data
 from stock import Stock
+from tiny import QUICK_GPTQ
 from torch import Tensor, nn
 
 from hf_shrink import make_plan, shrink
@@ -22,7 +23,7 @@ from hf_shrink.runtime import CompressedLinear
 DEPTH = {"prune": {"what": "depth", "method": "block_influence", "blocks": 1}}
 EXPERTS = {"prune": {"what": "experts", "method": "reap", "experts": 2}}
 MERGED = {"prune": {"what": "experts", "method": "frequency", "experts": 2, "merge": True}}
-GPTQ = {"quantize": {"method": "gptq", "scheme": "W8A16", "group_size": 16, "damping": 0.05}}
+GPTQ = {"quantize": {**QUICK_GPTQ, "scheme": "W8A16", "group_size": 16}}
 ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "experts": ("mixtral", [EXPERTS]),
     "merged": ("qwen3_moe", [MERGED]),

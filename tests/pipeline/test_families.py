@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from conformance import cases, cases_encoders
+from tiny import QUICK_GPTQ
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -19,7 +20,7 @@ from hf_shrink.architectures import bind
 from hf_shrink.errors import RecipeError
 from hf_shrink.runtime.linear import CompressedLinear
 
-GPTQ = {"quantize": {"method": "gptq", "scheme": "W8A16", "group_size": 16, "damping": 0.1}}
+GPTQ = {"quantize": {**QUICK_GPTQ, "scheme": "W8A16", "group_size": 16, "damping": 0.1}}
 RTN = {"quantize": {"method": "rtn", "scheme": "W8A16", "group_size": 16}}
 WIDTH = {"prune": {"what": "width", "method": "wanda", "ratio": 0.15}}
 

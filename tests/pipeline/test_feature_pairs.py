@@ -12,6 +12,7 @@ from conformance import cases_mixtures
 from conformance.cases import CASES
 from conformance.cases_mixtures import MIXTURES
 from image_batches import batches_for
+from tiny import QUICK_GPTQ
 from torch import Tensor, nn
 
 from hf_shrink import shrink
@@ -25,6 +26,7 @@ EIGHT: dict[str, Any] = {"strategy": "channel", "group_size": None}
 
 def run(model: Any, batches: list[Inputs], **step: Any) -> Any:
     body = {"method": "gptq", "scheme": "W3A16", "group_size": 16, **step}
+    body |= QUICK_GPTQ if body["method"] == "gptq" else {}
     asked = {"portable": False, "steps": [{"quantize": body}]}
     return shrink(copy.deepcopy(model), asked, calibration=batches, progress=False)
 

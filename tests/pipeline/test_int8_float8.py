@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from pipeline.test_families import EVERY, outputs, reload
-from tiny import tiny_llama
+from tiny import QUICK_GPTQ, tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
 from hf_shrink import Plan, make_plan, shrink
@@ -29,7 +29,7 @@ def test_families(name: str, first: str, scheme: str, tmp_path: Path) -> None:
     method = first if scheme == "W8A8" else {"rtn": "gptq", "gptq": "rtn"}[first]  # every pair of two, not all three
     build, make_inputs = EVERY[name]
     dense, inputs = build(), make_inputs()
-    step = {"quantize": {"method": method, "scheme": scheme}}
+    step = {"quantize": {**(QUICK_GPTQ if method == "gptq" else {"method": method}), "scheme": scheme}}
     model: Any = shrink(
         copy.deepcopy(dense), {"portable": False, "steps": [step]}, calibration=[inputs] * 2, progress=False
     )
@@ -43,7 +43,7 @@ def test_families(name: str, first: str, scheme: str, tmp_path: Path) -> None:
 def test_mixed_with_w4a16_in_bfloat16(tmp_path: Path) -> None:
     tiny_llama().to(torch.bfloat16).save_pretrained(tmp_path / "dense")  # a cast in place would round rotary buffers
     model: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "dense").eval()
-    step = {"scheme": "W4A16", "group_size": 16, "overrides": {"re:.*down_proj": {"scheme": "W8A8"}}}
+    step = {"scheme": "W4A16", "group_size": 16, "overrides": {"re:.*down_proj": {"scheme": "W8A8"}}, **QUICK_GPTQ}
     shrink(model, {"steps": [{"quantize": step}]}, calibration=[IDS], progress=False)
     assert model.shrink_report.portable
     schemes = model.shrink_record.plan.schemes
@@ -75,7 +75,7 @@ def test_one_seed_gives_one_checkpoint(tmp_path: Path) -> None:
     for name in ("w8a8", "fp8"):
         found = []
         for turn in "ab":
-            model: Any = shrink(tiny_llama(), name, calibration=[IDS], progress=False)
+            model: Any = shrink(tiny_llama(num_hidden_layers=1), name, calibration=[IDS], progress=False)
             model.save_pretrained(tmp_path / turn)
             found.append((tmp_path / turn / "model.safetensors").read_bytes())
         assert found[0] == found[1]

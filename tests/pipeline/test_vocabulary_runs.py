@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from stock import Stock
-from tiny import tiny_llama
+from tiny import QUICK_GPTQ, tiny_llama
 from tokenizers_of_all_kinds import EXTRA, KINDS, SEEN, UNSEEN, fast_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedModel
@@ -113,7 +113,7 @@ def test_it_goes_with_every_other_step() -> None:
         {"prune": {"what": "width", "method": "wanda", "ratio": 0.1, "units": "mlp"}},
         {
             "quantize": {
-                "method": "gptq",
+                **QUICK_GPTQ,
                 "scheme": "W8A16",
                 "group_size": 16,
                 "overrides": {"lm_head": {}},
