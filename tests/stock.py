@@ -6,10 +6,10 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 SERVER = Path(__file__).with_name("stock_server.py")
 
@@ -44,6 +44,8 @@ class Stock:
 
     def logits(self, folder: Path, kind: str, ids: list[list[int]]) -> Tensor:
         """What a model class of transformers says when it is loaded from `folder`; it has to load."""
+        import torch  # conftest.py imports this file
+
         self.run([{"folder": str(folder), "class": kind, "ids": ids}])
         error = folder / "stock.txt"
         assert not error.is_file(), error.read_text()
