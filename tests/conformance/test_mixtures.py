@@ -11,6 +11,7 @@ import torch
 from conformance.cases import tokens
 from conformance.cases_mixtures import MIXTURES, count_of, data, names_of
 from safetensors import safe_open
+from tiny import QUICK_GPTQ
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +26,7 @@ from hf_shrink.runtime.experts import SeparateExperts, separate_experts
 from hf_shrink.surgery import apply_structure
 
 every_mixture = pytest.mark.parametrize("name", MIXTURES)
-GPTQ = {"quantize": {"method": "gptq", "scheme": "W8A16", "group_size": 16, "damping": 0.05}}
+GPTQ = {"quantize": {**QUICK_GPTQ, "scheme": "W8A16", "group_size": 16}}
 RTN = {"quantize": {"method": "rtn", "scheme": "W4A16", "group_size": 16}}
 
 
