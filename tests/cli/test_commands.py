@@ -25,7 +25,7 @@ SMALL = [
 @pytest.fixture(scope="module")
 def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("cli") / "source"
-    tiny_llama().save_pretrained(folder)
+    tiny_llama(num_hidden_layers=2).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Tiny\n")
     return folder

@@ -89,7 +89,7 @@ def test_rotation_helps_where_the_stream_has_outliers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_only_rounding_moves_the_outputs(dtype: torch.dtype) -> None:
-    dense = tiny_llama()
+    dense = two_blocks()
     model = copy.deepcopy(dense).to(dtype)
     moved = error(run(model, "rotate", "awq", {"smooth": {"alpha": 0.4}}, scheme="W8A16"), dense)
     assert moved < (2e-3 if dtype == torch.float32 else 1e-2)
@@ -130,12 +130,12 @@ def test_same_seed_same_bytes() -> None:
 
 def test_after_width_pruning() -> None:
     steps = [{"prune": {"what": "width", "method": "wanda", "ratio": 0.2}}, *recipe("rotate", "awq")["steps"]]
-    model = shrink(tiny_llama(), {"steps": steps}, calibration=data(), progress=False)
+    model = shrink(two_blocks(), {"steps": steps}, calibration=data(), progress=False)
     assert model.config.intermediate_size < 80
-    assert any("scales of 16 inputs" in note for note in model.shrink_report.notes)
+    assert any("scales of 8 inputs" in note for note in model.shrink_report.notes)
     reference = copy.deepcopy(steps)
     reference[1]["quantize"] |= {"transforms": [], "scheme": "W8A16"}
-    pruned = shrink(tiny_llama(), {"steps": reference}, calibration=data(), progress=False)
+    pruned = shrink(two_blocks(), {"steps": reference}, calibration=data(), progress=False)
     x = data(1, seed=99)[0]["input_ids"]
     with torch.no_grad():
         difference = (model(x).logits - pruned(x).logits).square().mean() / pruned(x).logits.square().mean()
@@ -191,13 +191,13 @@ def test_what_cannot_be_done_is_said() -> None:
 def test_plans_and_recipes_carry_transforms() -> None:
     asked = Recipe.from_dict(recipe({"rotate": {"seed": 3}}, "awq"))
     assert Recipe.from_dict(asked.to_dict()) == asked
-    plan = make_plan(tiny_llama(), asked, calibration=data(), progress=False)
+    plan = make_plan(two_blocks(), asked, calibration=data(), progress=False)
     assert plan.transforms == ({"rotate": {"seed": 3}}, "awq")
     assert "folded into the weights: rotate (seed: 3), awq" in plan.summary()
     again = Plan.from_json(plan.to_json())
     assert again == plan
-    direct = shrink(tiny_llama(), asked, calibration=data(), progress=False).state_dict()
-    planned = shrink(tiny_llama(), again, calibration=data(), progress=False).state_dict()
+    direct = shrink(two_blocks(), asked, calibration=data(), progress=False).state_dict()
+    planned = shrink(two_blocks(), again, calibration=data(), progress=False).state_dict()
     assert all(torch.equal(direct[key], planned[key]) for key in direct)
 
 
