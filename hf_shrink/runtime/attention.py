@@ -46,7 +46,7 @@ def sdpa_by_group(
     alone = share == 1 and query.dtype is not torch.bfloat16
     more = any(kwargs.get(name) is not None for name in ("position_bias", "softcap")) or kwargs.get("output_attentions")
     if not one or alone or dropout or more:
-        return sdpa_attention_forward(  # type: ignore[no-any-return]
+        return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     if share == 1:

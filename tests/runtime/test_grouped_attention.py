@@ -11,6 +11,7 @@ from tiny import tiny_llama
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from hf_shrink import optimize_for_inference
 from hf_shrink.runtime.attention import NAME, sdpa_by_group, use_grouped_attention
 
 
@@ -81,8 +82,7 @@ def test_a_model_generates_the_same(padded: bool) -> None:
         mask[1, :4] = 0
     options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     wanted = [model.generate(ids, cache_implementation=cache, **options) for cache in (None, "static")]
-    use_grouped_attention(model)
-    assert model.config._attn_implementation == NAME
+    assert optimize_for_inference(model).config._attn_implementation == NAME
     found = [model.generate(ids, cache_implementation=cache, **options) for cache in (None, "static")]
     assert all(map(torch.equal, found, wanted))
     assert "attn" not in str(model.config.to_dict())
