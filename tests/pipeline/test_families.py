@@ -24,6 +24,7 @@ from hf_shrink.errors import RecipeError
 GPTQ = {"quantize": {**QUICK_GPTQ, "scheme": "W8A16", "group_size": 16, "damping": 0.1}}
 RTN = {"quantize": {"method": "rtn", "scheme": "W8A16", "group_size": 16}}
 WIDTH = {"prune": {"what": "width", "method": "wanda", "ratio": 0.15}}
+UNIFORM = {"prune": {"what": "width", "method": "magnitude", "ratio": 0.15, "refit": False}}
 
 Built = tuple[Callable[[], PreTrainedModel], Callable[[], dict[str, Tensor]]]
 EVERY: dict[str, Built] = {
@@ -52,8 +53,8 @@ def test_pruned_refitted_and_quantized(name: str, portable: bool, tmp_path: Path
     build, make_inputs = EVERY[name]
     dense, inputs = build(), make_inputs()
     conv = any(isinstance(module, Conv1D) for module in dense.modules())
-    # Between the units that stock can say and rounding to nearest lies nothing that the other row does not try.
-    steps = [WIDTH, GPTQ] if not portable else [WIDTH] if conv else [WIDTH, RTN]
+    # What stock can say goes without statistics, with which the other row prunes, refits and rounds.
+    steps = [WIDTH, GPTQ] if not portable else [UNIFORM] if conv else [UNIFORM, RTN]
     if portable and name == "bloom":  # no config key for its channels, and slopes that depend on the number of heads
         with pytest.raises(RecipeError, match="no units"):
             shrink(dense, {"steps": steps}, calibration=[inputs], progress=False)
