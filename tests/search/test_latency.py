@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_plans_of_options import quantizable
 from tiny import tiny_llama
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
@@ -66,8 +65,9 @@ def test_seconds_add_up_to_those_of_the_dense_model(monkeypatch: pytest.MonkeyPa
     sensitivity = Sensitivity(
         {name: Rounding({W4: 1.0}) for name in pieces}, {}, {}, {("decoder", i, None): 1.0 for i in range(4)}
     )
+    paths = {path for block in binding.blocks for path in block.roles}
     table = Counted(torch.float32, torch.device("cpu"))
-    problem = make_problem(model, binding, space, sensitivity, quantizable(model), Plan("llama"), latency=table)
+    problem = make_problem(model, binding, space, sensitivity, paths, Plan("llama"), latency=table)
     assert problem.dense.seconds["decode"] == pytest.approx(1.0)
     assert problem.dense.seconds["prefill"] > 1e-4, "matrices are not made cheaper to fit a wrong whole"
     choice = [0] * len(problem.groups)

@@ -184,7 +184,7 @@ def test_measurements_are_found_again_by_what_they_are_of(
 
 
 def test_weights_that_stock_takes_in_one_scheme_only_get_one() -> None:
-    """T5's initialisation asks for a weight, so stock turns it dense while loading, which it does for one scheme only."""
+    """T5's initialisation asks for a weight, so stock makes it dense while loading, which takes one scheme for all."""
     sizes = {"d_model": 48, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 3, "vocab_size": 64}
     model = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu")).eval()
     binding = bind(model)
