@@ -193,11 +193,11 @@ def test_weights_that_stock_takes_in_one_scheme_only_get_one() -> None:
     names = [piece.name for piece in find_pieces(binding, quantizable(model))]
     sensitivity = Sensitivity({name: Rounding({schemes[0]: 2.0, schemes[1]: 1.0}) for name in names}, {}, {}, {})
     problem = make_problem(model, binding, space, sensitivity, quantizable(model), Plan("t5", method="rtn"))
-    assert problem.switches == (("weights: W3 g16", "weights: W4 g16"),)
+    assert problem.switches == (("weights: W3 g24", "weights: W4 g24"),)
     bits = [{s.bits for option in group.options for s in option.change.schemes.values()} for group in problem.groups]
     assert all(found == {3, 4} for found in bits)
     mixed = tuple(1 + number % 2 for number in range(len(problem.groups)))
     assert not problem.allowed(mixed)
-    choice = tuple(next(i for i, o in enumerate(g.options) if "weights: W3 g16" in o.needs) for g in problem.groups)
+    choice = tuple(next(i for i, o in enumerate(g.options) if "weights: W3 g24" in o.needs) for g in problem.groups)
     shrink(model, problem.plan(choice), progress=False)
     assert model.shrink_report.portable
