@@ -38,10 +38,13 @@ Build = Callable[[int, int, Scheme | None, torch.dtype, torch.device], nn.Module
 
 
 def build_linear(rows: int, columns: int, scheme: Scheme | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The module that a loaded model has for such a matrix."""
+    """The module that a model has for such a matrix after `optimize_for_inference`."""
     if scheme is None:
         return nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
-    return CompressedLinear.empty(scheme, columns, rows, False, dtype, device)
+    linear = CompressedLinear.empty(scheme, columns, rows, False, dtype, device)
+    linear.weight_scale.fill_(1.0)
+    linear.optimize()
+    return linear
 
 
 @dataclass
