@@ -77,6 +77,7 @@ def test_seconds_add_up_to_those_of_the_dense_model(monkeypatch: pytest.MonkeyPa
     assert problem.cost(choice).seconds["decode"] == pytest.approx(head + (1 - head) * 3 / 4)
 
 
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 def test_a_model_is_timed_by_what_it_can_do() -> None:
     assert model_seconds(tiny_llama()).keys() == {"decode", "prefill"}
     sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "vocab_size": 32}

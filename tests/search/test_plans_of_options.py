@@ -24,7 +24,7 @@ from hf_shrink.pruning.trials import Trials
 from hf_shrink.quantization.base import METHODS, ModelMethod
 from hf_shrink.search.fingerprint import sensitivity_of
 from hf_shrink.search.measuring import Space, measure
-from hf_shrink.search.options import Problem
+from hf_shrink.search.options import Group, Problem
 from hf_shrink.search.pieces import find_pieces
 from hf_shrink.search.problem import make_problem
 from hf_shrink.search.sensitivity import Rounding, Sensitivity
@@ -196,8 +196,11 @@ def test_weights_that_stock_takes_in_one_scheme_only_get_one() -> None:
     assert problem.switches == (("weights: W3 g24", "weights: W4 g24"),)
     bits = [{s.bits for option in group.options for s in option.change.schemes.values()} for group in problem.groups]
     assert all(found == {3, 4} for found in bits)
-    mixed = tuple(1 + number % 2 for number in range(len(problem.groups)))
-    assert not problem.allowed(mixed)
-    choice = tuple(next(i for i, o in enumerate(g.options) if "weights: W3 g24" in o.needs) for g in problem.groups)
+
+    def first(bits: int, group: Group) -> int:
+        return next(i for i, option in enumerate(group.options) if f"weights: W{bits} g24" in option.needs)
+
+    assert not problem.allowed([first(3 + number % 2, group) for number, group in enumerate(problem.groups)])
+    choice = [first(3, group) for group in problem.groups]
     shrink(model, problem.plan(choice), progress=False)
     assert model.shrink_report.portable
