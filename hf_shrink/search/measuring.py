@@ -35,16 +35,15 @@ from hf_shrink.pruning.prunable import find_prunable
 from hf_shrink.pruning.samples import choose
 from hf_shrink.pruning.scorer import Scorer
 from hf_shrink.pruning.trials import Trials
-from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
+from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.recipe import PruneStep
 from hf_shrink.search.fisher import Fisher, output_gradients
 from hf_shrink.search.pieces import Piece, find_pieces
-from hf_shrink.search.rounding import Rounded, rounding_damages, sharing
+from hf_shrink.search.rounding import COARSE, Rounded, nearest, rounding_damages, sharing
 from hf_shrink.search.sensitivity import Rounding, Sensitivity
 
 TOKENS = 8192  # for statistics and gradients
 TRIED_BLOCKS = 4  # of a stack, whose pieces are tried in truth
-TRIED_BITS = 4  # up to which: what more bits lose is far below what plans differ by
 WIDTH_TRIAL = 0.2  # of a part's units go in the trial that turns its curve into nats
 LOOK = Look(tokens=2048, predictions=512, fast=True)  # of depth trials
 
@@ -189,7 +188,7 @@ class _Measuring:
             own = rounded[piece.name]
             found[piece.name] = Rounding(own.damage, self._units(piece, own))
             for scheme in schemes if changes is not None else ():
-                if scheme.bits <= TRIED_BITS and changes is not None:
+                if scheme.bits <= COARSE and changes is not None:
                     weights = self._whole(piece, scheme, statistics)
                     changes.append((piece.kind, scheme, own.damage[scheme], weights))
 
@@ -247,8 +246,7 @@ class _Measuring:
 
     def outer(self) -> dict[str, dict[Scheme, float]]:
         """What it costs to round the embedding and the head, by the first path of each weight; without data."""
-        method = METHODS.build("rtn", {})
-        assert not isinstance(method, ModelMethod)
+        method = nearest()
         found: dict[str, dict[Scheme, float]] = {}
         for paths in outer_weights(self.model):
             module = self.model.get_submodule(paths[0])
