@@ -31,12 +31,12 @@ from hf_shrink.pruning.curves import PartCurves
 from hf_shrink.pruning.items import Items
 from hf_shrink.pruning.measure import MeasuredModel
 from hf_shrink.pruning.plan_width import unit_curves
-from hf_shrink.pruning.prunable import find_prunable
 from hf_shrink.pruning.samples import choose
 from hf_shrink.pruning.scorer import Scorer
 from hf_shrink.pruning.trials import Trials
 from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.recipe import PruneStep
+from hf_shrink.search.cuts import prunable_units
 from hf_shrink.search.fisher import Fisher, output_gradients
 from hf_shrink.search.pieces import Piece, find_pieces
 from hf_shrink.search.rounding import COARSE, Rounded, nearest, rounding_damages, sharing
@@ -223,7 +223,9 @@ class _Measuring:
 
     def curves(self) -> dict[tuple[str, int, str], PartCurves]:
         """What units cost, in nats."""
-        prunable = find_prunable(self.model, self.binding, "all", portable=self.space.portable)
+        prunable = prunable_units(self.model, self.binding, portable=self.space.portable)
+        if prunable is None:
+            return {}
         step = PruneStep("width", "obs", ratio=WIDTH_TRIAL)
         method = WIDTH.build("obs", {"exchanges": 0})
         with Shelf() as shelf:
