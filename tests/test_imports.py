@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("registry",),
     ("scheme", "sparsity", "tokens"),
     ("plan", "report", "speed_report", "resources", "progress"),
-    ("recipe",),
+    ("recipe", "front"),
     ("ops",),
     ("architectures",),
     ("runtime", "reporting"),
