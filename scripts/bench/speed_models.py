@@ -104,7 +104,7 @@ def _dense(subject: str, target: Path) -> None:
 def _compressed(dense: Path, target: Path, group: int, head: bool) -> None:
     from hf_shrink import shrink_checkpoint
 
-    quantize: dict[str, Any] = {"method": "rtn", "scheme": "W4A16", "group_size": group}
+    quantize: dict[str, Any] = {"method": "rtn", "search": False, "scheme": "W4A16", "group_size": group}
     if head:
         quantize["overrides"] = {"lm_head": {"scheme": "W8A16", "strategy": "channel"}}
     recipe = {"steps": [{"quantize": quantize}], "evaluation": {"metrics": []}}
