@@ -1,11 +1,15 @@
-"""How work says how far it is: a callable of (what, done, total)."""
+"""How work says how far it is: a callable of (what, done, total), and where wanted a note that changes on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-ProgressCallback = Callable[[str, int, int], None]
+from typing import Protocol
 
 
-def quiet(what: str, done: int, total: int) -> None:
+class ProgressCallback(Protocol):
+    """`done` of `total` parts of `what` are finished; `note`: what has come of them so far."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
+
+
+def quiet(what: str, done: int, total: int, note: str = "") -> None:
     """Says nothing."""
