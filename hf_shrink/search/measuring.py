@@ -95,7 +95,7 @@ def measure(
     """
     started = time.perf_counter()
     chosen = choose(batches, TOKENS, seed)
-    trials = Trials(model, binding, batches, seed)
+    trials = Trials(model, binding, batches, seed + 1)  # other samples: what statistics are of, they flatter
     run = _Measuring(model, binding, space, method, chosen, trials, seed, scale_dtype, progress)
     pieces = find_pieces(binding, quantizable) if space.schemes else ()
     rounding, factors = run.rounding(pieces) if pieces and method is not None else ({}, {})
