@@ -16,10 +16,10 @@ from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, 
 from hf_shrink.architectures.linears import is_matrix, shape
 from hf_shrink.plan import BlockPlan, Plan, Scheme
 from hf_shrink.pruning.parts import Kind
-from hf_shrink.pruning.prunable import config_key, find_prunable
+from hf_shrink.pruning.prunable import config_key
 from hf_shrink.search.agreement import one_scheme
 from hf_shrink.search.costs import Costs
-from hf_shrink.search.cuts import STEP, Cut, cuts_of
+from hf_shrink.search.cuts import STEP, Cut, cuts_of, prunable_units
 from hf_shrink.search.latency import LatencyTable
 from hf_shrink.search.measuring import Space, outer_weights
 from hf_shrink.search.options import Change, Cost, Group, Option, Place, Problem
@@ -92,7 +92,7 @@ class _Maker:
         space = self.space
         self._prunable = None
         if space.width and self.sensitivity.curves:
-            self._prunable = find_prunable(self.model, self.binding, "all", portable=space.portable)
+            self._prunable = prunable_units(self.model, self.binding, portable=space.portable)
         one = one_scheme(self.model, space.schemes, self.quantizable) if space.portable else None
         self._must_agree = one is not None
         # As it is measured under, and as it is stored.

@@ -126,6 +126,17 @@ def test_portable_plans_have_equal_blocks(tmp_path: Path) -> None:
     assert model.shrink_report.portable
 
 
+def test_a_block_without_any_part_goes_as_a_whole(uneven: tuple[Space, Sensitivity]) -> None:
+    problem = problem_of(tiny_llama(tie_word_embeddings=True), *uneven)
+    choice = [0] * len(problem.groups)
+    for number, group in enumerate(problem.groups):
+        if group.block == 2:
+            choice[number] = next(i for i, option in enumerate(group.options) if option.change.block.removed)
+    plan = problem.plan(choice)
+    assert plan.stacks["decoder"].kept == (0, 1, 3) and not plan.stacks["decoder"].blocks
+    assert plan.repair and not plan.refit
+
+
 def test_choices_that_break_a_link_or_a_switch_are_refused(uneven: tuple[Space, Sensitivity]) -> None:
     problem = problem_of(tiny_llama(tie_word_embeddings=True), *uneven)
     (group, option), *_ = problem.links[0]
