@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from hf_shrink.ops.grid import Grid
 from hf_shrink.runtime.kernels.base import Kernel
-from hf_shrink.runtime.kernels.nibbles import ROW_STEP, pack_nibbles, unpack_columns, unpack_nibbles
+from hf_shrink.runtime.kernels.nibbles import ROW_STEP, kernel_layout, pack_nibbles, unpack_columns, unpack_nibbles
 from hf_shrink.runtime.kernels.scales import join_scale, split_scale
 from hf_shrink.scheme import Scheme
 
@@ -42,7 +42,7 @@ class Int4(Kernel):
         assert group is not None
         self._group, self._weight, self._rest = group, tensors["weight"], tensors.get("rest")
         self._scales = tensors["scales"].view(torch.bfloat16)
-        self._padded = len(self._weight) != rows
+        self._padded, self._layout = len(self._weight) != rows, kernel_layout()
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
@@ -83,7 +83,7 @@ class Int4(Kernel):
         return output[:, : self.rows].contiguous() if self._padded else output
 
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        values = unpack_columns(self._weight, start, stop)
+        values = unpack_columns(self._weight, self._layout, start, stop)
         return self._scaled(values, 8, self._zero(start, start + values.shape[1]), start, stop, dtype)
 
     @property
@@ -153,7 +153,7 @@ class TwoPlanes(Int4):
         return super().few_rows(torch.cat([tokens, tokens], 1))
 
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        high, low = unpack_columns(self._weight, start, stop).chunk(2)
+        high, low = unpack_columns(self._weight, self._layout, start, stop).chunk(2)
         values = low.add_(high, alpha=16)
         return self._scaled(values, 136, self._zero(start, start + values.shape[1]), start, stop, dtype)
 
