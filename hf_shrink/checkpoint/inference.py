@@ -22,6 +22,9 @@ def optimize_for_inference(model: Module, *, device: torch.device | str | None =
     Attention by transformers' "sdpa" takes another way to the same result for single tokens (`runtime/attention.py`).
     `kernel_summary(model)` says what runs on what, and why the rest does not.
 
+    `shrink` does this by itself unless called with `optimize=False`, and `from_pretrained` with checkpoints of ours
+    unless called with `quantization_config=LoadingConfig(optimize=False)`.
+
     Args:
         model: with weights packed by hf_shrink. Calling it again changes nothing.
         device: where to move the model first; by default it stays.

@@ -12,11 +12,11 @@ from hf_shrink.runtime.packed import PackedModule
 
 def use_kernels(model: nn.Module) -> None:
     """Give every packed Linear the fastest kernel for where it is, in place. What is on one already stays."""
-    holders = Counter(id(m.weight_packed) for m in model.modules() if isinstance(m, PackedModule) and m.kernel is None)
+    holders = Counter(id(m.held) for m in model.modules() if isinstance(m, PackedModule))
     for module in model.modules():
         if not isinstance(module, CompressedLinear) or module.kernel is not None:
             continue
-        if holders[id(module.weight_packed)] > 1:
+        if holders[id(module.held)] > 1:
             module.kernel_note = "its weight is shared with an embedding"
         else:
             module.optimize()

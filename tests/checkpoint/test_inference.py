@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_shrink import kernel_summary, optimize_for_inference, shrink
+from hf_shrink import LoadingConfig, kernel_summary, optimize_for_inference, shrink
 
 RECIPE = {"steps": [{"quantize": {"method": "rtn", "scheme": "W4A16", "group_size": 32}}]}
 
@@ -32,7 +32,7 @@ def tiny(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
 @pytest.fixture(scope="module")
 def packed() -> LlamaForCausalLM:
     torch.manual_seed(0)
-    return shrink(tiny(), RECIPE, progress=False)
+    return shrink(tiny(), RECIPE, progress=False, optimize=False)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -50,7 +50,15 @@ def test_same_checkpoint_and_near_logits(packed, tmp_path):
     packed.save_pretrained(tmp_path / "plain")
     fast.save_pretrained(tmp_path / "fast")
     assert files(tmp_path / "plain") == files(tmp_path / "fast")
+    assert not kernel_summary(packed).get("int4")
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "fast")
+    assert len(kernel_summary(again)["int4"]) == 14
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, fast(ids).logits)
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path / "fast", quantization_config=LoadingConfig(optimize=False))
+    assert list(kernel_summary(plain)) == ["not optimized"]
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, packed(ids).logits)
     assert torch.equal(again(ids).logits, packed(ids).logits) or kernel_summary(again).get("int4")
     assert optimize_for_inference(fast) is fast
 

@@ -1,4 +1,4 @@
-"""What every kernel is to a packed module: the weight in one layout, its products, and the way back."""
+"""What every kernel is to a packed module: the weight in one layout, its product, and the way back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_shrink.ops.grid import Grid
+from hf_shrink.runtime.kernels.blocks import blockwise_linear
 from hf_shrink.scheme import Scheme
 
 
@@ -60,8 +61,8 @@ class Kernel(ABC):
         """The scales as they are stored, bit for bit."""
 
     @abstractmethod
-    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b on (..., columns), in the dtype of the input. Records no gradients."""
+    def few_rows(self, tokens: Tensor) -> Tensor:
+        """bfloat16 (n, rows): the kernel's product with bfloat16 tokens (n, columns), contiguous, n > 0."""
 
     @abstractmethod
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -69,3 +70,27 @@ class Kernel(ABC):
 
         `start` is a multiple of 64.
         """
+
+    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b on (..., columns), in the dtype of the input or autocast's. Records no gradients."""
+        if input.dtype is not torch.bfloat16:
+            return self._linear_of_others(input, bias)
+        tokens = input.reshape(-1, self.columns)
+        if not 0 < tokens.shape[0] <= self.few:
+            return blockwise_linear(self, input, bias)
+        output = self.few_rows(tokens.contiguous())
+        if bias is not None:
+            output = output + bias.to(torch.bfloat16)
+        return output.reshape((*input.shape[:-1], self.rows))
+
+    def _linear_of_others(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Few tokens are rounded to bfloat16, float64 ones excepted; their outputs are in the input's dtype again."""
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        if input.dtype is torch.float64 or not 0 < input.numel() <= self.few * self.columns:
+            return blockwise_linear(self, input.to(dtype), bias)
+        tokens = input.reshape(-1, self.columns).to(torch.bfloat16).contiguous()
+        output = self.few_rows(tokens).to(dtype)
+        if bias is not None:
+            output += bias
+        return output.reshape((*input.shape[:-1], self.rows))
