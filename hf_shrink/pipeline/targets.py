@@ -39,12 +39,14 @@ class Selected:
     Attributes:
         paths: of the modules, in the model's order; for each the key of the override that it falls under, or None.
         named: those that were asked for by path or regex, not by class or default.
+        head: the output head and what is tied to it, where the step has a scheme for them.
         notes: what the user should know.
     """
 
     paths: dict[str, str | None]
     named: frozenset[str]
     notes: list[str]
+    head: frozenset[str] = frozenset()
 
 
 def resolve_schemes(
@@ -73,6 +75,7 @@ def resolve_schemes(
         path: step.base_scheme() if key is None else step.scheme_with(step.overrides[key])
         for path, key in selected.paths.items()
     }
+    chosen |= {path: step.head_scheme() for path in selected.head}
     notes = selected.notes
     chosen = _agree_on_ties(model, chosen)
     check_inputs(model, chosen)
@@ -118,9 +121,13 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
     inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
     before_text = _outside_text(model, binding, candidates, inside)
     spared = spared_by_default(model, binding, candidates, inside, step.targets or ()) if step.ignore is None else set()
+    head = head_paths(model, candidates) if step.head is not None else frozenset()
     chosen: dict[str, str | None] = {}
-    by_name: set[str] = set()
+    by_name: set[str] = set(head)
     for path, module in candidates.items():
+        if path in head:
+            chosen[path] = None
+            continue
         override = _override(path, module, step.overrides)
         named = override is not None and override != class_of(module)
         if step.ignore is not None and any(matches(path, module, t) for t in step.ignore):
@@ -139,7 +146,23 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         )
     if not chosen:
         raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
-    return Selected(chosen, frozenset(by_name & chosen.keys()), notes)
+    return Selected(chosen, frozenset(by_name & chosen.keys()), notes, head)
+
+
+def head_paths(model: nn.Module, candidates: Iterable[str]) -> frozenset[str]:
+    """The paths of a model's output head and of what shares its weight, as far as they can be packed.
+
+    Raises:
+        RecipeError: the model has no output head, or it cannot be packed.
+    """
+    head = model.get_output_embeddings() if isinstance(model, PreTrainedModel) else None
+    paths = next(
+        (paths for paths in weight_holders(model).values() if any(model.get_submodule(p) is head for p in paths)), []
+    )
+    found = frozenset(paths) & frozenset(candidates)
+    if not any(model.get_submodule(path) is head for path in found):
+        raise RecipeError(f"{type(model).__name__} has no output head that can be packed; take out quantize.head")
+    return found
 
 
 def _width(module: nn.Module) -> int:

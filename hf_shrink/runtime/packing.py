@@ -101,9 +101,9 @@ def scaled(values: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Sch
     """As `unpack_weight`, from values (rows, columns) that are unpacked, in one go."""
     rows, columns = values.shape
     wide = torch.promote_types(dtype, scale.dtype)
-    grouped = values.view(rows, scheme.scale_columns(columns), -1).to(wide)
+    grouped = values.view(rows, scheme.scale_columns(columns), scheme.group_size or columns).to(wide)
     if zero_point is not None:
-        grouped = grouped - _per_group(zero_point, rows).to(wide)
+        grouped -= _per_group(zero_point, rows).to(wide)
     return (grouped * _per_group(scale, rows).to(wide)).to(dtype).view(rows, columns)
 
 
