@@ -3,5 +3,6 @@
 from hf_shrink.pipeline.checkpointing import shrink_checkpoint
 from hf_shrink.pipeline.prune_weights import prune_weights
 from hf_shrink.pipeline.shrinking import make_plan, shrink
+from hf_shrink.pipeline.sweep import make_front
 
-__all__ = ["make_plan", "prune_weights", "shrink", "shrink_checkpoint"]
+__all__ = ["make_front", "make_plan", "prune_weights", "shrink", "shrink_checkpoint"]

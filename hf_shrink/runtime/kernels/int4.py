@@ -38,6 +38,7 @@ class Int4(Kernel):
     """
 
     name: ClassVar[str] = "int4"
+    example: ClassVar[Scheme] = Scheme(4, True, "group", 64)
     bits: ClassVar[tuple[int, int]] = (2, 4)
 
     def __init__(
@@ -93,7 +94,7 @@ class Int4(Kernel):
 
     def few_rows(self, tokens: Tensor) -> Tensor:
         output = _multiply(tokens, self._weight, self._group, self._scales)
-        return output[:, : self.rows] if self._padded else output
+        return output[:, : self.rows].contiguous() if self._padded else output
 
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         values = unpack_columns(self._weight, start, stop)
@@ -136,6 +137,7 @@ class TwoPlanes(Int4):
     """
 
     name: ClassVar[str] = "int4 twice"
+    example: ClassVar[Scheme] = Scheme(8, True, "group", 64)
     bits: ClassVar[tuple[int, int]] = (5, 8)
 
     @classmethod

@@ -20,6 +20,7 @@ class Int8(Kernel):
     """W = q * scale, the integers as they are, one octet each."""
 
     name: ClassVar[str] = "int8"
+    example: ClassVar[Scheme] = Scheme(8, True, "channel", None)
 
     def __init__(
         self, scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype, few: int, tensors: dict[str, Tensor]
