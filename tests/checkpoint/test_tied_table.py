@@ -19,6 +19,7 @@ from hf_shrink.checkpoint.packed import packed_modules
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime.optimizing import restore_layout
+from hf_shrink.tuning.opened import open_model
 
 HEADS: dict[str, Any] = {
     "W8A16": "W8A16",
@@ -111,6 +112,13 @@ def test_what_is_loaded_into_the_embedding_is_in_the_head(optimized: bool) -> No
     assert is_one(model)
     assert torch.equal(model.lm_head.weight, other.lm_head.weight)
     assert (model.lm_head.kernel is not None) == optimized
+
+
+def test_tuning_leaves_it_alone(plain: Any) -> None:
+    opened = open_model(copy.deepcopy(plain), rounding=False)
+    assert len(opened.linears) == 2 * 7
+    opened.close()
+    assert is_one(opened.model)
 
 
 def test_saved_once_and_loaded_as_one(plain: Any, tmp_path: Path) -> None:
