@@ -20,9 +20,7 @@ def show(results: Mapping[str, Any], summary: Mapping[str, Any], not_run: Mappin
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(
-        title="Batch 1, medians and (least, greatest) runs; memory over the process with its libraries imported"
-    )
+    table = Table(title="Batch 1; median (least, greatest) of the runs; memory over the process with its libraries")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in ("variant", "targets") else "right")
     subject = None
