@@ -188,9 +188,8 @@ class _Run:
                 self.walk = StackWalk(self.model, modules, given, **settings)
                 if refits or (solves and (self.learning is not None or self.follows)):
                     everything = self.learning is not None or refits
-                    self.dense = DenseStream(
-                        self.model, modules, given, everything=everything, measure_all=refits, **settings
-                    )
+                    settings |= {"tokens": self.walk.tokens, "everything": everything, "measure_all": refits}
+                    self.dense = DenseStream(self.model, modules, given, **settings)
         for block, source in zip(blocks, stack.kept, strict=True):
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)

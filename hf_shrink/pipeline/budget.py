@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -57,6 +57,7 @@ class Searching:
     seed: int
     progress: ProgressCallback
     cache: Path | None = None
+    _weights: tuple[Problem, RoundedWeights] | None = field(default=None, init=False)
 
     @classmethod
     def of(
@@ -98,11 +99,8 @@ class Searching:
 
     @cached_property
     def space(self) -> Space:
-        portable = self.recipe.portable
-        size = self.spec.group_size
-        # Four values a weight are few: zero points pay, where they need not load in stock transformers.
-        schemes = tuple(Scheme(bits, symmetric=portable or bits > 2, group_size=size) for bits in self.spec.bits)
-        return Space(schemes, self.spec.width, self.spec.depth, self.spec.embeddings, portable)
+        schemes = tuple(Scheme(bits, group_size=self.spec.group_size) for bits in self.spec.bits)
+        return Space(schemes, self.spec.width, self.spec.depth, self.spec.embeddings, self.recipe.portable)
 
     @cached_property
     def quantizable(self) -> frozenset[str]:
@@ -190,8 +188,7 @@ class Searching:
 
     def weights(self, problem: Problem) -> RoundedWeights:
         """What options make of the weights; one for all budgets on the same options."""
-        known = getattr(self, "_weights", None)
-        if known is None or known[0] is not problem:
+        if self._weights is None or self._weights[0] is not problem:
             shelf = Shelf(IN_MEMORY)
             statistics = input_statistics(
                 self.model,
@@ -201,10 +198,9 @@ class Searching:
                 shelf,
                 self.progress,
             )
-            known = problem, RoundedWeights(self.model, self.binding, problem, self.method, statistics, shelf)
-            self._weights = known
-        found: RoundedWeights = known[1]
-        return found
+            made = RoundedWeights(self.model, self.binding, problem, self.method, statistics, shelf)
+            self._weights = problem, made
+        return self._weights[1]
 
     def choose(self, programme: Programme) -> Chosen:
         """The best assignment within a programme's limits."""

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.folder import OutputFolder, copy_side_files
+from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.source import Source, load_processing, load_source_model, open_source
@@ -107,7 +108,7 @@ def _measure(
 ) -> None:
     """Quality and speed beside the dense model, into the record's report. `processing`: after the run, and before."""
     dense = load_source_model(source)
-    model.eval()
+    optimize_for_inference(model.eval())
     result = evaluate_model(
         model,
         held_out,

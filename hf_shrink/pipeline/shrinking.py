@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_shrink.architectures.refused import check_type
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
+from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.save import model_portability
@@ -56,6 +57,7 @@ def shrink(
     calibration: Any = None,
     seed: int = 0,
     progress: bool = True,
+    optimize: bool = True,
 ) -> Module:
     """Make a model smaller, in place; returns the same object.
 
@@ -73,6 +75,7 @@ def shrink(
             .txt, .jsonl or .parquet file, a `datasets.Dataset`, a list of texts, or an iterable of model-input dicts.
         seed: of everything random. Same seed, same machine, same bytes.
         progress: show progress bars.
+        optimize: let packed weights multiply with fast kernels in the end; see `optimize_for_inference`.
 
     Raises:
         RecipeError: the recipe is not valid, or cannot be met on this model.
@@ -86,7 +89,7 @@ def shrink(
         bind_save(model, record)
     else:
         model.shrink_record, model.shrink_report = record, record.report  # type: ignore[assignment]
-    return model
+    return optimize_for_inference(model) if optimize else model
 
 
 def make_plan(
@@ -153,7 +156,8 @@ class Job:
         self.show = Progress(quiet=not self.progress)
         if self.recipe is not None and self.recipe.budget is not None:
             # Before there is any data, which can take minutes to make.
-            Searching.of(self.model, self.recipe, (), self.seed, self.show).check(self.recipe.budget)
+            with silence(), evaluating(self.model):
+                Searching.of(self.model, self.recipe, (), self.seed, self.show).check(self.recipe.budget)
 
     def data(self) -> CalibrationData:
         """Calibration batches; none when no step needs them."""

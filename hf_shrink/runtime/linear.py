@@ -5,7 +5,7 @@ Under W8A8 the forward pass multiplies the int8 weight as it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,7 @@ from hf_shrink.plan import Scheme
 from hf_shrink.runtime.int8 import int8_linear
 from hf_shrink.runtime.kernels import kernel_for
 from hf_shrink.runtime.kernels.blocks import blockwise_gradient
+from hf_shrink.runtime.kernels.crossover import few_limit
 from hf_shrink.runtime.packed import PackedModule
 
 
@@ -28,6 +29,8 @@ class CompressedLinear(PackedModule):
         in_features, out_features: as of nn.Linear.
         bias: parameter (out_features,) or None.
     """
+
+    multiplies: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -80,11 +83,14 @@ class CompressedLinear(PackedModule):
 
     def optimize(self) -> None:
         """See `PackedModule.optimize`."""
-        self.restore()
+        self._restore()
         rows, columns, device = self.out_features, self.in_features, self.device
         kind, self.kernel_note = kernel_for(self.scheme, rows, columns, device, self.scale_dtype)
         if kind is not None:
-            self.use_kernel(kind.pack(*self.unpacked(), few=32))
+            few = few_limit(kind, self.numel, self.scale_dtype, device)
+            self.use_kernel(kind.pack(*self.unpacked(), few))
+        else:
+            self._pass_on()
 
     def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.kernel is not None:

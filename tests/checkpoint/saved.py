@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from checkpoint.rows import IDS, ROWS
+from stock import Stock
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_shrink.checkpoint.save import model_portability
+from hf_shrink.runtime.optimizing import restore_layout, use_kernels
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,16 @@ class Saved:
 
 
 def logits_of(model: PreTrainedModel) -> Tensor:
+    """Of the weights as they are stored: fast kernels round inputs, so they are left out meanwhile."""
     ids = torch.tensor(IDS)
     extra = {"decoder_input_ids": ids} if getattr(model.config, "is_encoder_decoder", False) else {}
+    optimized = any(getattr(module, "kernel", None) is not None for module in model.modules())
+    restore_layout(model)
     with torch.no_grad():
-        return model(ids, **extra)[0]
+        logits = model(ids, **extra)[0]
+    if optimized:
+        use_kernels(model)
+    return logits
 
 
 def save_rows(root: Path) -> dict[str, Saved]:
@@ -52,12 +58,8 @@ def save_rows(root: Path) -> dict[str, Saved]:
     return saved
 
 
-def run_stock(saved: dict[str, Saved], root: Path) -> dict[str, Saved]:
-    jobs = [{"folder": str(item.folder), "class": item.kind, "ids": IDS} for item in saved.values()]
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("stock.py")
-    done = subprocess.run([sys.executable, str(script), str(root / "jobs.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def run_stock(saved: dict[str, Saved], stock: Stock) -> dict[str, Saved]:
+    stock.run([{"folder": str(item.folder), "class": item.kind, "ids": IDS} for item in saved.values()])
     outcome = {}
     for name, item in saved.items():
         logits, error = item.folder / "stock.pt", item.folder / "stock.txt"
