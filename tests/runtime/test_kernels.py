@@ -213,3 +213,10 @@ def test_compiles_as_one_graph(scheme):
     input = torch.randn(1, 3, 128, dtype=torch.bfloat16, requires_grad=True)
     compiled(input).sum().backward()
     assert input.grad.abs().sum() > 0
+
+
+def test_what_comes_from_memory_is_held_in_planes():
+    scheme, device = Scheme(8, True, "channel", None), torch.device("cpu")
+    assert kernel_for(scheme, 49152, 576, device, torch.bfloat16)[1] == "int4 twice"
+    assert kernel_for(scheme, 4096, 576, device, torch.bfloat16)[1] == "int8"
+    assert kernel_for(scheme, 524288, 48, device, torch.bfloat16)[0] is None
