@@ -199,3 +199,10 @@ def test_what_has_no_kernel_says_why():
         kind, note = kernel_for(scheme, 64, 1536, device, torch.float32)
         assert kind is None and word in note
     assert kernel_for(Scheme(4), 64, 1536, cpu, torch.float64)[0] is None
+
+
+def test_what_comes_from_memory_is_held_in_planes():
+    scheme, device = Scheme(8, True, "channel", None), torch.device("cpu")
+    assert kernel_for(scheme, 49152, 576, device, torch.bfloat16)[1] == "int4 twice"
+    assert kernel_for(scheme, 4096, 576, device, torch.bfloat16)[1] == "int8"
+    assert kernel_for(scheme, 524288, 48, device, torch.bfloat16)[0] is None
