@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("registry",),
     ("scheme", "sparsity", "tokens"),
-    ("plan", "report", "resources", "progress"),
+    ("plan", "report", "resources", "progress", "residence"),
     ("recipe",),
     ("ops",),
     ("architectures",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -150,7 +150,7 @@ class _Repair:
             self._progress("repairing blocks", place + 1, len(kept))
 
     def _refit(
-        self, block: BoundBlock, plan: BlockPlan, targets: Sequence[Tensor], walk: StackWalk, held_out: Sequence[Tensor]
+        self, block: BoundBlock, plan: BlockPlan, targets: Iterable[Tensor], walk: StackWalk, held_out: Sequence[Tensor]
     ) -> None:
         """Refit the block's last writing matrix; `walk` is in front of the block, whose removed parts are out."""
         writer = _writer(block, plan)
