@@ -17,7 +17,15 @@ from hf_shrink import shrink, shrink_checkpoint
 from hf_shrink.checkpoint import journal as journal_module
 from hf_shrink.checkpoint.source import load_source_model, open_source
 from hf_shrink.errors import CheckpointError
+from hf_shrink.pipeline import checkpointing
 from hf_shrink.residence import Residence
+
+
+@pytest.fixture(autouse=True)
+def _without_a_page(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The report page takes longer to draw than a tiny model to shrink, and is tested elsewhere."""
+    monkeypatch.setattr(checkpointing, "write_report", lambda *given, **named: None)
+
 
 Batches = list[dict[str, torch.Tensor]]
 
