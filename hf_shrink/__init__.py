@@ -8,7 +8,7 @@ from importlib import metadata
 from hf_shrink.checkpoint.module import load_module, save_module
 from hf_shrink.checkpoint.quantizers import register as _register
 from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
-from hf_shrink.evaluation import evaluate_model
+from hf_shrink.evaluation import bench_checkpoint, evaluate_model
 from hf_shrink.pipeline import make_plan, prune_weights, shrink, shrink_checkpoint
 from hf_shrink.plan import Plan
 from hf_shrink.pruning.importance import register_importance
@@ -32,6 +32,7 @@ __all__ = [
     "RecipeError",
     "ShrinkError",
     "ShrinkReport",
+    "bench_checkpoint",
     "evaluate_model",
     "keep_zeros",
     "load_module",

@@ -16,7 +16,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("registry",),
     ("scheme", "sparsity", "tokens"),
-    ("plan", "report", "resources", "progress", "residence"),
+    ("plan", "report", "resources", "progress", "speed_report", "residence"),
     ("recipe",),
     ("ops",),
     ("architectures",),

@@ -23,16 +23,23 @@ class Measured:
     model: PreTrainedModel
 
 
-def load_measured(path_or_id: str | os.PathLike[str]) -> Measured:
+def load_measured(path_or_id: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> Measured:
     """Load any checkpoint in the class it was saved from, in eval mode; packed weights of ours stay packed.
+
+    Args:
+        path_or_id: folder or Hub id.
+        dtype: of what is not packed, by torch's name; "auto" keeps what is stored.
+        device: where to load it.
 
     Raises:
         CheckpointError: it cannot be found or loaded.
     """
     source = open_source(path_or_id, dense=False)
     where = str(source.folder) if source.shards else source.name
+    # Without a device map transformers does not go through accelerate, as for a user on the CPU.
+    where_to = None if device == "cpu" else device
     try:
-        model = model_class(source).from_pretrained(where, dtype="auto", use_safetensors=True)
+        model = model_class(source).from_pretrained(where, dtype=dtype, use_safetensors=True, device_map=where_to)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"{source.name} does not load: {' '.join(str(error).split())}") from error
     return Measured(source, model.eval())

@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from hf_shrink.errors import CheckpointError
+from hf_shrink.runtime import PackedModule
 
 
 def stored_bytes(folder: str | Path) -> int:
@@ -29,7 +30,14 @@ def unique_bytes(model: nn.Module) -> int:
 
 
 def _saved_beside(model: nn.Module) -> list[Tensor]:
-    """What modules add to a checkpoint that is neither parameter nor buffer: bitsandbytes' scales."""
-    held = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    held |= {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    return [t for name, t in model.state_dict().items() if name not in held and isinstance(t, Tensor)]
+    """What modules add to a checkpoint that is neither parameter nor buffer: bitsandbytes' scales.
+
+    Packed modules of ours add nothing that they hold: what a kernel holds otherwise is made anew to be saved.
+    """
+    found: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, PackedModule) or next(module.children(), None) is not None:
+            continue
+        held = {*module._parameters, *module._buffers}
+        found += [t for name, t in module.state_dict().items() if name not in held and isinstance(t, Tensor)]
+    return found

@@ -1,150 +1,194 @@
-"""How fast a model decodes, or runs forward, here and now."""
+"""How fast loaded models generate, or run forward, here and now, their runs in turn."""
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from hf_shrink.errors import ArchitectureError
+from hf_shrink.errors import RecipeError
+from hf_shrink.evaluation import timing
 from hf_shrink.evaluation.greedy import greedy_config
+from hf_shrink.evaluation.made_up import Inputs, generates, made_up_inputs, positions
+from hf_shrink.evaluation.timing import Seconds
+from hf_shrink.progress import ProgressCallback, quiet
+from hf_shrink.speed_report import Timing
 
-Inputs = Mapping[str, torch.Tensor]
+WARMUP_TOKENS = 4
 
 
-def decode_speed(
-    model: Any, *, prompt: int = 64, new: int = 64, repeats: int = 3, inputs: Inputs | None = None
-) -> float:
-    """Tokens per second of greedy decoding at batch 1, the median of `repeats` after a warm-up.
+@dataclass(frozen=True)
+class Workload:
+    """What is run.
 
-    The time of a run includes reading the prompt. Exactly `new` tokens are made, an early end of text is suppressed.
-
-    Args:
-        model: a model that generates.
-        prompt, new: tokens; both shrink to fit the positions that the model has.
-        repeats: timed runs.
-        inputs: instead of a made-up prompt, for models that do not read token ids.
+    Attributes:
+        prompt: tokens of the prompt; for models that do not generate, of the input.
+        new: tokens made after it, exactly, one at a time and greedily.
+        prefill: tokens of a long prompt, of which one token is made; 0 leaves it out.
+        batch: sequences at once.
+        repeats: timed runs, after one to warm up.
 
     Raises:
-        ArchitectureError: the model does not generate; see `forward_latency`.
+        RecipeError: nothing would be left to time.
     """
-    run, made = _decoding(model, prompt, new, inputs)
-    _seconds(run)
-    return made / statistics.median(_seconds(run) for _ in range(repeats))
+
+    prompt: int = 64
+    new: int = 128
+    prefill: int = 512
+    batch: int = 1
+    repeats: int = 5
+
+    def __post_init__(self) -> None:
+        for name, least in (("prompt", 1), ("new", 2), ("prefill", 0), ("batch", 1), ("repeats", 1)):
+            if getattr(self, name) < least:
+                raise RecipeError(f"{name} is {getattr(self, name)}; to measure speed it has to be at least {least}")
+
+    def fitted(self, models: Iterable[Any]) -> Workload:
+        """The same with no more tokens than every one of `models` has positions for."""
+        found = self
+        for limit in filter(None, map(positions, models)):
+            prompt = min(found.prompt, limit // 2) if found.prompt + found.new > limit else found.prompt
+            new, prefill = min(found.new, limit - prompt), min(found.prefill, limit - 1)
+            found = replace(found, prompt=prompt, new=new, prefill=prefill)
+        return found
 
 
-def forward_latency(model: Any, *, length: int = 64, repeats: int = 5, inputs: Inputs | None = None) -> float:
-    """Seconds of one forward pass at batch 1, the median of `repeats` after a warm-up; for models without `generate`.
+def measure_speed(
+    models: Mapping[str, Any],
+    workload: Workload | None = None,
+    *,
+    compiled: Collection[str] = (),
+    inputs: Mapping[str, torch.Tensor] | None = None,
+    progress: ProgressCallback = quiet,
+) -> dict[str, dict[str, Timing]]:
+    """Time every model on the same workload, one after the other in each round, so that a busy machine slows all alike.
+
+    Models that generate do so through `generate`: "decode" counts the tokens after the first one, "first token" is the
+    time from the call to that one, "prefill" the same for a long prompt. Others run "forward" over the prompt's length
+    and, if they read text, "long forward" over that of the long prompt. Prompts are made up.
 
     Args:
-        model: any transformers model.
-        length: tokens of the made-up input; images take the configured size.
-        repeats: timed runs.
-        inputs: instead of a made-up input.
+        models: by name, in eval mode, all on the same device; the same model may stand under two names.
+        workload: what is run; None for the default one. Longer than the models have positions, it is cut.
+        compiled: names whose decode steps (or forward passes) run through `torch.compile`, in one graph, decode steps
+            on a static cache.
+        inputs: instead of made-up prompts, for models that read something else; long prompts are then left out.
+        progress: called with ("measuring speed", rounds of one model done, of all).
+
+    Returns:
+        Timings by name and task.
+
+    Raises:
+        ArchitectureError: the model reads what cannot be made up.
+        RecipeError: the workload times nothing.
     """
-    run = _forward(model, length, inputs)
-    _seconds(run)
-    return statistics.median(_seconds(run) for _ in range(repeats))
+    workload = (workload or Workload()).fitted(models.values())
+    runs = {name: _runner(model, workload, name in compiled, inputs) for name, model in models.items()}
+    total, done = len(runs) * (workload.repeats + 1), 0
+
+    def step() -> None:
+        nonlocal done
+        done += 1
+        progress("measuring speed", done, total)
+
+    progress("measuring speed", 0, total)
+    for run in runs.values():
+        run.warm_up()
+        step()
+    rounds = timing.in_turn({name: run.once for name, run in runs.items()}, workload.repeats, step)
+    return {name: _timings(rounds[name], run.amounts) for name, run in runs.items()}
 
 
 def compare_decode_speed(
-    dense: Any, small: Any, *, prompt: int = 64, new: int = 64, repeats: int = 3, inputs: Inputs | None = None
+    dense: Any,
+    small: Any,
+    *,
+    prompt: int = 64,
+    new: int = 64,
+    repeats: int = 3,
+    inputs: Mapping[str, torch.Tensor] | None = None,
 ) -> dict[str, Any]:
-    """Both models' speed, their runs alternating so that a busy machine slows both alike.
+    """Both models' speed at batch 1, their runs in turn; see `measure_speed`.
 
     Returns:
-        {"unit", "dense", "compressed", "speedup"}: medians in "tokens/s" for models that generate, else "passes/s" of
-        one forward pass; speedup is compressed / dense.
+        {"unit", "dense", "compressed", "speedup"}: medians in "tokens/s" after the first token for models that
+        generate, else "passes/s" of one forward pass; speedup is compressed / dense.
     """
-    generates = hasattr(dense, "can_generate") and dense.can_generate()
-    runs, made = [], 1
-    for model in (dense, small):
-        if generates:
-            run, made = _decoding(model, prompt, new, inputs)
-        else:
-            run = _forward(model, prompt, inputs)
-        _seconds(run)
-        runs.append(run)
-    times = [[_seconds(run) for run in runs] for _ in range(repeats)]
-    slow, fast = (statistics.median(column) for column in zip(*times, strict=True))
+    workload = Workload(prompt, new, prefill=0, repeats=repeats)
+    found = measure_speed({"dense": dense, "compressed": small}, workload, inputs=inputs)
+    task = "decode" if generates(dense) else "forward"
+    speeds = {name: timings[task].per_second.median for name, timings in found.items()}
+    unit = "tokens/s" if task == "decode" else "passes/s"
+    return {"unit": unit, **speeds, "speedup": speeds["compressed"] / speeds["dense"]}
+
+
+@dataclass(frozen=True)
+class _Runner:
+    """One model's part of a round: the seconds of each task; the warm-up; and what a task counts, with its unit."""
+
+    once: Callable[[], dict[str, Seconds]]
+    warm_up: Callable[[], object]
+    amounts: dict[str, tuple[int, str]]
+
+
+def _runner(model: Any, workload: Workload, compiled: bool, inputs: Mapping[str, torch.Tensor] | None) -> _Runner:
+    lengths = [workload.prompt] + [workload.prefill] * (workload.prefill > 0 and inputs is None)
+    made = [dict(inputs) if inputs is not None else made_up_inputs(model, n, workload.batch) for n in lengths]
+    if "input_ids" not in made[0]:  # images and sounds have no length to choose
+        del made[1:]
+    make = _generation if generates(model) else _forward
+    return make(model, made, workload, compiled)
+
+
+def _generation(model: Any, made: list[Inputs], workload: Workload, compiled: bool) -> _Runner:
+    def config(new: int) -> Any:
+        found = greedy_config(model, new, exactly=True)
+        return timing.compiled(found) if compiled else found
+
+    decode, one, few = config(workload.new), config(1), config(WARMUP_TOKENS)
+
+    def once() -> dict[str, Seconds]:
+        spent = timing.time_generation(model, made[0], decode)
+        found = {"decode": spent.rest, "first token": spent.first}
+        if made[1:]:
+            found["prefill"] = timing.time_generation(model, made[1], one).first
+        return found
+
+    def warm_up() -> None:
+        if compiled:  # for the shapes of the very cache that is timed
+            once()
+            return
+        timing.time_generation(model, made[0], few)
+        for long in made[1:]:
+            timing.time_generation(model, long, one)
+
+    amounts = {"decode": (workload.batch * (workload.new - 1), "token"), "first token": _read(made[0])}
+    if made[1:]:
+        amounts["prefill"] = _read(made[1])
+    return _Runner(once, warm_up, amounts)
+
+
+def _forward(model: Any, made: list[Inputs], workload: Workload, compiled: bool) -> _Runner:
+    call = torch.compile(model, fullgraph=True) if compiled else model
+    tasks = dict(zip(("forward", "long forward"), made, strict=False))
+
+    def once() -> dict[str, Seconds]:
+        return {task: timing.time_call(partial(call, **given)) for task, given in tasks.items()}
+
+    return _Runner(once, once, dict.fromkeys(tasks, (workload.batch, "pass")))
+
+
+def _read(inputs: Inputs) -> tuple[int, str]:
+    """What is read before the first token, with its unit."""
+    ids = inputs.get("input_ids")
+    return (ids.numel(), "token") if ids is not None else (len(next(iter(inputs.values()))), "pass")
+
+
+def _timings(rounds: list[dict[str, Seconds]], amounts: dict[str, tuple[int, str]]) -> dict[str, Timing]:
     return {
-        "unit": "tokens/s" if generates else "passes/s",
-        "dense": made / slow,
-        "compressed": made / fast,
-        "speedup": slow / fast,
+        task: Timing(unit, amount, tuple(r[task].wall for r in rounds), tuple(r[task].cpu for r in rounds))
+        for task, (amount, unit) in amounts.items()
     }
-
-
-def _decoding(model: Any, prompt: int, new: int, inputs: Inputs | None) -> tuple[Any, int]:
-    if not (hasattr(model, "can_generate") and model.can_generate()):
-        raise ArchitectureError(f"{type(model).__name__} does not generate; use forward_latency instead")
-    text = model.config.get_text_config(decoder=True)
-    limit = getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
-    if limit is not None and prompt + new > limit:
-        prompt = min(prompt, limit // 2)
-        new = min(new, limit - prompt)
-    made = dict(inputs) if inputs is not None else _inputs(model, prompt)
-    config = greedy_config(model, new, exactly=True)
-
-    def run() -> None:
-        model.generate(**made, generation_config=config)
-
-    return run, new
-
-
-def _forward(model: Any, length: int, inputs: Inputs | None) -> Any:
-    made = dict(inputs) if inputs is not None else _inputs(model, length)
-
-    def run() -> None:
-        model(**made)
-
-    return run
-
-
-def _inputs(model: Any, length: int) -> dict[str, torch.Tensor]:
-    """Made-up inputs of one sequence, image or clip: time depends on their shape, not on what they say."""
-    config, device = model.config, model.device
-    name = getattr(model, "main_input_name", "input_ids")
-    generator = torch.Generator().manual_seed(0)
-    if name == "pixel_values":
-        return {name: _pixels(config, generator).to(device, model.dtype)}
-    if name == "input_features" and hasattr(config, "num_mel_bins"):
-        frames = 2 * config.max_source_positions
-        features = torch.randn(1, config.num_mel_bins, frames, generator=generator)
-        return {name: features.to(device, model.dtype)}
-    text = config.get_text_config()
-    if name != "input_ids" or not hasattr(text, "vocab_size"):
-        raise ArchitectureError(f"{type(model).__name__} reads {name}: give an example of it as inputs=")
-    limit = getattr(text, "max_position_embeddings", None) or length
-    ids = torch.randint(0, text.vocab_size, (1, min(length, limit)), generator=generator).to(device)
-    made = {name: ids, "attention_mask": torch.ones_like(ids)}
-    if not model.can_generate() and config.is_encoder_decoder:
-        made["decoder_input_ids"] = ids
-    if not model.can_generate() and hasattr(config, "vision_config"):  # a model of two towers reads both
-        made["pixel_values"] = _pixels(config, generator).to(device, model.dtype)
-    return made
-
-
-def _pixels(config: Any, generator: torch.Generator) -> torch.Tensor:
-    """One image of the configured size, (1, channels, height, width)."""
-    vision = getattr(config, "vision_config", config)
-    size = vision.image_size if isinstance(vision.image_size, list | tuple) else [vision.image_size] * 2
-    return torch.randn(1, getattr(vision, "num_channels", 3), *size, generator=generator)
-
-
-@torch.no_grad()
-def _seconds(run: Any) -> float:
-    _wait()
-    start = time.perf_counter()
-    run()
-    _wait()
-    return time.perf_counter() - start
-
-
-def _wait() -> None:
-    """Accelerators work behind the caller's back; the clock must not stop before they do."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()

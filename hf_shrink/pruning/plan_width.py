@@ -76,7 +76,7 @@ def plan_width(
         scorer = Scorer(method, step, shelf, _gradients(model, binding, prunable, method, batches, seed, progress))
         if request.measured:
             scorer.trials = Trials(model, binding, batches, seed)
-        curves = _curves(model, binding, prunable, scorer, batches, progress)
+        curves = unit_curves(model, binding, prunable, scorer, batches, progress)
         if not request.measured:
             curves = {key: found.shares for key, found in curves.items()}
         allocation = allocate(parts_of(binding, prunable, curves), request)
@@ -106,7 +106,7 @@ def _compares(binding: Binding, prunable: Prunable, method: WidthMethod, portabl
     return len(keys) > 1
 
 
-def _curves(
+def unit_curves(
     model: nn.Module,
     binding: Binding,
     prunable: Prunable,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ LEAST = 1e-7  # nats; smaller divergences are rounding errors
 
 
 class Trials:
-    """KL(dense || changed) of the predictions when one matrix of the dense model is another.
+    """KL(dense || changed) of the predictions when a matrix of the dense model, or several, are others.
 
     What every block puts out is kept, so that a measurement runs only the blocks from the changed one on.
 
@@ -55,24 +56,39 @@ class Trials:
             block: stack name and index of the block that `module` is in.
             weight, bias: (out, in) and (out,) in place of the module's, for as long as this takes.
         """
-        number = self._numbers[block]
-        places = [(matrix(module), weight)]
+        changes = [(matrix(module), weight)]
         if bias is not None and (own := bias_of(module)) is not None:
-            places.append((own, bias))
-        before = [place.clone() for place, _ in places]
-        for place, value in places:
-            place.copy_(value)
-        try:
+            changes.append((own, bias))
+        return self.divergence_of(changes, block)
+
+    def divergence_of(self, changes: Sequence[tuple[Tensor, Tensor]], block: tuple[str, int] | None = None) -> float:
+        """As `divergence`, of any changes: pairs of a tensor of the model and what its values are meanwhile.
+
+        Args:
+            block: in front of which nothing changes; None: everything runs again.
+        """
+        number = None if block is None else self._numbers[block]
+        with _changed(changes):
             total = sum(self._divergence(number, sample) for sample in range(len(self._samples)))
-        finally:
-            for (place, _), value in zip(places, before, strict=True):
-                place.copy_(value)
         return max(total / sum(len(reference.kept.values) for reference in self._dense), LEAST)
 
-    def _divergence(self, number: int, sample: int) -> float:
+    def _divergence(self, number: int | None, sample: int) -> float:
         outputs, inputs, reference = self._outputs[sample], self._samples[sample], self._dense[sample]
         order = list(outputs)
-        if number not in outputs:
+        if number is not None and number not in outputs:
             raise CalibrationError("a block never runs on this calibration data; give data that reaches every block")
-        with replaying({n: self._blocks[n] for n in order[: order.index(number)]}, outputs):
+        before = [] if number is None else order[: order.index(number)]
+        with replaying({n: self._blocks[n] for n in before}, outputs):
             return divergence(reference.kept, self._predictor.predict(inputs, reference))
+
+
+@contextmanager
+def _changed(changes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    before = [place.clone() for place, _ in changes]
+    for place, value in changes:
+        place.copy_(value)
+    try:
+        yield
+    finally:
+        for (place, _), value in zip(changes, before, strict=True):
+            place.copy_(value)

@@ -35,21 +35,29 @@ def write_plots(folder: str | Path, record: Record) -> list[Path]:
         figures["bits_" + grid.stack.replace(".", "_")] = _bits(grid)
     if figures:
         target.mkdir(parents=True, exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        path = target / f"{name}.png"
-        # Without the version in its metadata, the same run gives the same file.
-        figure.savefig(path, dpi=150, metadata={"Software": None})
-        paths.append(path)
-    return paths
+    return [save(figure, target / f"{name}.png") for name, figure in figures.items()]
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def save(figure: Any, path: Path) -> Path:
+    """Write a figure in the format that the name ends in; returns the path."""
+    # Without the version in its metadata, the same run gives the same file.
+    figure.savefig(path, dpi=150, metadata={"Software": None} if path.suffix == ".png" else None)
+    return path
+
+
+def figure_of(width: float, height: float, columns: int) -> tuple[Any, list[Any]]:
+    """A figure in inches and its axes, side by side."""
     from matplotlib.figure import Figure  # not pyplot: no global state, no display
 
     figure = Figure(figsize=(width, height), layout="constrained")
-    axes = figure.add_subplot()
-    axes.spines[["top", "right"]].set_visible(False)
+    axes = [figure.add_subplot(1, columns, 1 + column) for column in range(columns)]
+    for one in axes:
+        one.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    figure, (axes,) = figure_of(width, height, 1)
     return figure, axes
 
 

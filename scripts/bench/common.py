@@ -6,6 +6,7 @@ because Linux counts its resident memory as the first peak of a child.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
 import os
@@ -17,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -27,13 +29,33 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("hf_shrink", "torch", "transformers", "compressed-tensors", "datasets", "accelerate", "numpy")
 
 
+def library(name: str) -> ModuleType:
+    """The file hf_shrink/NAME.py alone, without the package: for those of its files that import nothing of it.
+
+    So the same code measures here, where other tools are installed and hf_shrink is not, and in processes that stay
+    small.
+    """
+    alone = f"hf_shrink_file_{name.replace('/', '_')}"
+    if alone not in sys.modules:
+        spec = importlib.util.spec_from_file_location(alone, ROOT / "hf_shrink" / f"{name}.py")
+        assert spec is not None and spec.loader is not None
+        sys.modules[alone] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return sys.modules[alone]
+
+
 def today() -> str:
     return time.strftime("%Y-%m-%d")
 
 
 def about() -> dict[str, Any]:
     """Date, commit, versions and hardware of what is measured in this environment."""
-    return {"date": today(), "commit": git_commit(), "versions": versions(), "hardware": hardware()}
+    return {
+        "date": today(),
+        "commit": git_commit(),
+        "versions": versions(),
+        "hardware": library("evaluation/machine").hardware(),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -45,19 +67,6 @@ def versions() -> dict[str, str]:
         except metadata.PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def hardware() -> dict[str, Any]:
-    """Processor, cores and memory of this machine."""
-    model = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.is_file():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                model = line.partition(":")[2].strip()
-                break
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return {"processor": model, "cores": os.cpu_count(), "memory_gb": round(memory / 2**30, 1)}
 
 
 def git_commit() -> str:
@@ -81,16 +90,8 @@ def stopwatch() -> Iterator[dict[str, float]]:
 
 
 def peak_memory_mb() -> float:
-    """The most memory (10^6 bytes) that was resident in this process so far: VmHWM, or ru_maxrss without /proc."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return round(int(line.split()[1]) * 1024 / 1e6, 1)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e6, 1)
+    """The most memory (10^6 bytes) that was resident in this process so far."""
+    return round(library("evaluation/machine").peak_bytes() / 1e6, 1)
 
 
 def folder_bytes(folder: Path) -> int:

@@ -147,6 +147,15 @@ def test_output_that_cannot_be_written(source: Path, capsys: pytest.CaptureFixtu
         fails(capsys, ["run", str(source), "--output", str(closed / "out"), "--quiet"], "closed")
 
 
+def test_bench_is_refused_before_anything_is_measured(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    fails(capsys, ["bench", "/nowhere"], "/nowhere")
+    fails(capsys, ["bench", str(source), "--baseline", "/nowhere"], "/nowhere")
+    fails(capsys, ["bench", str(source), "--new", "1"], "new is 1")
+    fails(capsys, ["bench", str(source), "--device", "nonsense"], "nonsense")
+    fails(capsys, ["bench", str(source), "--json", "/nowhere/at/all.json"], "/nowhere/at")
+    fails(capsys, ["bench", str(source), "--plot", "speed.gif"], ".png")
+
+
 def test_usage_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments in (["run"], ["rnu"], ["run", "x", "--output", "y", "--seed", "z"]):
         with pytest.raises(SystemExit) as left:

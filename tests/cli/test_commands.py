@@ -115,6 +115,18 @@ def test_evaluate(source: Path, output: Path, tmp_path: Path, capsys: pytest.Cap
     assert "top1_agreement" in capsys.readouterr().out
 
 
+def test_bench(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures, plot = tmp_path / "speed.json", tmp_path / "speed.png"
+    few = ["--prompt=4", "--new=3", "--prefill=8", "--repeats=1", "--dense-dtypes", "float32", "--no-memory"]
+    assert main(["bench", str(output), *few, "--json", str(figures), "--plot", str(plot), "--quiet"]) == 0
+    body = json.loads(figures.read_text())
+    assert list(body["models"]) == ["dense float32", "compressed"]
+    assert plot.is_file()
+    captured = capsys.readouterr()
+    assert "compressed against dense float32: decode" in captured.out
+    assert captured.err == ""
+
+
 def test_report_and_recipes(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["report", str(output)]) == 0
     assert "perplexity" in capsys.readouterr().out.lower()

@@ -17,15 +17,17 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from hf_shrink.errors import ArchitectureError, CheckpointError
+from hf_shrink.errors import ArchitectureError, CheckpointError, RecipeError
 from hf_shrink.evaluation import (
+    Workload,
     compare_decode_speed,
-    decode_speed,
-    forward_latency,
     greedy_completion,
+    measure_speed,
     stored_bytes,
+    timing,
     unique_bytes,
 )
+from hf_shrink.evaluation.greedy import greedy_config
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -39,31 +41,62 @@ def counted(model):
     return lengths
 
 
-def test_decoding_makes_exactly_the_tokens_it_times(monkeypatch):
+def test_decoding_makes_exactly_the_tokens_it_times():
     model = tiny_llama()
     with torch.no_grad():
-        model.lm_head.weight[2] = 0  # make the end of text likely nowhere in particular
+        model.lm_head.weight[2] = 9  # the end of text is likely everywhere
     lengths = counted(model)
-    ticks = iter([0.0, 9.0, 0.0, 1.0, 0.0, 4.0, 0.0, 2.0])  # warm-up, then three runs of which 2 s is the median
-    monkeypatch.setattr("hf_shrink.evaluation.speed.time.perf_counter", lambda: next(ticks))
-    assert decode_speed(model, prompt=5, new=6, repeats=3) == 3.0
-    assert lengths == [5, 1, 1, 1, 1, 1] * 4
+    found = measure_speed({"one": model}, Workload(prompt=5, new=6, prefill=20, repeats=2))
+    warm_up, run = [5, 1, 1, 1, 20], [5, 1, 1, 1, 1, 1, 20]
+    assert lengths == warm_up + run * 2
+    timings = found["one"]
+    assert {task: (t.unit, t.amount) for task, t in timings.items()} == {
+        "decode": ("token", 5),
+        "first token": ("token", 5),
+        "prefill": ("token", 20),
+    }
+    assert all(len(t.seconds) == len(t.cpu_seconds) == 2 and min(t.seconds) > 0 for t in timings.values())
 
 
-def test_prompt_and_new_tokens_fit_the_positions():
+def test_the_first_token_ends_before_the_others_begin(monkeypatch):
+    ticks = iter(range(100))  # a clock that goes on by one whenever it is looked at
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: float(next(ticks)))
+    spent = timing.time_generation(tiny_llama(), {"input_ids": torch.ones(1, 3, dtype=torch.long)}, greedy(4))
+    assert spent.first.wall == 2  # start, prompt handed over, first token
+    assert spent.rest.wall == 3
+
+
+def greedy(new):
+    return greedy_config(tiny_llama(), new, exactly=True)
+
+
+def test_a_batch_counts_all_of_its_tokens():
+    found = measure_speed({"one": tiny_llama()}, Workload(prompt=5, new=3, prefill=8, batch=2, repeats=1))["one"]
+    assert [found[task].amount for task in ("decode", "first token", "prefill")] == [4, 10, 16]
+
+
+def test_tokens_fit_the_positions():
     model = tiny_llama(max_position_embeddings=16)
     lengths = counted(model)
-    decode_speed(model, prompt=64, new=64, repeats=1)
-    assert lengths == [8, *[1] * 7] * 2
+    measure_speed({"one": model}, Workload(repeats=1))
+    assert lengths == [8, 1, 1, 1, 15, 8, *[1] * 7, 15]
+    assert Workload(prompt=4, new=8).fitted([model]) == Workload(prompt=4, new=8, prefill=15)
 
 
-def test_comparison_alternates(monkeypatch):
+@pytest.mark.parametrize("wrong", [{"new": 1}, {"prompt": 0}, {"prefill": -1}, {"batch": 0}, {"repeats": 0}])
+def test_a_workload_that_times_nothing_is_refused(wrong):
+    with pytest.raises(RecipeError, match=next(iter(wrong))):
+        Workload(**wrong)
+
+
+def test_comparison_alternates():
     dense, small = tiny_llama(), tiny_llama(1)
     order = []
     for name, model in (("dense", dense), ("small", small)):
         model.register_forward_hook(lambda *_, name=name: order.append(name))
-    result = compare_decode_speed(dense, small, prompt=3, new=1, repeats=2)
-    assert order == ["dense", "small"] * 3
+    result = compare_decode_speed(dense, small, prompt=3, new=2, repeats=2)
+    warm_up, runs = ["dense"] * 4 + ["small"] * 4, ["dense", "dense", "small", "small"] * 2
+    assert order == warm_up + runs
     assert result["unit"] == "tokens/s"
     assert result["speedup"] == pytest.approx(result["compressed"] / result["dense"])
 
@@ -74,8 +107,8 @@ def test_the_models_own_sampling_settings_do_not_matter():
     model.generation_config.update(do_sample=True, temperature=5.0, num_beams=3, max_length=4, eos_token_id=[2, 3])
     assert greedy_completion(model, tokenizer, "The", new=6) == before
     lengths = counted(model)
-    decode_speed(model, prompt=5, new=6, repeats=1)
-    assert lengths == [5, 1, 1, 1, 1, 1] * 2
+    measure_speed({"one": model}, Workload(prompt=5, new=6, prefill=0, repeats=1))
+    assert lengths == [5, 1, 1, 1, 5, 1, 1, 1, 1, 1]
     assert model.generation_config.temperature == 5.0
 
 
@@ -85,8 +118,8 @@ def test_two_towers_read_both():
     model = CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict())).eval()
     seen = []
     model.register_forward_pre_hook(lambda m, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
-    assert forward_latency(model, repeats=1) > 0
-    assert seen == [{"input_ids", "attention_mask", "pixel_values"}] * 2
+    assert measure_speed({"one": model}, Workload(repeats=1))["one"].keys() == {"forward", "long forward"}
+    assert seen == [{"input_ids", "attention_mask", "pixel_values"}] * 4
 
 
 @pytest.mark.parametrize("family", ["bert", "vit"])
@@ -95,10 +128,10 @@ def test_models_that_do_not_generate_run_forward(family):
         model = BertModel(BertConfig(vocab_size=VOCABULARY, **SMALL)).eval()
     else:
         model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SMALL)).eval()
-    assert forward_latency(model, repeats=1) > 0
+    found = measure_speed({"one": model}, Workload(batch=3, repeats=1))["one"]
+    assert found.keys() == ({"forward", "long forward"} if family == "bert" else {"forward"})
+    assert {(t.unit, t.amount) for t in found.values()} == {("pass", 3)}
     assert compare_decode_speed(model, model, repeats=1)["unit"] == "passes/s"
-    with pytest.raises(ArchitectureError, match="forward_latency"):
-        decode_speed(model)
 
 
 def test_tied_weights_count_once(tmp_path):

@@ -1,0 +1,73 @@
+"""Options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from hf_shrink.errors import ShrinkError
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def add_source(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SOURCE", help="folder or Hub id of a dense model in safetensors")
+
+
+def add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--recipe", metavar="R", help="built-in name, YAML file, or plan JSON file (default: w4a16)")
+    parser.add_argument(
+        "--effort", metavar="LEVEL", help="how much work quantization may be: fast (no data), balanced or best"
+    )
+    parser.add_argument("--calibration", metavar="SPEC", help="'self', a data recipe, or a .txt/.jsonl/.parquet file")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="change a recipe's value; may be repeated"
+    )
+    add_common(parser)
+
+
+def add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (default: 0)")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+
+
+def recipe_of(options: argparse.Namespace) -> Any:
+    """The recipe with the command line's changes, or the plan in a JSON file."""
+    from dataclasses import replace
+
+    from hf_shrink.errors import RecipeError
+    from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, check_methods, load_recipe
+    from hf_shrink.plan import Plan
+
+    name = options.recipe or DEFAULT_RECIPE
+    if str(name).endswith(".json"):
+        if not Path(name).is_file():
+            raise RecipeError(f"there is no plan file {name}")
+        if options.set or options.effort:
+            raise RecipeError("--set and --effort change a recipe, not a plan; leave them out or give the recipe")
+        return Plan.from_json(Path(name))
+    recipe = load_recipe(name)
+    if options.effort is not None:
+        if recipe.quantize is None:
+            raise RecipeError(f"--effort is about quantization, and the recipe {recipe.name} has no quantize step")
+        recipe = recipe.with_overrides([f"quantize.effort={options.effort}"])
+    recipe = recipe.with_overrides(options.set)
+    evaluation = getattr(options, "evaluation", None)
+    if evaluation == "none":
+        recipe = replace(recipe, evaluation=replace(recipe.evaluation, metrics=()))
+    elif evaluation is not None:
+        recipe = replace(recipe, evaluation=replace(recipe.evaluation, data=evaluation))
+    check_methods(recipe)
+    return recipe
+
+
+def one_line(text: object) -> str:
+    """What is printed on one line, whatever it holds."""
+    return " ".join(str(text).split())
+
+
+def check_folder(file: str) -> None:
+    """Raises ShrinkError where `file` cannot be written later because its folder is not there."""
+    if not Path(file).parent.is_dir():
+        raise ShrinkError(f"{file} cannot be written: there is no folder {Path(file).parent}; make it first")

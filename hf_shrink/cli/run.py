@@ -1,0 +1,45 @@
+"""`hf-shrink run`: shrink a model into a new folder and measure the result."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from hf_shrink.cli.options import Commands, add_recipe, add_source, one_line, recipe_of
+
+
+def add(commands: Commands) -> None:
+    parser = commands.add_parser("run", help="shrink a model into a new folder and measure the result")
+    add_source(parser)
+    add_recipe(parser)
+    parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
+    parser.add_argument("--overwrite", action="store_true", help="replace the output folder once the new one is whole")
+    parser.add_argument(
+        "--evaluation", metavar="SPEC", help="what to measure on: 'self', a data recipe, a file, or 'none'"
+    )
+    parser.set_defaults(command=command)
+
+
+def command(options: argparse.Namespace) -> None:
+    from hf_shrink.pipeline import shrink_checkpoint
+    from hf_shrink.reporting import print_table
+
+    report = shrink_checkpoint(
+        options.source,
+        options.output,
+        recipe_of(options),
+        calibration=options.calibration,
+        seed=options.seed,
+        overwrite=options.overwrite,
+        progress=not options.quiet,
+    )
+    print_table(report, title=f"{options.source} -> {options.output}")
+    for note in report.notes:
+        print(f"note: {note}")
+    for reason in report.not_portable_because:
+        print(f"not portable: {reason} (load it after `import hf_shrink`)")
+    if report.completions:
+        print(f"\nprompt:     {report.completions['prompt']}")
+        for name in ("dense", "compressed"):
+            print(f"{name + ':':<12}{one_line(report.completions[name])}")
+    print(f"\n{Path(options.output).resolve()}")

@@ -1,0 +1,83 @@
+"""Sensitivities on disk, found again by what they were measured of: model, data, method, and what was asked."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_shrink.architectures.binding import Binding
+from hf_shrink.progress import ProgressCallback, quiet
+from hf_shrink.quantization.base import QuantizationMethod
+from hf_shrink.search.measuring import Space, measure
+from hf_shrink.search.sensitivity import Sensitivity
+
+SAMPLED = 4096  # elements of each weight that are looked at
+
+
+def sensitivity_of(
+    model: nn.Module,
+    binding: Binding,
+    space: Space,
+    method: QuantizationMethod | None,
+    quantizable: Collection[str],
+    batches: Sequence[Mapping[str, Any]],
+    folder: Path | None,
+    *,
+    seed: int = 0,
+    scale_dtype: torch.dtype = torch.float32,
+    progress: ProgressCallback = quiet,
+) -> Sensitivity:
+    """As `measure`; taken from `folder` where it was measured before, and else kept there. None: neither."""
+    settings = {
+        "space": asdict(space),
+        "method": type(method).__name__,
+        "options": asdict(method) if method is not None else {},  # type: ignore[call-overload]
+        "quantizable": sorted(quantizable),
+        "seed": seed,
+        "scale_dtype": str(scale_dtype),
+    }
+    path, own = None, ""
+    if folder is not None:
+        own = fingerprint(model, batches, settings)
+        path = folder / f"{own[:32]}.safetensors"
+        if (known := Sensitivity.load(path, own)) is not None:
+            return known
+    found = measure(
+        model,
+        binding,
+        space,
+        method,
+        quantizable,
+        batches,
+        seed=seed,
+        scale_dtype=scale_dtype,
+        progress=progress,
+    )
+    if path is not None:
+        found.save(path, own)
+    return found
+
+
+def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
+    """A hexadecimal digest. Of each weight shape, dtype and SAMPLED elements count, of the data everything."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, tensor in model.state_dict().items():
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        flat = tensor.detach().reshape(-1)
+        digest.update(_bytes(flat[:: max(1, flat.numel() // SAMPLED)]))
+    for batch in batches:
+        for name, value in sorted(batch.items()):
+            digest.update(name.encode())
+            digest.update(_bytes(value) if isinstance(value, Tensor) else str(value).encode())
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    return bytes(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())

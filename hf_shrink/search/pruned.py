@@ -1,0 +1,40 @@
+"""Leave out options that another beats in everything."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from hf_shrink.search.options import Group, Option
+
+
+def undominated(group: Group) -> Group:
+    """The group without options that cost and damage at least as much as another of the same needs.
+
+    The first one stays, and so do options that drop the block, which are linked with others.
+    """
+    by_needs: dict[tuple[object, ...], list[int]] = {}
+    for index, option in enumerate(group.options):
+        by_needs.setdefault((option.needs, option.change.dropped), []).append(index)
+    kept = {0}
+    for indices in by_needs.values():
+        kept |= {indices[place] for place in _front(np.array([_prices(group.options[i], group) for i in indices]))}
+    return replace(group, options=tuple(option for index, option in enumerate(group.options) if index in kept))
+
+
+def _prices(option: Option, group: Group) -> list[float]:
+    purposes = sorted({name for other in group.options for name in other.cost.seconds})
+    return [option.damage, option.cost.bytes, option.cost.cache, *(option.cost.seconds.get(p, 0.0) for p in purposes)]
+
+
+def _front(prices: NDArray[np.float64]) -> list[int]:
+    """The rows that no other row is at most equal to everywhere; of equal rows the first."""
+    front = []
+    for place, own in enumerate(prices):
+        below = (prices <= own).all(1)
+        equal = (prices == own).all(1)
+        if not (below & ~equal).any() and not equal[:place].any():
+            front.append(place)
+    return front

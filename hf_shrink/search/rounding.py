@@ -1,0 +1,166 @@
+"""What a scheme costs a piece: a real quantizer's output errors on some rows, weighted by the Fisher information.
+
+Rows of a weight are solved independently given the statistics of its inputs, so that a sample of them tells what all
+would lose. The inputs' second moment is taken twice: as the quantizer sees it, and with every token weighted by how
+much the predictions depend on it, which is what its errors are measured with.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hf_shrink.architectures.linears import matrix
+from hf_shrink.calibration.statistics import InputStatistics
+from hf_shrink.calibration.walk import StackWalk
+from hf_shrink.plan import Scheme
+from hf_shrink.quantization.base import QuantizationMethod
+from hf_shrink.search.fisher import Fisher
+from hf_shrink.search.pieces import Piece
+
+ROWS = 128  # of a stack of weights that share their input; of the larger ones about this many
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """What rounding costs a piece.
+
+    Attributes:
+        damage: nats a prediction, by scheme.
+        rows: by path, float64 (out,), what errors of each row make of that, up to a factor.
+        columns: by path, float64 (in,), the same by columns.
+    """
+
+    damage: Mapping[Scheme, float]
+    rows: Mapping[str, Tensor]
+    columns: Mapping[str, Tensor]
+
+
+def rounding_damages(
+    walk: StackWalk,
+    pieces: Sequence[Piece],
+    fisher: Fisher,
+    method: QuantizationMethod,
+    schemes: Sequence[Scheme],
+    scale_dtype: torch.dtype,
+) -> tuple[dict[str, Rounded], dict[str, InputStatistics]]:
+    """What rounding costs the pieces of the walk's current block, by name, and the statistics of its matrices, by path.
+
+    Args:
+        fisher: taken on the walk's batches.
+        schemes: a group size that does not divide a width is resolved by `Scheme.for_width`.
+    """
+    modules = {path: module for piece in pieces for path, module in piece.modules.items()}
+    weighted = _WeightedMoments(modules, fisher)
+    with weighted.listening():
+        statistics = walk.statistics(modules)
+    found: dict[str, Rounded] = {}
+    for piece in pieces:
+        costs = {
+            path: _of_matrix(path, module, weighted.moments[path], fisher) for path, module in piece.modules.items()
+        }
+        damage = dict.fromkeys(schemes, 0.0)
+        for paths in sharing(piece, statistics):
+            for scheme in schemes:
+                rows = torch.cat([costs[path].weight for path in paths])
+                solved = method.solve(rows, scheme, statistics[paths[0]], scale_dtype=scale_dtype)
+                start, lost = 0, rows - solved.dequantized()
+                for path in paths:
+                    stop = start + len(costs[path].weight)
+                    damage[scheme] += costs[path].of(lost[start:stop])
+                    start = stop
+        found[piece.name] = Rounded(
+            damage,
+            {path: cost.by_row() for path, cost in costs.items()},
+            {path: cost.by_column() for path, cost in costs.items()},
+        )
+    return found, statistics
+
+
+@dataclass(frozen=True)
+class _MatrixCost:
+    """What errors of one matrix cost.
+
+    Attributes:
+        whole: float32 (out, in), the matrix.
+        weight: float32 (k, in), the rows that are tried.
+        gradients: float64 (out,), the sum of g_tr^2 over tokens.
+        own: float64 (k,), the same of the rows that are tried.
+        moment: float32 (in, in), the mean over tokens, weighted by the sum of g_tr^2 over rows, of x x^T.
+        predictions: how many predictions these gradients are of.
+    """
+
+    whole: Tensor
+    weight: Tensor
+    gradients: Tensor
+    own: Tensor
+    moment: Tensor
+    predictions: int
+
+    def of(self, lost: Tensor) -> float:
+        """Nats a prediction for errors `lost` (k, in) of the rows that are tried, taken to all rows."""
+        errors = (lost @ self.moment * lost).sum(1, dtype=torch.float64)
+        mean = float((errors * self.own).sum() / self.own.sum().clamp_min(1e-300))
+        return 0.5 * mean * float(self.gradients.sum()) / self.predictions
+
+    def by_row(self) -> Tensor:
+        """float64 (out,): a row's steps are as large as its weights."""
+        return (self.gradients * self.whole.square().sum(1, dtype=torch.float64)).cpu()
+
+    def by_column(self) -> Tensor:
+        """float64 (in,)."""
+        return self.moment.diagonal().double().cpu()
+
+
+def _of_matrix(path: str, module: nn.Module, moment: Tensor, fisher: Fisher) -> _MatrixCost:
+    whole = matrix(module).detach().float()
+    gradients = fisher.outputs[path].rows.to(whole.device)
+    step = max(1, len(whole) // ROWS)
+    total = float(gradients.sum())
+    moment = moment / total if total > 0 else moment
+    return _MatrixCost(whole, whole[::step], gradients, gradients[::step], moment, fisher.predictions)
+
+
+def sharing(piece: Piece, statistics: Mapping[str, InputStatistics]) -> list[list[str]]:
+    """The piece's paths, together where they read the same input."""
+    groups: dict[int, list[str]] = {}
+    for path in piece.modules:
+        groups.setdefault(id(statistics[path]), []).append(path)
+    return list(groups.values())
+
+
+class _WeightedMoments:
+    """Sums over tokens t of (sum over rows of g_tr^2) x_t x_t^T, added up while a block runs.
+
+    Attributes:
+        moments: float32 (in, in), by path.
+    """
+
+    def __init__(self, modules: Mapping[str, nn.Module], fisher: Fisher) -> None:
+        self._modules = modules
+        self._fisher = fisher
+        self._seen = dict.fromkeys(modules, 0)
+        self.moments: dict[str, Tensor] = {}
+
+    def listening(self) -> ExitStack:
+        stack = ExitStack()
+        for path, module in self._modules.items():
+            stack.callback(module.register_forward_pre_hook(self._hook(path)).remove)
+        return stack
+
+    def _hook(self, path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def add(_: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0]
+            rows = x.detach().reshape(-1, x.shape[-1]).float()
+            weights = self._fisher.outputs[path].tokens[self._seen[path]].to(rows.device)
+            self._seen[path] += 1
+            if path not in self.moments:
+                self.moments[path] = torch.zeros(rows.shape[1], rows.shape[1], device=rows.device)
+            self.moments[path].addmm_((rows * weights[:, None]).T, rows)
+
+        return add

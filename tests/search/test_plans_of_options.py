@@ -1,0 +1,183 @@
+"""A whole search space on tiny models: bytes as written, plans that the pipeline applies, damage as it is."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import spearmanr
+from tiny import VOCABULARY, tiny_llama
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hf_shrink import shrink
+from hf_shrink.architectures import bind
+from hf_shrink.architectures.linears import matrix
+from hf_shrink.errors import CheckpointError, RecipeError
+from hf_shrink.evaluation.size import stored_bytes
+from hf_shrink.plan import Plan, Scheme
+from hf_shrink.pruning.trials import Trials
+from hf_shrink.quantization.base import METHODS, ModelMethod
+from hf_shrink.search.fingerprint import sensitivity_of
+from hf_shrink.search.measuring import Space, measure
+from hf_shrink.search.options import Problem
+from hf_shrink.search.pieces import find_pieces
+from hf_shrink.search.problem import make_problem
+from hf_shrink.search.sensitivity import Sensitivity
+
+SCHEMES = (
+    Scheme(2, symmetric=False, group_size=16),
+    Scheme(3, group_size=16),
+    Scheme(4, group_size=16),
+    Scheme(5, strategy="channel", group_size=None),
+    Scheme(8, strategy="tensor", group_size=None),
+)
+
+
+def tokens(batches: int = 4, rows: int = 4, length: int = 24) -> list[dict[str, Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    return [{"input_ids": torch.randint(3, VOCABULARY, (rows, length), generator=generator)} for _ in range(batches)]
+
+
+def quantizable(model: PreTrainedModel) -> set[str]:
+    return {path for block in bind(model).blocks for path in block.roles}
+
+
+def measured(model: PreTrainedModel, space: Space, method: str = "gptq") -> Sensitivity:
+    rounding = METHODS.build(method, {})
+    assert not isinstance(rounding, ModelMethod)
+    return measure(model, bind(model), space, rounding, quantizable(model), tokens())
+
+
+def problem_of(model: PreTrainedModel, space: Space, sensitivity: Sensitivity, **kwargs: Any) -> Problem:
+    base = Plan("llama", method="gptq", refit=True, repair=True)
+    return make_problem(model, bind(model), space, sensitivity, quantizable(model), base, **kwargs)
+
+
+def drawn(problem: Problem, generator: random.Random, drops: int = 1) -> tuple[int, ...]:
+    """Options at random, links kept; of every set of switches the first that is on stays on."""
+    linked = {place for link in problem.links for place in link}
+    gone = dict(place for link in generator.sample(problem.links, drops) for place in link)
+    on: dict[int, str] = {}
+    choice = []
+    for number, group in enumerate(problem.groups):
+        free = []
+        for index, option in enumerate(group.options):
+            sets = {s: name for s, names in enumerate(problem.switches) for name in option.needs if name in names}
+            if (number, index) not in linked and all(on.get(s, name) == name for s, name in sets.items()):
+                free.append((index, sets))
+        index, sets = generator.choice(free)
+        index = gone.get(number, index)
+        on |= {} if number in gone else sets
+        choice.append(index)
+    return tuple(choice)
+
+
+@pytest.fixture(scope="module")
+def uneven() -> tuple[Space, Sensitivity]:
+    space = Space(SCHEMES, portable=False)
+    return space, measured(tiny_llama(tie_word_embeddings=True), space)
+
+
+@pytest.mark.parametrize(("seed", "dtype"), [(0, None), (1, torch.bfloat16), (2, torch.bfloat16)])
+def test_bytes_are_those_of_the_folder(
+    uneven: tuple[Space, Sensitivity], seed: int, dtype: torch.dtype | None, tmp_path: Path
+) -> None:
+    """Mixed schemes, cut heads and channels, a block gone, the tied embedding packed: never more than predicted."""
+    model = tiny_llama(tie_word_embeddings=True)
+    problem = problem_of(model, *uneven, dtype=dtype)
+    choice = drawn(problem, random.Random(seed))
+    plan = problem.plan(choice)
+    assert plan.schemes and plan.stacks["decoder"].blocks and len(plan.stacks["decoder"].kept) == 3
+    if dtype is not None:
+        model.to(dtype)
+    shrink(model, plan, calibration=tokens(), progress=False)
+    model.save_pretrained(tmp_path)
+    predicted, written = problem.cost(choice).bytes, stored_bytes(tmp_path)
+    # Offsets have as many digits as in the dense file, which shows in one as small as this.
+    assert written <= predicted <= 1.001 * written + 4 * len(model.state_dict())
+
+
+def test_the_dense_model_is_the_first_option_of_all(uneven: tuple[Space, Sensitivity], tmp_path: Path) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    problem = problem_of(model, *uneven)
+    first = (0,) * len(problem.groups)
+    assert problem.damage(first) == 0
+    assert problem.plan(first) == Plan("llama", refit=False)
+    model.save_pretrained(tmp_path)
+    written = stored_bytes(tmp_path)
+    assert written <= problem.dense.bytes <= 1.005 * written
+    assert problem.dense.cache == 4 * 2 * 3 * 16 * 4  # blocks, key and value, KV groups, head size, float32
+
+
+def test_portable_plans_have_equal_blocks(tmp_path: Path) -> None:
+    model = tiny_llama()
+    space = Space((Scheme(3, group_size=16), Scheme(4, group_size=16)))
+    problem = problem_of(model, space, measured(model, space, "rtn"))
+    assert not any("embed" in group.name for group in problem.groups)
+    for seed in range(20):
+        blocks = problem.plan(drawn(problem, random.Random(seed))).stacks["decoder"].blocks
+        assert len({None if b.channels is None else len(b.channels) for b in blocks.values()}) <= 1
+    shrink(model, problem.plan(drawn(problem, random.Random(1))), calibration=tokens(), progress=False)
+    assert model.shrink_report.portable
+
+
+def test_choices_that_break_a_link_or_a_switch_are_refused(uneven: tuple[Space, Sensitivity]) -> None:
+    problem = problem_of(tiny_llama(tie_word_embeddings=True), *uneven)
+    (group, option), *_ = problem.links[0]
+    broken = [0] * len(problem.groups)
+    broken[group] = option
+    with pytest.raises(RecipeError, match="not one that the model allows"):
+        problem.plan(broken)
+
+
+def test_predicted_damage_ranks_as_the_true_one_does(uneven: tuple[Space, Sensitivity]) -> None:
+    """Every piece under every scheme, against the divergence with that piece rounded as the method rounds it."""
+    model = tiny_llama(tie_word_embeddings=True)
+    space, sensitivity = uneven
+    binding, data = bind(model), tokens()
+    trials = Trials(model, binding, data, seed=0)
+    method = METHODS.build("rtn", {})
+    assert not isinstance(method, ModelMethod)
+    predicted, true = [], []
+    for piece in find_pieces(binding, quantizable(model)):
+        for scheme in space.schemes:
+            changes = []
+            for module in piece.modules.values():
+                weight = matrix(module)
+                changes.append((weight, method.solve(weight, scheme, None, scale_dtype=torch.float32).dequantized()))
+            predicted.append(sensitivity.rounding[piece.name].damage[scheme])
+            true.append(trials.divergence_of(changes, piece.key))
+    assert spearmanr(predicted, true).statistic > 0.9
+
+
+def test_measurements_are_found_again_by_what_they_are_of(
+    uneven: tuple[Space, Sensitivity], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    space, sensitivity = uneven
+    asked: list[Sequence[Any]] = []
+
+    def once(*args: Any, **kwargs: Any) -> Sensitivity:
+        asked.append(args)
+        return sensitivity
+
+    monkeypatch.setattr("hf_shrink.search.fingerprint.measure", once)
+    arguments = bind(model), space, METHODS.build("gptq", {}), quantizable(model)
+    sensitivity_of(model, *arguments, tokens(), tmp_path)  # type: ignore[arg-type]
+    again = sensitivity_of(model, *arguments, tokens(), tmp_path)  # type: ignore[arg-type]
+    assert len(asked) == 1
+    assert problem_of(model, space, again) == problem_of(model, space, sensitivity)
+    sensitivity_of(model, *arguments, tokens(2), tmp_path)  # type: ignore[arg-type]
+    with torch.no_grad():
+        model.model.norm.weight.add_(1)
+    sensitivity_of(model, *arguments, tokens(), tmp_path)  # type: ignore[arg-type]
+    assert len(asked) == 3
+    for file in tmp_path.iterdir():
+        file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(CheckpointError, match="delete it"):
+        sensitivity_of(model, *arguments, tokens(), tmp_path)  # type: ignore[arg-type]
