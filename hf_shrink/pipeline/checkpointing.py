@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.source import Source, load_processing, open_source
 from hf_shrink.checkpoint.streamed import load_streamed
 from hf_shrink.evaluation import stored_bytes
+from hf_shrink.pipeline.estimating import Needs, estimate
 from hf_shrink.pipeline.keeping import JournalKeeper, Keeper
 from hf_shrink.pipeline.measuring import measure
 from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, load_recipe
@@ -30,7 +32,7 @@ from hf_shrink.plan import Plan
 from hf_shrink.recipe import EvaluationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting import write_report
-from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.reporting.progress import Progress, showing, silence
 from hf_shrink.residence import bytes_of
 
 MAX_MEMORY = "4GB"
@@ -47,7 +49,7 @@ def shrink_checkpoint(
     overwrite: bool = False,
     resume: bool = True,
     max_memory: int | str = MAX_MEMORY,
-    progress: bool = True,
+    progress: bool | str | os.PathLike[str] = True,
 ) -> ShrinkReport:
     """Shrink a saved model into a new folder: weights, config, tokenizer, card, report, plots.
 
@@ -59,7 +61,8 @@ def shrink_checkpoint(
     Args:
         source: folder or Hub id of a dense model in safetensors.
         output_dir: must not exist, or be empty, unless `overwrite`.
-        recipe, calibration, seed, progress: as in `shrink`.
+        recipe, calibration, seed: as in `shrink`.
+        progress: show progress bars, or the path of a file that gets a line now and then instead.
         tokenizer: in place of the source's own tokenizer or processor; rewritten in place where the recipe prunes the
             vocabulary.
         resume: go on from what an earlier run with this output left; False: delete that.
@@ -76,13 +79,12 @@ def shrink_checkpoint(
     spec = EvaluationSpec() if isinstance(asked, Plan) else asked.evaluation
     memory = bytes_of(max_memory)
     found = open_source(source)
-    with RunFolder(output_dir, overwrite, resume) as run, silence():
+    with RunFolder(output_dir, overwrite, resume) as run, silence(), showing(progress) as show:
         processing = tokenizer if tokenizer is not None else load_processing(found)
         model = load_streamed(found, run.scratch, memory)
-        show = Progress(quiet=not progress)
         key = _key(found, asked, tokenizer, calibration, seed)
-        keeper = JournalKeeper(run.journal(key), run.finished, lambda: time.perf_counter() - since)
-        job = Job(model, asked, processing, calibration, seed, progress, keeper=keeper)
+        keeper = JournalKeeper(run.journal(key), run.finished, lambda: time.perf_counter() - since, memory)
+        job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
         with evaluating(model):
             held_out = _held_out(spec, model, processing, seed, show, keeper)
             job.exclude = held_out.texts(processing) if held_out is not None and spec.data != "self" else None
@@ -97,10 +99,34 @@ def shrink_checkpoint(
             dense = load_streamed(found, run.scratch / "dense", memory, check=False)
             measure(dense, model, held_out, spec, (processing, before), record, show)
             del dense
-        show.close()
         write_report(run.output, record, source_card=source_card)
         record.write(run.output)
     return record.report
+
+
+def plan_checkpoint(
+    source: str | os.PathLike[str],
+    recipe: RecipeLike = DEFAULT_RECIPE,
+    *,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    seed: int = 0,
+    max_memory: int | str = MAX_MEMORY,
+    progress: bool = True,
+) -> tuple[Plan, Needs]:
+    """What `shrink_checkpoint` would do, and what that would take; one block of the model is in memory at a time.
+
+    Arguments and errors as in `shrink_checkpoint`.
+    """
+    memory, found = bytes_of(max_memory), open_source(source)
+    with tempfile.TemporaryDirectory() as scratch, silence(), showing(progress) as show:
+        processing = tokenizer if tokenizer is not None else load_processing(found)
+        model = load_streamed(found, Path(scratch), memory)
+        job = Job(model, recipe, processing, calibration, seed, show)
+        with evaluating(model):
+            data = job.data()
+            plan = job.plan(data).plan
+        return plan, estimate(model, plan, data.batches, memory)
 
 
 def _key(found: Source, asked: Recipe | Plan, tokenizer: Any, calibration: Any, seed: int) -> dict[str, Any]:

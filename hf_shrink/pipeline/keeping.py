@@ -10,19 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_shrink.calibration.batches import CalibrationData
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.calibration.walk_state import read_walk, write_walk
 from hf_shrink.checkpoint.journal import Journal
 from hf_shrink.errors import CheckpointError
+from hf_shrink.pipeline.estimating import estimate
 from hf_shrink.pipeline.kept import KeptStack
 from hf_shrink.pipeline.restoring import rebuild
 from hf_shrink.plan import Plan
@@ -47,6 +48,9 @@ class Keeper:
         """The plan that `make` makes."""
         return make()
 
+    def begin(self, model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]]) -> None:
+        """The plan is about to be carried out."""
+
     def restore(self, run: Run, stack: KeptStack) -> int:
         """How many of a stack's blocks are finished; they are put into the model, and `run` is as it was then."""
         return 0
@@ -70,11 +74,13 @@ class JournalKeeper(Keeper):
         journal: what is finished.
         folder: where its files lie.
         clock: seconds of this process so far.
+        max_memory: bytes that activations may take.
     """
 
     journal: Journal
     folder: Path
     clock: Callable[[], float]
+    max_memory: int
 
     def __post_init__(self) -> None:
         self.elapsed = float(self.journal.get("elapsed") or 0.0)
@@ -110,6 +116,10 @@ class JournalKeeper(Keeper):
             plan={"plan": json.loads(planned.plan.to_json()), "notes": list(planned.notes)}, elapsed=self._now()
         )
         return planned
+
+    def begin(self, model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]]) -> None:
+        if not self.journal.get("blocks"):
+            estimate(model, plan, batches, self.max_memory).check_disk(self.folder)
 
     def restore(self, run: Run, stack: KeptStack) -> int:
         files = self.journal.get("blocks") or {}

@@ -11,7 +11,7 @@ from torch import nn
 
 from hf_shrink.architectures.binding import bind
 from hf_shrink.architectures.bound import BoundBlock, BoundStack
-from hf_shrink.architectures.linears import is_matrix
+from hf_shrink.architectures.linears import is_matrix, matrix
 from hf_shrink.calibration.before import statistics_before
 from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.experts import starved_note
@@ -28,7 +28,7 @@ from hf_shrink.pipeline.masking import Masking
 from hf_shrink.pipeline.packing import Task, solve_and_pack
 from hf_shrink.pipeline.transforming import BlockScaler
 from hf_shrink.plan import BlockPlan, Plan, Scheme
-from hf_shrink.progress import ProgressCallback
+from hf_shrink.progress import ProgressCallback, working_on
 from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.surgery import consumer_cuts, cut_block, cut_experts, stack_configs
@@ -119,6 +119,7 @@ class Run:
                     )
         walks = {"walk": self.walk, "dense": None if self.dense is None else self.dense.walk}
         self.keeper.resume(stack, **walks)
+        self.progress("compressing blocks", self.done, self.total)
         for place in range(done, len(blocks)):
             block, source = blocks[place], stack.kept[place]
             stored = _dtype(block.module)
@@ -218,6 +219,8 @@ class Run:
         if not statistics:
             return
         with self.timed("solve"):
+            rows = sum(len(matrix(self.model.get_submodule(path))) for path in statistics)
+            working_on(self.progress, next(iter(statistics)), rows)
             statistics = self.masking.matrices(statistics) if self.masking is not None else statistics
             if self.method is not None:
                 tasks = [self._task(path, found, stored) for path, found in statistics.items() if path in self.schemes]

@@ -81,7 +81,7 @@ def shrink(
         ArchitectureError: the model's structure does not allow a step.
         CalibrationError: the data is missing or too short, or numbers are not finite.
     """
-    job = Job(model, recipe, tokenizer, calibration, seed, progress)
+    job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
     with silence(), evaluating(model):
         record = job.run(job.data())
     if isinstance(model, PreTrainedModel):
@@ -101,7 +101,7 @@ def make_plan(
     progress: bool = True,
 ) -> Plan:
     """What `shrink` would do, without doing it. Arguments and errors as in `shrink`."""
-    job = Job(model, recipe, tokenizer, calibration, seed, progress)
+    job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
     with silence(), evaluating(model):
         return job.plan(job.data()).plan
 
@@ -146,7 +146,7 @@ class Job:
     tokenizer: Any
     calibration: Any
     seed: int
-    progress: bool
+    show: Progress
     exclude: Sequence[str] | None = None
     keeper: Keeper = NOTHING_KEPT
 
@@ -163,7 +163,6 @@ class Job:
         if residence_of(self.model) is None:  # else that was done when it was opened
             check_finite(self.model)
         check_type(self.model)
-        self.show = Progress(quiet=not self.progress)
 
     def data(self) -> CalibrationData:
         """Calibration batches; none when no step needs them."""
@@ -233,6 +232,7 @@ class Job:
         planned = self.keeper.planned(lambda: self.plan(data))
         report.seconds["plan"] = time.perf_counter() - started
         report.notes += planned.notes
+        self.keeper.begin(model, planned.plan, data.batches)
         data, tokenizer = self._with_fewer_tokens(planned.plan, data)
         if self.recipe is not None and self.recipe.dtype != "keep":
             _cast(model, getattr(torch, self.recipe.dtype))

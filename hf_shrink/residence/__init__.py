@@ -2,7 +2,7 @@
 
 from hf_shrink.residence.files import flush_folder, map_tensors, write_tensors
 from hf_shrink.residence.pages import peak_memory
-from hf_shrink.residence.residence import OUTSIDE, Residence, residence_of, rest
+from hf_shrink.residence.residence import OUTSIDE, Residence, forget, residence_of, rest, rest_at, twin
 from hf_shrink.residence.room import Room, States, bytes_of
 
 __all__ = [
@@ -12,9 +12,12 @@ __all__ = [
     "States",
     "bytes_of",
     "flush_folder",
+    "forget",
     "map_tensors",
     "peak_memory",
     "residence_of",
     "rest",
+    "rest_at",
+    "twin",
     "write_tensors",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -192,6 +193,36 @@ def rest(block: nn.Module) -> None:
     residence = residence_of(block)
     if residence is not None:
         residence.rest(block)
+
+
+def twin(block: nn.Module) -> nn.Module:
+    """A copy of a block that is about to get other tensors; those that lie in files are not copied."""
+    residence = residence_of(block)
+    memo: dict[int, Any] = {}
+    if residence is not None and residence.rests:
+        for parameter in block.parameters():
+            if not is_own(parameter):
+                memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+    return copy.deepcopy(block, memo)
+
+
+def forget(copied: nn.Module, block: nn.Module) -> None:
+    """Nobody needs a `twin` of `block` any more."""
+    residence = residence_of(block)
+    if residence is not None:
+        for tensor in _tensors(copied).values():
+            residence.glanced_at(tensor)
+    copied.to("meta")
+
+
+def rest_at(model: nn.Module, path: str) -> None:
+    """As `rest`, of the block around the module at `path`, if that is in one."""
+    module = model
+    for name in path.split("."):
+        module = module.get_submodule(name)
+        if _NAME in vars(module):
+            rest(module)
+            return
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
