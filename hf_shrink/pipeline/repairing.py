@@ -23,6 +23,7 @@ from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.repair import Errors, best_change
 from hf_shrink.report import ShrinkReport
+from hf_shrink.residence import rest
 from hf_shrink.surgery import check_plan, without_blocks
 
 HELD_OUT = 8  # every so many sequences one is held out
@@ -139,14 +140,16 @@ class _Repair:
                 if place < start:
                     with fast_precision(device):
                         _together(dense, pruned)
-                    continue
-                with fast_precision(device):
-                    for _ in range(1 + len(gap)):
-                        dense.advance()
-                with _without_parts(stack, plan, [block.index]):
-                    self._refit(block, plan.blocks.get(block.index, BlockPlan()), dense.hidden, pruned, held_out)
-                    with fast_precision(device):  # anew: autocast keeps weights that it has cast until it ends
-                        pruned.advance()
+                else:
+                    with fast_precision(device):
+                        for _ in range(1 + len(gap)):
+                            dense.advance()
+                    with _without_parts(stack, plan, [block.index]):
+                        self._refit(block, plan.blocks.get(block.index, BlockPlan()), dense.hidden, pruned, held_out)
+                        with fast_precision(device):  # anew: autocast keeps weights that it has cast until it ends
+                            pruned.advance()
+            for done in (block, *gap):
+                rest(done.module)
             self._progress("repairing blocks", place + 1, len(kept))
 
     def _refit(

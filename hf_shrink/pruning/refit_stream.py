@@ -20,7 +20,7 @@ from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.linalg import refit_towards
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.refit import DAMPING, LONGEST
-from hf_shrink.residence import forget, twin
+from hf_shrink.residence import forget, rest, twin
 from hf_shrink.surgery.hidden import Slice
 
 ROWS = 8192  # of a matrix that are refitted at a time
@@ -76,6 +76,7 @@ def refit_stream(
                 for one in (dense.walk, walk):
                     one.advance()
         forget(before, block.module)
+        rest(block.module)
     progress("refitting the residual stream", len(stack.blocks), len(stack.blocks))
     _refit_heads(model, stream.readers[-1], dense, walk)
     return [f"{path} was not refitted: its matrices do not run one after the other" for path in skipped]

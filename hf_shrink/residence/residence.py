@@ -24,8 +24,8 @@ class Residence:
     """Keeps one block of a model in memory at a time, whatever runs or reads the model.
 
     Tensors that lie in mapped files (the source's, or one that was written here) are let go of when the next block is
-    entered. Those that were changed or made since are written to a file first, one for each block, and read from there
-    afterwards. A tensor object stays the same; only the memory behind it changes.
+    entered. Those that were changed or made since are written to a file by `rest`, one for each block, and read from
+    there afterwards. A tensor object stays the same; only the memory behind it changes.
 
     Attributes:
         folder: for files of a run, which nobody needs when it is over.
@@ -109,7 +109,7 @@ class Residence:
         return map_tensors(path)[""]
 
     def rest(self, block: nn.Module) -> None:
-        """Nobody needs the block's tensors in memory for a while."""
+        """Nobody needs the block's tensors in memory for a while, or holds the memory that they are in."""
         name = self.name_of(block)
         if self._rests and name is not None:
             self._rest(name, _tensors(block))
@@ -137,7 +137,9 @@ class Residence:
             return
         before = None if self._current is None else self._current()
         if before is not None and before is not block:
-            self.rest(before)
+            # Only what a file stands behind: whoever changes a tensor for a while may hold the memory that it is in.
+            for tensor in _tensors(before).values():
+                self.glanced_at(tensor)
         self._current = weakref.ref(block)
 
     def _rest(self, name: str, tensors: Mapping[str, Tensor]) -> None:
@@ -189,7 +191,7 @@ def residence_of(module: nn.Module) -> Residence | None:
 
 
 def rest(block: nn.Module) -> None:
-    """Nobody needs a block's tensors in memory for a while. Does nothing for a model that is simply in memory."""
+    """As `Residence.rest`. Does nothing for a model that is simply in memory."""
     residence = residence_of(block)
     if residence is not None:
         residence.rest(block)

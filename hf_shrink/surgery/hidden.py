@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.architectures.linears import matrix, set_matrix
 from hf_shrink.architectures.residual import Reader, ResidualStream
+from hf_shrink.residence import rest_at
 from hf_shrink.surgery.depth import stack_configs
 from hf_shrink.surgery.sizes import build_skeleton
 

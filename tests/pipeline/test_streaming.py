@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -88,6 +89,7 @@ def contents(folder: Path) -> dict[str, Any]:
     """What a run decides: the files, but for the times in the record and what is made from it."""
     record = json.loads((folder / "shrink.json").read_text()) if (folder / "shrink.json").is_file() else {}
     report = {k: v for k, v in record.get("report", {}).items() if k not in ("seconds", "evaluation")}
+    report["notes"] = [re.sub(r" in \d+ s$", "", note) for note in report.get("notes", ())]
     files = {f.name: f.read_bytes() for f in folder.iterdir() if f.suffix == ".safetensors" or f.name == "config.json"}
     return {**files, "plan": record.get("plan"), "report": report}
 
