@@ -5,6 +5,7 @@
 
 from importlib import metadata
 
+from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
 from hf_shrink.checkpoint.quantizers import register as _register
 from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
@@ -15,6 +16,7 @@ from hf_shrink.pruning.importance import register_importance
 from hf_shrink.pruning.zeros import keep_zeros
 from hf_shrink.recipe import Recipe
 from hf_shrink.report import ShrinkReport
+from hf_shrink.runtime.optimizing import kernel_summary
 
 try:
     __version__ = metadata.version("hf_shrink")
@@ -35,8 +37,10 @@ __all__ = [
     "bench_checkpoint",
     "evaluate_model",
     "keep_zeros",
+    "kernel_summary",
     "load_module",
     "make_plan",
+    "optimize_for_inference",
     "prune_weights",
     "register_importance",
     "save_module",

@@ -1,12 +1,11 @@
-"""How work says how far it is: a callable of (what, done, total)."""
+"""How work says how far it is: a callable of (what, done, total), and where wanted a note that changes on the way."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-ProgressCallback = Callable[[str, int, int], None]
+from typing import Protocol
 
 
+<<<<<<< HEAD
 def working_on(progress: ProgressCallback, what: str, rows: int = 0) -> None:
     """Say what of the current part is in work, and how many rows of matrices that will be, to whoever shows it."""
     show = getattr(progress, "working_on", None)
@@ -15,4 +14,13 @@ def working_on(progress: ProgressCallback, what: str, rows: int = 0) -> None:
 
 
 def quiet(what: str, done: int, total: int) -> None:
+=======
+class ProgressCallback(Protocol):
+    """`done` of `total` parts of `what` are finished; `note`: what has come of them so far."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
+
+
+def quiet(what: str, done: int, total: int, note: str = "") -> None:
+>>>>>>> main
     """Says nothing."""

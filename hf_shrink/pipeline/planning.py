@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
+from hf_shrink.pipeline.budget import plan_budget
 from hf_shrink.pipeline.formats import resolve_formats
 from hf_shrink.pipeline.leaves import cut_by, narrowed_by, removed_by
 from hf_shrink.pipeline.recipes import (
@@ -69,6 +70,9 @@ def plan_recipe(
         RecipeError: the recipe cannot be met on this model.
         ArchitectureError: pruning of a family without a role table.
     """
+    if recipe.budget is not None:
+        found_plan, said = plan_budget(model, recipe, batches, seed, progress)
+        return Planned(found_plan, tuple(said))
     binding = find_binding(model)
     notes: list[str] = []
     stacks: dict[str, StackPlan] = {}

@@ -137,7 +137,9 @@ def _own_keys(step: type[Any]) -> set[str]:
 
 
 def needs_calibration(recipe: Recipe) -> bool:
-    """Whether any step of the recipe looks at data."""
+    """Whether any step of the recipe looks at data, or a search."""
+    if recipe.budget is not None:
+        return True
     for step in recipe.steps:
         if isinstance(step, QuantizeStep):
             parts = quantization_method(step), *build_transforms(step.transforms)

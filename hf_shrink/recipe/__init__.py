@@ -13,32 +13,55 @@ import yaml
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Scheme
+from hf_shrink.recipe.budget import Budget
 from hf_shrink.recipe.effort import expand
 from hf_shrink.recipe.formats import GRID_KEYS, check_formats
 from hf_shrink.recipe.pruning import AMOUNT_KEYS, AMOUNTS, PRUNE_KINDS, PruneStep
+from hf_shrink.recipe.search import SearchSpec
 from hf_shrink.recipe.specs import METRICS, CalibrationSpec, EvaluationSpec
 from hf_shrink.recipe.steps import QuantizeStep, Step
 from hf_shrink.registry import did_you_mean
 
-__all__ = ["METRICS", "CalibrationSpec", "EvaluationSpec", "PruneStep", "QuantizeStep", "Recipe", "Step"]
+__all__ = [
+    "METRICS",
+    "Budget",
+    "CalibrationSpec",
+    "EvaluationSpec",
+    "PruneStep",
+    "QuantizeStep",
+    "Recipe",
+    "SearchSpec",
+    "Step",
+]
 
 DTYPES = ("keep", "float32", "bfloat16", "float16")
+KEYS = ("name", "portable", "dtype", "calibration", "steps", "budget", "search", "evaluation")
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What the user wants done. Build with `from_dict` or `from_yaml`, which validate."""
+    """What the user wants done: steps, or a budget and what may be searched. `from_dict` and `from_yaml` validate."""
 
-    steps: tuple[Step, ...]
+    steps: tuple[Step, ...] = ()
     name: str = "custom"
     portable: bool = True
     dtype: str = "keep"
     calibration: CalibrationSpec = field(default_factory=CalibrationSpec)
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    budget: Budget | None = None
+    search: SearchSpec | None = None
 
     def __post_init__(self) -> None:
-        if not self.steps:
-            raise RecipeError("the recipe has no steps; add a prune or a quantize step")
+        if self.budget is not None and self.steps:
+            raise RecipeError(
+                "the recipe has steps and a budget; give the steps, or a budget and let the search decide what is done"
+            )
+        if self.budget is None and self.search is not None:
+            raise RecipeError("search goes with a budget; add one such as budget: {bytes: 30%}")
+        if self.budget is not None and self.search is None:
+            object.__setattr__(self, "search", SearchSpec())
+        if not self.steps and self.budget is None:
+            raise RecipeError("the recipe has no steps; add a prune or a quantize step, or a budget")
         if self.dtype not in DTYPES:
             raise RecipeError(f"unknown dtype {self.dtype!r}; {did_you_mean(str(self.dtype), DTYPES)}")
         kinds = [step.what if isinstance(step, PruneStep) else "quantize" for step in self.steps]
@@ -61,8 +84,8 @@ class Recipe:
     def from_dict(cls, data: Mapping[str, Any], name: str = "custom") -> Recipe:
         """Validate a decoded recipe. Raises RecipeError that names the nearest valid key."""
         data = dict(_mapping(data, "the recipe"))
-        _check_keys(data, ("name", "portable", "dtype", "calibration", "steps", "evaluation"), "the recipe")
-        steps = data.get("steps")
+        _check_keys(data, KEYS, "the recipe")
+        steps = data.get("steps", () if data.get("budget") is not None else None)
         if not isinstance(steps, list | tuple):
             raise RecipeError("the recipe's `steps` must be a list of prune and quantize steps")
         portable = data.get("portable", True)
@@ -75,6 +98,8 @@ class Recipe:
             dtype=str(data.get("dtype", "keep")),
             calibration=_section(CalibrationSpec, data.get("calibration"), "calibration"),
             evaluation=_section(EvaluationSpec, data.get("evaluation"), "evaluation"),
+            budget=None if data.get("budget") is None else Budget.from_dict(data["budget"]),
+            search=None if data.get("search") is None else SearchSpec.from_dict(data["search"]),
         )
 
     @classmethod
@@ -106,19 +131,23 @@ class Recipe:
             steps.append({"prune" if isinstance(step, PruneStep) else "quantize": body})
         evaluation = asdict(self.evaluation)
         evaluation["metrics"] = list(evaluation["metrics"])
+        what: dict[str, Any] = {"steps": steps}
+        if self.budget is not None and self.search is not None:
+            what = {"budget": self.budget.to_dict(), "search": self.search.to_dict()}
         return {
             "name": self.name,
             "portable": self.portable,
             "dtype": self.dtype,
             "calibration": asdict(self.calibration),
-            "steps": steps,
+            **what,
             "evaluation": evaluation,
         }
 
     def with_overrides(self, assignments: Iterable[str]) -> Recipe:
         """Apply `--set` assignments such as "quantize.group_size=64" or "calibration.samples=16".
 
-        `prune.` and `quantize.` change that key in every step of the kind. Values are read as YAML.
+        `prune.` and `quantize.` change that key in every step of the kind; `budget.latency.decode=60%` goes one deeper.
+        Values are read as YAML; null takes a budget away.
         """
         data = copy.deepcopy(self.to_dict())
         for assignment in assignments:
@@ -136,8 +165,12 @@ class Recipe:
                 data[section] = value
             elif section in ("calibration", "evaluation"):
                 data[section][leaf] = value
+            elif section in ("budget", "search"):
+                if section not in data:
+                    raise RecipeError(f"--set {assignment!r}: the recipe has steps, and no budget to search for")
+                _put(data[section], leaf, value)
             elif section in ("prune", "quantize"):
-                bodies = [s[section] for s in data["steps"] if section in s]
+                bodies = [s[section] for s in data.get("steps", ()) if section in s]
                 if not bodies:
                     raise RecipeError(f"--set {assignment!r}: the recipe has no {section} step")
                 if section == "prune" and leaf in AMOUNT_KEYS:
@@ -147,7 +180,7 @@ class Recipe:
                         _forget_expansion(body)
                     body[leaf] = value
             else:
-                valid = ("calibration", "evaluation", "prune", "quantize", "portable", "dtype")
+                valid = ("calibration", "evaluation", "budget", "search", "prune", "quantize", "portable", "dtype")
                 raise RecipeError(f"--set {assignment!r}: unknown section {section!r}; {did_you_mean(section, valid)}")
         return Recipe.from_dict(data, name=self.name)
 
@@ -163,6 +196,18 @@ def _check_keys(data: Mapping[str, Any], valid: Iterable[str], where: str) -> No
     for key in data:
         if key not in valid:
             raise RecipeError(f"unknown key {key!r} in {where}; {did_you_mean(key, valid)}")
+
+
+def _put(section: dict[str, Any], path: str, value: Any) -> None:
+    """Set the key that a dotted path names. Raises RecipeError where the path goes through something with no keys."""
+    first, dot, rest = path.partition(".")
+    if not dot:
+        section[first] = value
+        return
+    inner = section.setdefault(first, {})
+    if not isinstance(inner, dict):
+        raise RecipeError(f"--set: {first} is {inner!r}, which has no keys such as {rest!r}")
+    _put(inner, rest, value)
 
 
 def _forget_expansion(body: dict[str, Any]) -> None:

@@ -19,7 +19,7 @@ LINE_EVERY = 15.0
 
 
 class Progress:
-    """Callable `(what, done, total)`: a bar on a terminal, now and then a line in a log, nothing when quiet.
+    """Callable `(what, done, total, note)`: a bar on a terminal, now and then a line in a log, nothing when quiet.
 
     A task begins when `what` changes and ends when `done` reaches `total`. Use it as a context manager, or `close()`
     it, so that an interrupted bar leaves the terminal in order.
@@ -38,16 +38,16 @@ class Progress:
         self._what: str | None = None
         self._started = self._printed = 0.0
 
-    def __call__(self, what: str, done: int, total: int) -> None:
-        """Say that `done` of `total` parts of `what` are finished."""
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None:
+        """Say that `done` of `total` parts of `what` are finished, and in `note` what has come of them so far."""
         if what != self._what:
             self.close()
             self._what, self._started, self._printed = what, time.monotonic(), time.monotonic()
             self._working_on, self._rows, self._first = "", 0, done
         if self._bars:
-            self._draw(what, done, total)
+            self._draw(what, done, total, note)
         elif self._lines:
-            self._print(what, done, total)
+            self._print(what, done, total, note)
         if done >= total:
             self.close()
 
@@ -80,17 +80,19 @@ class Progress:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
-    def _draw(self, what: str, done: int, total: int) -> None:
+    def _draw(self, what: str, done: int, total: int, note: str) -> None:
         if self._bar is None:
             self._bar = tqdm(total=total, desc=what, file=self._file, dynamic_ncols=True, leave=True)
         self._bar.total = total
+        self._bar.set_postfix_str(note, refresh=False)
         self._bar.update(done - self._bar.n)
 
-    def _print(self, what: str, done: int, total: int) -> None:
+    def _print(self, what: str, done: int, total: int, note: str) -> None:
         now = time.monotonic()
         if done >= total or now - self._printed >= LINE_EVERY:
             self._printed = now
             gone = now - self._started
+<<<<<<< HEAD
             since = done - self._first if self._first < done else done  # a run may go on in the middle
             left = gone / since * (total - done) if since else 0.0
             rest = [f"about {left / 60:.0f} min left"] if left >= 60 else []
@@ -105,6 +107,12 @@ def showing(progress: bool | str | os.PathLike[str]) -> Iterator[Progress]:
         named = not isinstance(progress, bool)
         file = stack.enter_context(open(progress, "a", encoding="utf-8")) if named else None
         yield stack.enter_context(Progress(quiet=progress is False, file=file))
+=======
+            left = gone / done * (total - done) if done else 0.0
+            rest = f", about {left / 60:.0f} min left" if left >= 60 else ""
+            said = f", {note}" if note else ""
+            print(f"{what}: {done}/{total} ({gone:.0f} s{rest}){said}", file=self._file, flush=True)
+>>>>>>> main
 
 
 @contextmanager

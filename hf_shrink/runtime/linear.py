@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime.int8 import int8_linear
+from hf_shrink.runtime.kernels import kernel_for
+from hf_shrink.runtime.kernels.blocks import blockwise_gradient
 from hf_shrink.runtime.packed import PackedModule
 
 
@@ -38,7 +40,8 @@ class CompressedLinear(PackedModule):
     ) -> None:
         super().__init__(scheme, out_features, in_features, dtype, device)
         self.in_features, self.out_features = in_features, out_features
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device)) if bias else None
+        zeros = torch.zeros(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if zeros is None else nn.Parameter(zeros))
 
     @classmethod
     def empty(
@@ -69,17 +72,34 @@ class CompressedLinear(PackedModule):
 
         Rounding of the input passes gradients through as if it were not there.
         """
-        bias = self.bias if self.bias is None or self.bias.dtype == input.dtype else self.bias.to(input.dtype)
+        bias = self._parameters["bias"]  # this runs for every Linear of every token: the short way
         if torch.is_grad_enabled() and (input.requires_grad or (bias is not None and bias.requires_grad)):
             output: Tensor = _PackedProduct.apply(input, bias, self)  # type: ignore[no-untyped-call]
             return output
         return self._product(input, bias)
 
+    def optimize(self) -> None:
+        """See `PackedModule.optimize`."""
+        self.restore()
+        rows, columns, device = self.out_features, self.in_features, self.device
+        kind, self.kernel_note = kernel_for(self.scheme, rows, columns, device, self.scale_dtype)
+        if kind is not None:
+            self.use_kernel(kind.pack(*self.unpacked(), few=32))
+
     def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        if self.kernel is not None:
+            return self.kernel.linear(input, bias)
+        if bias is not None and bias.dtype != input.dtype:
+            bias = bias.to(input.dtype)
         if self.scheme.activation_bits == 8:
             symmetric = self.scheme.activation_symmetric
             return int8_linear(input, self.weight_packed, self.weight_scale, bias, symmetric=symmetric)
         return F.linear(input, self.weight.to(input.dtype), bias)
+
+    def _input_gradient(self, gradient: Tensor) -> Tensor:
+        if self.kernel is not None:
+            return blockwise_gradient(self.kernel, gradient)
+        return gradient @ self.weight.to(gradient.dtype)
 
     def extra_repr(self) -> str:
         """For print(model)."""
@@ -93,7 +113,7 @@ class _PackedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, input: Tensor, bias: Tensor | None, linear: CompressedLinear) -> Tensor:
         ctx.linear = linear
-        ctx.dtype = input.dtype
+        ctx.dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
         return linear._product(input, bias)
 
     @staticmethod
@@ -102,7 +122,7 @@ class _PackedProduct(torch.autograd.Function):
         needs_input, needs_bias, _ = ctx.needs_input_grad
         to_input = to_bias = None
         if needs_input:
-            to_input = (gradient @ ctx.linear.weight.to(gradient.dtype)).to(ctx.dtype)
+            to_input = ctx.linear._input_gradient(gradient).to(ctx.dtype)
         if needs_bias:
-            to_bias = gradient.flatten(0, -2).sum(0)
+            to_bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
         return to_input, to_bias, None

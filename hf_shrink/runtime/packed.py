@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from hf_shrink.ops.grid import Grid
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
+from hf_shrink.runtime.kernels.base import Kernel
 from hf_shrink.runtime.packing import (
     pack,
     pack_zero_point,
@@ -22,9 +23,16 @@ from hf_shrink.runtime.packing import (
     unpack_zero_point,
 )
 
+CHECKPOINT_BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+_IN_KERNEL = CHECKPOINT_BUFFERS[:2]  # what a kernel holds in its own layout
+_PREFIX = "kernel_"
+
 
 class PackedModule(nn.Module):
     """A module whose weight (rows, columns) is held packed, and only packed.
+
+    It is held as a checkpoint holds it or, after `use_kernel`, in a kernel's layout. Then `weight_packed` and
+    `weight_scale` are made anew, bit for bit, whenever they are asked for, also for a state dict.
 
     Attributes:
         scheme: bits, symmetry, strategy, group size.
@@ -35,6 +43,8 @@ class PackedModule(nn.Module):
         weight_zero_point: asymmetric schemes only: int32 (ceil(rows * bits / 32), groups); per tensor int8 (1,).
         weight_shape: int64 (2,); None for schemes that are not packed.
         sparse: the weight was pruned before it was packed in this process: training it keeps its zeros.
+        kernel: what holds and multiplies the weight; None while the buffers above do.
+        kernel_note: the kernel's name, or why there is none.
     """
 
     weight_packed: Tensor
@@ -49,6 +59,8 @@ class PackedModule(nn.Module):
         self.scheme = scheme
         self.compute_dtype: torch.dtype | None = None
         self.sparse = False
+        self.kernel: Kernel | None = None
+        self.kernel_note = "not optimized"
         self._rows, self._columns = rows, columns
         groups = scheme.scale_columns(columns)
         scale_shape = (1,) if scheme.strategy == "tensor" else (rows, groups)
@@ -75,12 +87,54 @@ class PackedModule(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
-        return self.weight_packed.device
+        held = self._buffers["weight_packed" if self.kernel is None else f"{_PREFIX}weight"]
+        assert held is not None
+        return held.device
 
     @property
     def weight_dtype(self) -> torch.dtype:
         """dtype of `weight`, without unpacking it."""
-        return self.compute_dtype or self.weight_scale.dtype
+        return self.compute_dtype or self.scale_dtype
+
+    @property
+    def scale_dtype(self) -> torch.dtype:
+        """dtype of `weight_scale`."""
+        return self.weight_scale.dtype if self.kernel is None else self.kernel.scale_dtype
+
+    def optimize(self) -> None:
+        """Hold the weight in the layout of the fastest kernel for its device; as a checkpoint does if there is none."""
+        self.kernel_note = "its rows are looked up, not multiplied"
+
+    def use_kernel(self, kernel: Kernel) -> None:
+        """Let a kernel hold the weight, which must be this module's, in place of the checkpoint's buffers."""
+        self.restore()
+        for name in _IN_KERNEL:
+            del self._buffers[name]
+        self._hold(kernel)
+
+    def restore(self) -> None:
+        """Hold the weight as a checkpoint does again. Does nothing where it is held so."""
+        if self.kernel is None:
+            return
+        checkpoint = {name: getattr(self, name) for name in CHECKPOINT_BUFFERS if hasattr(self, name)}
+        for name in self.kernel.tensors:
+            delattr(self, _PREFIX + name)
+        self.kernel = None
+        for name in CHECKPOINT_BUFFERS:
+            self._buffers.pop(name, None)
+        for name, tensor in checkpoint.items():
+            self.register_buffer(name, tensor)
+
+    def _hold(self, kernel: Kernel) -> None:
+        for name, tensor in kernel.tensors.items():
+            self.register_buffer(_PREFIX + name, tensor, persistent=False)
+        self.kernel = kernel
+
+    def __getattr__(self, name: str) -> Any:
+        kernel = self.__dict__.get("kernel")
+        if kernel is not None and name in _IN_KERNEL:
+            return kernel.scale() if name == "weight_scale" else pack(kernel.values(), self.scheme.bits)
+        return super().__getattr__(name)
 
     @property
     def checkpoint_names(self) -> dict[str, str]:
@@ -119,6 +173,20 @@ class PackedModule(nn.Module):
             self.weight_zero_point = pack_zero_point(grid.zero_point, self.scheme)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        if self.kernel is None:
+            return self._apply_to_buffers(fn, recurse)
+        kernel = self.kernel
+        moved = fn(torch.empty(0, dtype=kernel.scale_dtype, device=self.device))
+        if moved.dtype == kernel.scale_dtype and moved.device == self.device:
+            result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            self._hold(kernel.with_tensors({name: getattr(self, _PREFIX + name) for name in kernel.tensors}))
+            return result
+        self.restore()
+        result = self._apply_to_buffers(fn, recurse)
+        self.optimize()
+        return result
+
+    def _apply_to_buffers(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
         before, stored = self.weight_scale.dtype, self.weight_packed
         if stored.is_floating_point():  # a cast is meant for the scales: float8 values move as octets, and stay
             self.weight_packed = octets = stored.view(torch.uint8)
@@ -129,6 +197,23 @@ class PackedModule(nn.Module):
         if self.weight_scale.dtype != before:
             self.compute_dtype = None
         return result
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        if self.kernel is None:
+            super()._save_to_state_dict(destination, prefix, keep_vars)
+            return
+        held: dict[str, Tensor] = {}
+        super()._save_to_state_dict(held, prefix, keep_vars)
+        held.update({prefix + name: getattr(self, name) for name in _IN_KERNEL})
+        names = sorted(held, key=[prefix + name for name in ("bias", *CHECKPOINT_BUFFERS)].index)
+        destination.update({name: held[name] for name in names})
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        optimized = self.kernel is not None
+        self.restore()
+        super()._load_from_state_dict(*args, **kwargs)
+        if optimized:
+            self.optimize()
 
     def _describe(self) -> str:
         scheme = self.scheme

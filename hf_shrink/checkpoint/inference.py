@@ -1,0 +1,36 @@
+"""`optimize_for_inference`: a compressed model on the fastest kernels that torch ships for its device."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import torch
+from torch import nn
+
+from hf_shrink.runtime.attention import use_grouped_attention
+from hf_shrink.runtime.optimizing import use_kernels
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def optimize_for_inference(model: Module, *, device: torch.device | str | None = None) -> Module:
+    """Let a compressed model's Linears multiply with the kernels that torch ships for its device, in place.
+
+    Each weight is then held once, in its kernel's layout. Everything else stays as it was: `state_dict` and
+    `save_pretrained` give the same checkpoint, bit for bit; casts, moves to other devices, copies and training work.
+    The kernels take bfloat16: up to some tens of tokens, a float32 model's inputs are rounded to it for each Linear.
+    Attention by transformers' "sdpa" takes another way to the same result for single tokens (`runtime/attention.py`).
+    `kernel_summary(model)` says what runs on what, and why the rest does not.
+
+    Args:
+        model: with weights packed by hf_shrink. Calling it again changes nothing.
+        device: where to move the model first; by default it stays.
+
+    Returns:
+        The same object.
+    """
+    if device is not None:
+        model.to(device)
+    use_kernels(model)
+    use_grouped_attention(model)
+    return model

@@ -1,0 +1,252 @@
+"""From a budget to a Plan: list what may be done, see whether the budget can be met, measure, solve, refine."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.errors import ArchitectureError, RecipeError
+from hf_shrink.evaluation.size import unique_bytes
+from hf_shrink.pipeline.targets import select
+from hf_shrink.plan import Plan, Scheme
+from hf_shrink.progress import ProgressCallback
+from hf_shrink.pruning.samples import choose
+from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
+from hf_shrink.recipe import Budget, QuantizeStep, Recipe, SearchSpec
+from hf_shrink.recipe.effort import expand
+from hf_shrink.search.blank import blank_sensitivity
+from hf_shrink.search.choose import Chosen, choose_assignment
+from hf_shrink.search.fingerprint import sensitivity_of
+from hf_shrink.search.latency import LatencyTable, cache_folder
+from hf_shrink.search.limits import Limits
+from hf_shrink.search.measured import MeasuredAssignments
+from hf_shrink.search.measuring import Space
+from hf_shrink.search.options import Problem
+from hf_shrink.search.problem import make_problem
+from hf_shrink.search.reachable import check_reachable
+from hf_shrink.search.replacements import RoundedWeights, input_statistics
+from hf_shrink.search.sensitivity import Sensitivity
+from hf_shrink.search.solve import Programme
+
+STATISTICS_TOKENS = 16_384  # that inputs are read of, for weights that are tried
+
+
+@dataclass
+class Searching:
+    """A search on one model: what all budgets share is made once, when it is first needed.
+
+    Args:
+        recipe: with a budget; others may follow for the same `search`, calibration data and model.
+        batches: of calibration.
+        cache: folder of sensitivities and latencies; None: nothing is kept.
+    """
+
+    model: PreTrainedModel
+    recipe: Recipe
+    batches: Sequence[Mapping[str, Any]]
+    seed: int
+    progress: ProgressCallback
+    cache: Path | None = None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        recipe: Recipe,
+        batches: Sequence[Mapping[str, Any]],
+        seed: int,
+        progress: ProgressCallback,
+    ) -> Searching:
+        """Raises ArchitectureError where a budget cannot be spent on the model."""
+        if not isinstance(model, PreTrainedModel):
+            raise ArchitectureError("only transformers models take a budget; quantize this module (method: rtn)")
+        return cls(model, recipe, batches, seed, progress, cache_folder())
+
+    @property
+    def spec(self) -> SearchSpec:
+        assert self.recipe.search is not None
+        return self.recipe.search
+
+    @cached_property
+    def binding(self) -> Binding:
+        found = bind(self.model)
+        if self.spec.width or self.spec.depth:
+            found.require_roles()
+        return found
+
+    @cached_property
+    def step(self) -> QuantizeStep:
+        """The quantize step that the weights will be stored by."""
+        body = {"effort": self.spec.effort, "group_size": self.spec.group_size}
+        return QuantizeStep(**expand(body))
+
+    @cached_property
+    def method(self) -> QuantizationMethod:
+        found = METHODS.build(self.step.method, self.step.options)
+        assert not isinstance(found, ModelMethod)
+        return found
+
+    @cached_property
+    def space(self) -> Space:
+        portable = self.recipe.portable
+        size = self.spec.group_size
+        # Four values a weight are few: zero points pay, where they need not load in stock transformers.
+        schemes = tuple(Scheme(bits, symmetric=portable or bits > 2, group_size=size) for bits in self.spec.bits)
+        return Space(schemes, self.spec.width, self.spec.depth, self.spec.embeddings, portable)
+
+    @cached_property
+    def quantizable(self) -> frozenset[str]:
+        inside = {path for block in self.binding.blocks for path in block.roles}
+        return frozenset(inside & select(self.model, self.binding, self.step).paths.keys())
+
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        return None if self.recipe.dtype == "keep" else getattr(torch, self.recipe.dtype)
+
+    @cached_property
+    def latency(self) -> LatencyTable:
+        stored = self.dtype or self.model.dtype
+        return LatencyTable.open(stored, self.model.device, None if self.cache is None else self.cache / "latency")
+
+    @cached_property
+    def sensitivity(self) -> Sensitivity:
+        """What everything is worth; measured, or as it was kept."""
+        return sensitivity_of(
+            self.model,
+            self.binding,
+            self.space,
+            self.method if self.space.schemes else None,
+            self.quantizable,
+            self.batches,
+            None if self.cache is None else self.cache / "sensitivity",
+            seed=self.seed,
+            scale_dtype=self.dtype or self.model.dtype,
+            progress=self.progress,
+        )
+
+    def problem(self, sensitivity: Sensitivity, timed: bool) -> Problem:
+        """All decisions. `timed`: with the seconds that options take on this device."""
+        step = self.step
+        base = Plan(
+            self.binding.model_type,
+            method=step.method,
+            options=dict(step.options),
+            transforms=step.transforms,
+            tune=dict(step.tune),
+            effort=step.effort,
+            refit=True,
+            repair=True,
+        )
+        made = make_problem(
+            self.model,
+            self.binding,
+            self.space,
+            sensitivity,
+            self.quantizable,
+            base,
+            dtype=self.dtype,
+            latency=self.latency if timed else None,
+        )
+        if timed:
+            self.latency.save()
+        return made
+
+    def check(self, budget: Budget) -> None:
+        """Raises RecipeError where the budget is out of reach. Needs no data; measures nothing but latencies."""
+        timed = budget.decode is not None or budget.prefill is not None
+        blank = blank_sensitivity(self.model, self.binding, self.space, self.quantizable)
+        problem = self.problem(blank, timed)
+        check_reachable(Programme(problem, self.limits(budget, problem)), self.spec, self.recipe.portable)
+
+    def limits(self, budget: Budget, problem: Problem) -> Limits:
+        """The budget in bytes and seconds. Shares are of the model as it was given."""
+        text = self.model.config.get_text_config()
+        dense = problem.dense
+        if self.dtype is not None:
+            dense = replace(dense, bytes=unique_bytes(self.model))
+        return Limits.of(budget, dense, getattr(text, "max_position_embeddings", None))
+
+    def measured(self, problem: Problem, batches: Sequence[Mapping[str, Any]] | None = None) -> MeasuredAssignments:
+        """What measures true divergences on the calibration data, or on other batches."""
+        return MeasuredAssignments(
+            self.model,
+            self.binding,
+            problem,
+            self.weights(problem),
+            self.batches if batches is None else batches,
+            self.seed,
+            self.progress,
+        )
+
+    def weights(self, problem: Problem) -> RoundedWeights:
+        """What options make of the weights; one for all budgets on the same options."""
+        known = getattr(self, "_weights", None)
+        if known is None or known[0] is not problem:
+            statistics = input_statistics(
+                self.model,
+                self.binding.stacks,
+                {path for block in self.binding.blocks for path in block.roles},
+                choose(self.batches, STATISTICS_TOKENS, self.seed),
+                self.progress,
+            )
+            known = problem, RoundedWeights(self.model, self.binding, problem, self.method, statistics)
+            self._weights = known
+        found: RoundedWeights = known[1]
+        return found
+
+    def choose(self, programme: Programme) -> Chosen:
+        """The best assignment within a programme's limits."""
+        problem = programme.problem
+        return choose_assignment(programme, lambda: self.measured(problem), self.spec, self.seed, self.progress)
+
+
+def plan_budget(
+    model: nn.Module,
+    recipe: Recipe,
+    batches: Sequence[Mapping[str, Any]],
+    seed: int,
+    progress: ProgressCallback,
+) -> tuple[Plan, list[str]]:
+    """The plan for a recipe's budget, and notes. The model is left as it was.
+
+    Raises:
+        RecipeError: the budget cannot be met.
+        ArchitectureError: a budget cannot be spent on the model.
+        CalibrationError: no data, or numbers that are not finite.
+    """
+    assert recipe.budget is not None
+    search = Searching.of(model, recipe, batches, seed, progress)
+    started = time.perf_counter()
+    problem = search.problem(search.sensitivity, recipe.budget.decode is not None or recipe.budget.prefill is not None)
+    sensed = time.perf_counter()
+    programme = Programme(problem, search.limits(recipe.budget, problem))
+    chosen = search.choose(programme)
+    plan = described(problem, programme.limits, chosen)
+    if not plan.prunes and not plan.schemes:
+        raise RecipeError(f"the dense model keeps the budget ({recipe.budget}) as it is; ask for less")
+    ended = time.perf_counter()
+    notes = [f"search: {sensed - started:.1f} s to measure what everything is worth, {ended - sensed:.1f} s to choose"]
+    return plan, notes
+
+
+def described(problem: Problem, limits: Limits, chosen: Chosen) -> Plan:
+    """The plan of an assignment, with what the search says of it."""
+    cost = problem.cost(chosen.assignment)
+    said: dict[str, Any] = {
+        "limits": dict(limits.most),
+        "takes": limits.taken(cost),
+        "bytes": cost.bytes,
+        "predicted_kl": chosen.predicted,
+    }
+    if chosen.measured is not None:
+        said |= {"measured_kl": chosen.measured, "history": list(chosen.history), "seen": chosen.seen}
+    return replace(problem.plan(chosen.assignment), search=said)

@@ -1,0 +1,138 @@
+"""What each of several budgets buys: one measurement of the model, a plan for every budget, and how good each is."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import nn
+
+from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.errors import RecipeError
+from hf_shrink.evaluation import evaluate_model
+from hf_shrink.front import Front, Point
+from hf_shrink.pipeline.budget import Searching, described
+from hf_shrink.pipeline.recipes import RecipeLike
+from hf_shrink.pipeline.shrinking import Job, evaluating
+from hf_shrink.recipe import Budget, Recipe
+from hf_shrink.recipe.budget import budget_data
+from hf_shrink.reporting.progress import silence
+from hf_shrink.search.levers import paid, paid_in_all, uniform
+from hf_shrink.search.measured import MeasuredAssignments
+from hf_shrink.search.options import Assignment, Problem
+from hf_shrink.search.solve import Programme
+
+
+def make_front(
+    model: nn.Module,
+    recipe: RecipeLike,
+    budgets: Sequence[str],
+    *,
+    tokenizer: Any = None,
+    calibration: Any = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> Front:
+    """Plans for several budgets on one model, beside the dense model and the same bits everywhere.
+
+    The model is measured once for all budgets, and left as it was. Quality is measured on the recipe's `evaluation`
+    data, with weights that are compressed one by one, which is a little worse than what a run makes of a plan.
+
+    Args:
+        recipe: with a budget; each of `budgets` takes its place.
+        budgets: in the form of `--budget`, all about one resource: "30%", "120MB", "latency:60%", "memory:500MB".
+        tokenizer, calibration, seed, progress: as of `make_plan`.
+
+    Raises:
+        RecipeError: a budget cannot be met, or they are about different resources.
+    """
+    job = Job(model, recipe, tokenizer, calibration, seed, progress)
+    if job.recipe is None or job.recipe.budget is None:
+        raise RecipeError("a sweep goes over budgets: give a recipe with one (such as budget), or leave --recipe out")
+    asked = [(text, Budget.from_dict(budget_data([text]))) for text in dict.fromkeys(budgets)]
+    resources = {key for _, budget in asked for key in ("bytes", "memory", "decode", "prefill") if getattr(budget, key)}
+    if len(resources) != 1:
+        raise RecipeError(f"a sweep is over one resource, not over {' and '.join(sorted(resources)) or 'none'}")
+    with silence(), evaluating(model):
+        held_out = calibration_batches(
+            job.recipe.evaluation,
+            model=model,
+            tokenizer=tokenizer,
+            seed=seed,
+            purpose="evaluation",
+            progress=job.show,
+        )
+        job.exclude = held_out.texts(tokenizer) if job.recipe.evaluation.data != "self" else None
+        search = Searching.of(model, job.recipe, job.data().batches, seed, job.show)
+        timed = bool(resources & {"decode", "prefill"})
+        for _, budget in asked:
+            search.check(budget)
+        sweep = _Sweep(search, job.recipe, held_out, timed)
+        front = sweep.front(resources.pop(), asked)
+        job.show.close()
+    return front
+
+
+@dataclass
+class _Sweep:
+    search: Searching
+    recipe: Recipe
+    held_out: CalibrationData
+    timed: bool
+
+    def front(self, resource: str, asked: Sequence[tuple[str, Budget]]) -> Front:
+        search, started = self.search, time.perf_counter()
+        problem = search.problem(search.sensitivity, self.timed)
+        sensed = time.perf_counter()
+        measure = search.measured(problem, self.held_out.batches)
+        limits = [search.limits(budget, problem) for _, budget in asked]
+        context = limits[0].context
+        dense: Assignment = (0,) * len(problem.groups)
+        points = [self._point("dense", "dense", problem, measure, dense, context)]
+        for bits in search.spec.bits:
+            same = uniform(problem, bits)
+            if same is not None:
+                points.append(self._point(f"W{bits}", "uniform", problem, measure, same, context))
+        planning = 0.0
+        for (text, _), limit in zip(asked, limits, strict=True):
+            since = time.perf_counter()
+            chosen = search.choose(Programme(problem, limit))
+            planning += time.perf_counter() - since
+            point = self._point(text, "plan", problem, measure, chosen.assignment, context)
+            by_group = paid(problem, chosen.assignment)
+            plan = json.loads(described(problem, limit, chosen).to_json())
+            points.append(replace(point, paid=paid_in_all(by_group), by_group=by_group, plan=plan))
+        source = str(getattr(search.model.config, "_name_or_path", "") or type(search.model).__name__)
+        seconds = {"sensitivity": sensed - started, "plans": planning, "in all": time.perf_counter() - started}
+        return Front(source, resource, tuple(points), self.held_out.description, context, seconds)
+
+    def _point(
+        self,
+        name: str,
+        kind: Any,
+        problem: Problem,
+        measure: MeasuredAssignments,
+        assignment: Assignment,
+        context: int,
+    ) -> Point:
+        """A point with its quality on the held-out data."""
+        [kl] = measure.divergences(assignment, [assignment], None)
+        with measure.installed(assignment):
+            found = evaluate_model(
+                self.search.model, self.held_out, metrics=("perplexity",), progress=self.search.progress
+            )
+        perplexity = found["model"].get("perplexity")
+        cost = problem.cost(assignment)
+        return Point(
+            name,
+            kind,
+            cost.bytes,
+            cost.memory(context),
+            kl,
+            None if perplexity is None else perplexity["value"],
+            dict(cost.seconds),
+            problem.damage(assignment),
+        )

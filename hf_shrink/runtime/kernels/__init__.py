@@ -1,0 +1,30 @@
+"""Weights in the layouts of the kernels that torch ships, and which of them a weight is given."""
+
+from __future__ import annotations
+
+import torch
+
+from hf_shrink.runtime.kernels.base import Kernel
+from hf_shrink.runtime.kernels.int4 import Int4
+from hf_shrink.scheme import Scheme
+
+KERNELS: tuple[type[Kernel], ...] = (Int4,)  # the first that takes a weight has it
+
+__all__ = ["KERNELS", "Kernel", "kernel_for"]
+
+
+def kernel_for(
+    scheme: Scheme, rows: int, columns: int, device: torch.device, scale_dtype: torch.dtype
+) -> tuple[type[Kernel] | None, str]:
+    """The kernel that a weight is given, and a word on it: its name, or why there is none."""
+    if device.type == "meta":
+        return None, "its values are elsewhere (meta device)"
+    if scale_dtype == torch.float64:
+        return None, "its scales are float64"
+    reasons = []
+    for kernel in KERNELS:
+        reason = kernel.refuses(scheme, rows, columns, device)
+        if reason is None:
+            return kernel, kernel.name
+        reasons.append(f"{kernel.name}: {reason}")
+    return None, "; ".join(reasons)

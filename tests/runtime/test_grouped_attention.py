@@ -1,0 +1,95 @@
+"""Attention of single tokens: against float64, against transformers' own, and in whole models."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_llama
+from torch import Tensor
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from hf_shrink import optimize_for_inference
+from hf_shrink.runtime.attention import NAME, sdpa_by_group, use_grouped_attention
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
+    """Head by head in float64."""
+    share = query.shape[1] // key.shape[1]
+    heads = []
+    for head in range(query.shape[1]):
+        scores = query[:, head].double() @ key[:, head // share].double().transpose(1, 2) * scaling
+        if mask is not None:
+            own = mask[:, head if mask.shape[1] > 1 else 0]
+            scores = scores.masked_fill(~own, -torch.inf) if own.dtype == torch.bool else scores + own.double()
+        heads.append(scores.softmax(-1) @ value[:, head // share].double())
+    return torch.stack(heads, 2)
+
+
+def masks(batch: int, heads: int, keys: int) -> dict[str, Tensor | None]:
+    some = torch.rand(batch, 1, 1, keys) < 0.7
+    some[..., 0] = True
+    return {
+        "none": None,
+        "shared": some,
+        "one for all": some[:1],
+        "a head": torch.randn(batch, heads, 1, keys),
+        "added": torch.where(some, 0.0, -torch.inf),
+    }
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (5, 5), (4, 1)])
+def test_one_token_attends_as_in_float64(heads: int, groups: int, dtype: torch.dtype) -> None:
+    module: Any = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
+    for batch, keys in ((1, 1), (3, 13)):
+        query = torch.randn(batch, heads, 1, 8).to(dtype)
+        key = torch.randn(batch, groups, keys, 8).to(dtype)
+        value = torch.randn(batch, groups, keys, 12).to(dtype)
+        for name, mask in masks(batch, heads, keys).items():
+            mask = mask if mask is None or mask.dtype == torch.bool else mask.to(dtype)
+            found, weights = sdpa_by_group(module, query, key, value, mask, scaling=0.3)
+            assert weights is None
+            assert found.shape == (batch, 1, heads, 12)
+            assert found.dtype == dtype
+            wanted = reference(query, key, value, mask, 0.3)
+            error = (found.double() - wanted).abs().max()
+            assert error <= 4 * torch.finfo(dtype).eps * value.abs().max(), (name, batch)
+
+
+def test_everything_else_is_transformers_own() -> None:
+    module: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+    query, key, value = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    for options in ({}, {"position_bias": torch.randn(1, 6, 5, 5)}):
+        found, _ = sdpa_by_group(module, query, key, value, None, scaling=0.3, **options)
+        wanted, _ = sdpa_attention_forward(module, query, key, value, None, scaling=0.3, **options)
+        assert torch.equal(found, wanted)
+    biased, _ = sdpa_by_group(module, query[:, :, :1], key, value, None, position_bias=torch.randn(1, 6, 1, 5))
+    plain, _ = sdpa_by_group(module, query[:, :, :1], key, value, None)
+    assert not torch.allclose(biased, plain)
+    with pytest.raises(ValueError, match="softcap"):
+        sdpa_by_group(module, query[:, :, :1], key, value, None, softcap=30.0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_a_model_generates_the_same(padded: bool) -> None:
+    model = tiny_llama()
+    ids = torch.randint(3, 320, (2, 9))
+    mask = torch.ones_like(ids)
+    if padded:
+        mask[1, :4] = 0
+    options: dict[str, Any] = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
+    wanted = [model.generate(ids, cache_implementation=cache, **options) for cache in (None, "static")]
+    assert optimize_for_inference(model).config._attn_implementation == NAME
+    found = [model.generate(ids, cache_implementation=cache, **options) for cache in (None, "static")]
+    assert all(map(torch.equal, found, wanted))
+    assert "attn" not in str(model.config.to_dict())
+
+
+def test_other_attention_stays_as_it_is() -> None:
+    model = tiny_llama()
+    model.set_attn_implementation("eager")
+    use_grouped_attention(model)
+    assert model.config._attn_implementation == "eager"
