@@ -5,7 +5,12 @@ from __future__ import annotations
 from typing import Protocol
 
 
-<<<<<<< HEAD
+class ProgressCallback(Protocol):
+    """`done` of `total` parts of `what` are finished; `note`: what has come of them so far."""
+
+    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
+
+
 def working_on(progress: ProgressCallback, what: str, rows: int = 0) -> None:
     """Say what of the current part is in work, and how many rows of matrices that will be, to whoever shows it."""
     show = getattr(progress, "working_on", None)
@@ -13,14 +18,5 @@ def working_on(progress: ProgressCallback, what: str, rows: int = 0) -> None:
         show(what, rows)
 
 
-def quiet(what: str, done: int, total: int) -> None:
-=======
-class ProgressCallback(Protocol):
-    """`done` of `total` parts of `what` are finished; `note`: what has come of them so far."""
-
-    def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
-
-
 def quiet(what: str, done: int, total: int, note: str = "") -> None:
->>>>>>> main
     """Says nothing."""

@@ -25,11 +25,8 @@ from hf_shrink.checkpoint.ties import settle_ties
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
-<<<<<<< HEAD
-from hf_shrink.pipeline.keeping import NOTHING_KEPT, Keeper
-=======
 from hf_shrink.pipeline.budget import Searching
->>>>>>> main
+from hf_shrink.pipeline.keeping import NOTHING_KEPT, Keeper
 from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
 from hf_shrink.pipeline.recipes import (
     DEFAULT_RECIPE,
@@ -167,13 +164,9 @@ class Job:
         if residence_of(self.model) is None:  # else that was done when it was opened
             check_finite(self.model)
         check_type(self.model)
-<<<<<<< HEAD
-=======
-        self.show = Progress(quiet=not self.progress)
         if self.recipe is not None and self.recipe.budget is not None:
             # Before there is any data, which can take minutes to make.
             Searching.of(self.model, self.recipe, (), self.seed, self.show).check(self.recipe.budget)
->>>>>>> main
 
     def data(self) -> CalibrationData:
         """Calibration batches; none when no step needs them."""

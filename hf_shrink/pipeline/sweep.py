@@ -19,7 +19,7 @@ from hf_shrink.pipeline.recipes import RecipeLike
 from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.recipe import Budget, Recipe
 from hf_shrink.recipe.budget import budget_data
-from hf_shrink.reporting.progress import silence
+from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.search.levers import paid, paid_in_all, uniform
 from hf_shrink.search.measured import MeasuredAssignments
 from hf_shrink.search.options import Assignment, Problem
@@ -49,7 +49,7 @@ def make_front(
     Raises:
         RecipeError: a budget cannot be met, or they are about different resources.
     """
-    job = Job(model, recipe, tokenizer, calibration, seed, progress)
+    job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
     if job.recipe is None or job.recipe.budget is None:
         raise RecipeError("a sweep goes over budgets: give a recipe with one (such as budget), or leave --recipe out")
     asked = [(text, Budget.from_dict(budget_data([text]))) for text in dict.fromkeys(budgets)]

@@ -92,12 +92,12 @@ class Progress:
         if done >= total or now - self._printed >= LINE_EVERY:
             self._printed = now
             gone = now - self._started
-<<<<<<< HEAD
             since = done - self._first if self._first < done else done  # a run may go on in the middle
             left = gone / since * (total - done) if since else 0.0
             rest = [f"about {left / 60:.0f} min left"] if left >= 60 else []
             words = ", ".join([f"{gone:.0f} s", *rest, *self._details(gone)])
-            print(f"{what}: {done}/{total} ({words})", file=self._file, flush=True)
+            said = f", {note}" if note else ""
+            print(f"{what}: {done}/{total} ({words}){said}", file=self._file, flush=True)
 
 
 @contextmanager
@@ -107,12 +107,6 @@ def showing(progress: bool | str | os.PathLike[str]) -> Iterator[Progress]:
         named = not isinstance(progress, bool)
         file = stack.enter_context(open(progress, "a", encoding="utf-8")) if named else None
         yield stack.enter_context(Progress(quiet=progress is False, file=file))
-=======
-            left = gone / done * (total - done) if done else 0.0
-            rest = f", about {left / 60:.0f} min left" if left >= 60 else ""
-            said = f", {note}" if note else ""
-            print(f"{what}: {done}/{total} ({gone:.0f} s{rest}){said}", file=self._file, flush=True)
->>>>>>> main
 
 
 @contextmanager

@@ -52,7 +52,7 @@ class RoundedWeights:
         self._method = method
         self._statistics = statistics
         self._blocks = {(stack.name, block.index): block for stack in binding.stacks for block in stack.blocks}
-        self._shelf = Shelf(IN_MEMORY)
+        self._shelf = Shelf(Room(IN_MEMORY))
         self._made: dict[tuple[Any, ...], tuple[int, dict[str, Tensor]]] = {}
         # Paths and dense weights as they are now: later the model may have others in their places.
         paths = {path for group in problem.groups for option in group.options for path in option.change.schemes}
