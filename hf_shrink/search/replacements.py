@@ -21,6 +21,7 @@ from hf_shrink.plan import Scheme
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.refit import LONGEST, refit_reader
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
+from hf_shrink.residence import Room
 from hf_shrink.search.options import Problem
 from hf_shrink.surgery import consumer_cuts
 
