@@ -83,7 +83,7 @@ def shrink_checkpoint(
         processing = tokenizer if tokenizer is not None else load_processing(found)
         model = load_streamed(found, run.scratch, memory)
         key = _key(found, asked, tokenizer, calibration, seed)
-        keeper = JournalKeeper(run.journal(key), run.finished, lambda: time.perf_counter() - since, memory)
+        keeper = JournalKeeper(run.journal(key), run.finished, lambda: time.perf_counter() - since, memory, show.say)
         job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
         with evaluating(model):
             held_out = _held_out(spec, model, processing, seed, show, keeper)

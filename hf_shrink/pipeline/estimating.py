@@ -32,18 +32,21 @@ class Needs:
         disk: of everything beside the source, while the run goes on.
         memory: at the most.
         seconds: of calibrating and solving, on this machine as it is now.
+        whole: which step has the whole model in memory at once; None: one block at a time, all along.
     """
 
     output: int
     disk: int
     memory: int
     seconds: float
+    whole: str | None = None
 
     def summary(self) -> str:
         """One line."""
+        whole = "" if self.whole is None else f" ({self.whole} has the whole model in memory)"
         return (
             f"about {_size(self.output)} of weights; at most {_size(self.disk)} of disk while it runs and "
-            f"{_size(self.memory)} of memory; roughly {_duration(self.seconds)} here"
+            f"{_size(self.memory)} of memory{whole}; roughly {_duration(self.seconds)} here"
         )
 
     def check_disk(self, folder: Path) -> None:
@@ -75,13 +78,24 @@ def estimate(model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]],
     # In float32: the block, its dense twin, and what a solver holds of the largest matrices' second moments.
     largest = max((4 * sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
     moments = 24 * widest**2 if walks else 0
+    whole = whole_model_step(plan)
+    if whole is not None:
+        moments += sum(p.nbytes for p in model.parameters())
     work = sum(_operations(m, tokens) for block in blocks for m in block.modules() if is_matrix(m))
     return Needs(
         output=output,
         disk=2 * output + 6 * states,
         memory=INTERPRETER + outside + 2 * largest + moments + max_memory,
         seconds=work / _rate() if walks else 0.0,
+        whole=whole,
     )
+
+
+def whole_model_step(plan: Plan) -> str | None:
+    """The step of a plan that cannot work block by block; None where all can."""
+    if plan.tune:
+        return "tune"
+    return f"method: {plan.method}" if plan.formats else None
 
 
 def _weights(model: nn.Module) -> dict[str, Tensor]:

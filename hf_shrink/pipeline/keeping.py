@@ -75,12 +75,14 @@ class JournalKeeper(Keeper):
         folder: where its files lie.
         clock: seconds of this process so far.
         max_memory: bytes that activations may take.
+        note: says one line to the user.
     """
 
     journal: Journal
     folder: Path
     clock: Callable[[], float]
     max_memory: int
+    note: Callable[[str], None] = lambda line: None
 
     def __post_init__(self) -> None:
         self.elapsed = float(self.journal.get("elapsed") or 0.0)
@@ -119,7 +121,9 @@ class JournalKeeper(Keeper):
 
     def begin(self, model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]]) -> None:
         if not self.journal.get("blocks"):
-            estimate(model, plan, batches, self.max_memory).check_disk(self.folder)
+            needs = estimate(model, plan, batches, self.max_memory)
+            needs.check_disk(self.folder)
+            self.note(needs.summary())
 
     def restore(self, run: Run, stack: KeptStack) -> int:
         files = self.journal.get("blocks") or {}

@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -248,7 +248,9 @@ class Job:
         if tuning is not None and teacher is not None:
             assert isinstance(model, PreTrainedModel)
             since = time.perf_counter()
-            report.notes += tune(model, teacher, tuning, self.seed, self.show)
+            residence = residence_of(model)
+            with nullcontext() if residence is None else residence.awake():
+                report.notes += tune(model, teacher, tuning, self.seed, self.show)
             report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)

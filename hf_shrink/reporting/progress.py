@@ -68,6 +68,12 @@ class Progress:
             f"peak {peak_memory() / 1e9:.1f} GB",
         ]
 
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        if self._bars or self._lines:
+            self.close()
+            print(line, file=self._file, flush=True)
+
     def close(self) -> None:
         """End the current task."""
         if self._bar is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,14 @@ def contents(folder: Path) -> dict[str, Any]:
     return {**files, "plan": record.get("plan"), "report": report}
 
 
-@pytest.mark.parametrize("name", CASES)
+QUICK = ("gptq", "width-then-quantize", "encoder-decoder")
+
+
+def some_slow(quick: tuple[str, ...], names: Iterable[str] = CASES) -> list[Any]:
+    return [pytest.param(name, marks=[] if name in quick else pytest.mark.slow) for name in names]
+
+
+@pytest.mark.parametrize("name", some_slow(QUICK))
 def test_the_same_bytes_as_in_memory(name: str, tmp_path: Path) -> None:
     build, recipe, data = CASES[name]
     source = saved(build, tmp_path / "source")
@@ -134,7 +141,9 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     monkeypatch.setattr(os, "replace", replace)
 
 
-@pytest.mark.parametrize("name", ["learned-awq", "encoder-decoder", "width-then-quantize"])
+@pytest.mark.parametrize(
+    "name", some_slow(("width-then-quantize",), ["learned-awq", "encoder-decoder", "width-then-quantize"])
+)
 def test_a_run_that_was_killed_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build, recipe, data = CASES[name]
     source, out = saved(build, tmp_path / "source"), tmp_path / "out"
