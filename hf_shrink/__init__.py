@@ -10,7 +10,8 @@ from hf_shrink.checkpoint.module import load_module, save_module
 from hf_shrink.checkpoint.quantizers import register as _register
 from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
 from hf_shrink.evaluation import bench_checkpoint, evaluate_model
-from hf_shrink.pipeline import make_plan, prune_weights, shrink, shrink_checkpoint
+from hf_shrink.front import Front
+from hf_shrink.pipeline import make_front, make_plan, prune_weights, shrink, shrink_checkpoint
 from hf_shrink.plan import Plan
 from hf_shrink.pruning.importance import register_importance
 from hf_shrink.pruning.zeros import keep_zeros
@@ -29,6 +30,7 @@ __all__ = [
     "ArchitectureError",
     "CalibrationError",
     "CheckpointError",
+    "Front",
     "Plan",
     "Recipe",
     "RecipeError",
@@ -39,6 +41,7 @@ __all__ = [
     "keep_zeros",
     "kernel_summary",
     "load_module",
+    "make_front",
     "make_plan",
     "optimize_for_inference",
     "prune_weights",

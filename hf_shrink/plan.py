@@ -244,7 +244,17 @@ class Plan:
             lines.append(f"{count} weights {kind} by {self.method}")
         if self.schemes or self.formats:
             lines += self._work()
+        if self.search:
+            lines.append(self._searched())
         return "\n".join(lines) or "nothing to do"
+
+    def _searched(self) -> str:
+        """What the search for a budget says of the plan."""
+        found = self.search
+        words = [f"{found['bytes'] / 1e6:.4g} MB"] if "bytes" in found else []
+        for key, name in (("predicted_kl", "predicted"), ("measured_kl", "measured, weights compressed one by one")):
+            words += [f"KL {found[key]:.4g} ({name})"] if key in found else []
+        return f"found by a search for a budget: {', '.join(words)}"
 
     def _work(self) -> list[str]:
         """What is done around and by the method; first what the effort level stands for, as a recipe would say it."""

@@ -20,6 +20,8 @@ examples:
   hf-shrink run ./my-model --effort best --output ./my-model-w4
   hf-shrink run ./my-model --recipe prune20-w4a16 --calibration notes.txt --output ./small
   hf-shrink run ./my-model --set quantize.group_size=64 --set calibration.samples=64 --output ./small
+  hf-shrink run ./my-model --budget 30% --output ./small       bits, width and depth where they matter most
+  hf-shrink plan ./my-model --sweep 20%,30%,45% --figure front.html
   hf-shrink inspect ./my-model          what it is made of, and what can be pruned
   hf-shrink plan ./my-model --recipe prune-width --json plan.json
   hf-shrink bench ./my-model-w4         how fast it runs, and its memory, beside the dense model

@@ -18,6 +18,14 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 def add_recipe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recipe", metavar="R", help="built-in name, YAML file, or plan JSON file (default: w4a16)")
     parser.add_argument(
+        "--budget",
+        action="append",
+        default=[],
+        metavar="SIZE",
+        help="how big or slow the result may be, in place of steps: 30%% (of the dense bytes), 120MB, latency:60%%, "
+        "latency:prefill:60%%, memory:500MB, memory:500MB@8192 (with a KV cache of so many tokens); may be repeated",
+    )
+    parser.add_argument(
         "--effort", metavar="LEVEL", help="how much work quantization may be: fast (no data), balanced or best"
     )
     parser.add_argument("--calibration", metavar="SPEC", help="'self', a data recipe, or a .txt/.jsonl/.parquet file")
@@ -46,18 +54,32 @@ def recipe_of(options: argparse.Namespace) -> Any:
     from dataclasses import replace
 
     from hf_shrink.errors import RecipeError
-    from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, check_methods, load_recipe
+    from hf_shrink.pipeline.recipes import BUDGET_RECIPE, DEFAULT_RECIPE, check_methods, load_recipe
     from hf_shrink.plan import Plan
+    from hf_shrink.recipe import Budget
+    from hf_shrink.recipe.budget import budget_data
 
-    name = options.recipe or DEFAULT_RECIPE
+    budgets = [*options.budget, *getattr(options, "sweep", ())]
+    name = options.recipe or (BUDGET_RECIPE if budgets else DEFAULT_RECIPE)
     if str(name).endswith(".json"):
         if not Path(name).is_file():
             raise RecipeError(f"there is no plan file {name}")
-        if options.set or options.effort:
-            raise RecipeError("--set and --effort change a recipe, not a plan; leave them out or give the recipe")
+        if options.set or options.effort or budgets:
+            raise RecipeError(
+                "--set, --effort and --budget change a recipe, not a plan; leave them out or give the recipe"
+            )
         return Plan.from_json(Path(name))
     recipe = load_recipe(name)
-    if options.effort is not None:
+    if options.budget:
+        if recipe.budget is None:
+            raise RecipeError(
+                f"--budget leaves it to a search what is done, and the recipe {recipe.name} has steps; leave --recipe "
+                f"out or give one with a budget, such as {BUDGET_RECIPE}"
+            )
+        recipe = replace(recipe, budget=Budget.from_dict(budget_data(options.budget)))
+    if options.effort is not None and recipe.budget is not None:
+        recipe = recipe.with_overrides([f"search.effort={options.effort}"])
+    elif options.effort is not None:
         if recipe.quantize is None:
             raise RecipeError(f"--effort is about quantization, and the recipe {recipe.name} has no quantize step")
         recipe = recipe.with_overrides([f"quantize.effort={options.effort}"])

@@ -1,38 +1,84 @@
-"""`hf-shrink plan`: say what run would do."""
+"""`hf-shrink plan`: say what run would do, block by block; or what each of several budgets would buy."""
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
-from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, recipe_of
+from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, recipe_of
 
 
 def add(commands: Commands) -> None:
     parser = commands.add_parser("plan", help="say what run would do, without doing it")
     add_source(parser)
     add_recipe(parser)
-    parser.add_argument("--json", metavar="FILE", help="write the plan; run takes it as --recipe")
+    parser.add_argument(
+        "--sweep",
+        type=_budgets,
+        default=[],
+        metavar="SIZES",
+        help="several budgets, such as 20%%,30%%,45%%: a plan and its quality for each, from one measurement",
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="write the plan, which run takes as --recipe; of a sweep all points"
+    )
+    parser.add_argument("--figure", metavar="FILE", help="draw the plan, or the points of a sweep, as .html or .png")
     add_memory(parser)
     parser.set_defaults(command=command)
 
 
+def _budgets(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
 def command(options: argparse.Namespace) -> None:
-    from hf_shrink.errors import RecipeError
-    from hf_shrink.pipeline import plan_checkpoint
-    from hf_shrink.plan import Plan
+    from hf_shrink.pipeline import open_checkpoint
 
     recipe = recipe_of(options)
-    if isinstance(recipe, Plan):
-        raise RecipeError(f"{options.recipe} is a plan already")
-    plan, needs = plan_checkpoint(
-        options.source,
-        recipe,
-        calibration=options.calibration,
-        seed=options.seed,
-        max_memory=options.max_memory,
-        progress=not options.quiet,
-    )
+    for file in filter(None, (options.json, options.figure)):
+        check_folder(file)
+    with open_checkpoint(options.source, options.max_memory) as (model, processing):
+        settings = {
+            "tokenizer": processing,
+            "calibration": options.calibration,
+            "seed": options.seed,
+            "progress": not options.quiet,
+        }
+        (_sweep if options.sweep else _one)(options, model, recipe, settings)
+
+
+def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[str, Any]) -> None:
+    from hf_shrink.pipeline import make_plan
+    from hf_shrink.pipeline.estimating import estimate
+    from hf_shrink.pipeline.planning import find_binding
+    from hf_shrink.plan import Plan
+    from hf_shrink.recipe import CalibrationSpec
+    from hf_shrink.reporting.plan_chart import write_plan_map
+    from hf_shrink.reporting.plan_table import print_plan
+    from hf_shrink.residence import bytes_of
+
+    plan = recipe if isinstance(recipe, Plan) else make_plan(model, recipe, **settings)
+    binding = find_binding(model)
+    if binding is not None:
+        print_plan(plan, binding)
+    # The table has what is kept of each block, which the summary says in its indented lines.
+    print("\n".join(line for line in plan.summary().splitlines() if binding is None or not line.startswith("  ")))
+    spec = CalibrationSpec() if isinstance(recipe, Plan) else recipe.calibration
+    print(estimate(model, plan, spec.samples * spec.length, bytes_of(options.max_memory)).summary())
     if options.json:
         plan.to_json(options.json)
-    print(plan.summary())
-    print(needs.summary())
+    if options.figure and binding is not None:
+        print(write_plan_map(plan, binding, options.figure))
+
+
+def _sweep(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[str, Any]) -> None:
+    from hf_shrink.pipeline.sweep import make_front
+    from hf_shrink.reporting.front_chart import front_lines, write_front
+
+    front = make_front(model, recipe, options.sweep, **settings)
+    print("\n".join(front_lines(front)))
+    print(f"measured on {front.data}")
+    if options.json:
+        front.to_json(options.json)
+    if options.figure:
+        print(write_front(front, options.figure))

@@ -14,6 +14,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.targets import select
@@ -23,6 +24,7 @@ from hf_shrink.pruning.samples import choose
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.recipe import Budget, QuantizeStep, Recipe, SearchSpec
 from hf_shrink.recipe.effort import expand
+from hf_shrink.residence import Room
 from hf_shrink.search.blank import blank_sensitivity
 from hf_shrink.search.choose import Chosen, choose_assignment
 from hf_shrink.search.fingerprint import sensitivity_of
@@ -33,7 +35,7 @@ from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Problem
 from hf_shrink.search.problem import make_problem
 from hf_shrink.search.reachable import check_reachable
-from hf_shrink.search.replacements import RoundedWeights, input_statistics
+from hf_shrink.search.replacements import IN_MEMORY, RoundedWeights, input_statistics
 from hf_shrink.search.sensitivity import Sensitivity
 from hf_shrink.search.solve import Programme
 
@@ -191,14 +193,16 @@ class Searching:
         """What options make of the weights; one for all budgets on the same options."""
         known = getattr(self, "_weights", None)
         if known is None or known[0] is not problem:
+            shelf = Shelf(Room(IN_MEMORY))
             statistics = input_statistics(
                 self.model,
                 self.binding.stacks,
                 {path for block in self.binding.blocks for path in block.roles},
                 choose(self.batches, STATISTICS_TOKENS, self.seed),
+                shelf,
                 self.progress,
             )
-            known = problem, RoundedWeights(self.model, self.binding, problem, self.method, statistics)
+            known = problem, RoundedWeights(self.model, self.binding, problem, self.method, statistics, shelf)
             self._weights = known
         found: RoundedWeights = known[1]
         return found

@@ -6,6 +6,8 @@ import copy
 import os
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +25,6 @@ from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.source import Source, load_processing, open_source
 from hf_shrink.checkpoint.streamed import load_streamed
 from hf_shrink.evaluation import stored_bytes
-from hf_shrink.pipeline.estimating import Needs, estimate
 from hf_shrink.pipeline.keeping import JournalKeeper, Keeper
 from hf_shrink.pipeline.measuring import measure
 from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, load_recipe
@@ -104,29 +105,19 @@ def shrink_checkpoint(
     return record.report
 
 
-def plan_checkpoint(
-    source: str | os.PathLike[str],
-    recipe: RecipeLike = DEFAULT_RECIPE,
-    *,
-    tokenizer: Any = None,
-    calibration: Any = None,
-    seed: int = 0,
-    max_memory: int | str = MAX_MEMORY,
-    progress: bool = True,
-) -> tuple[Plan, Needs]:
-    """What `shrink_checkpoint` would do, and what that would take; one block of the model is in memory at a time.
+@contextmanager
+def open_checkpoint(
+    source: str | os.PathLike[str], max_memory: int | str = MAX_MEMORY
+) -> Iterator[tuple[PreTrainedModel, Any]]:
+    """A saved model of which one block is in memory at a time, to make plans of, and its tokenizer or processor.
 
     Arguments and errors as in `shrink_checkpoint`.
     """
-    memory, found = bytes_of(max_memory), open_source(source)
-    with tempfile.TemporaryDirectory() as scratch, silence(), showing(progress) as show:
-        processing = tokenizer if tokenizer is not None else load_processing(found)
-        model = load_streamed(found, Path(scratch), memory)
-        job = Job(model, recipe, processing, calibration, seed, show)
-        with evaluating(model):
-            data = job.data()
-            plan = job.plan(data).plan
-        return plan, estimate(model, plan, data.batches, memory)
+    found = open_source(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        with silence():
+            processing, model = load_processing(found), load_streamed(found, Path(scratch), bytes_of(max_memory))
+        yield model, processing
 
 
 def _key(found: Source, asked: Recipe | Plan, tokenizer: Any, calibration: Any, seed: int) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,8 +59,8 @@ class Needs:
             )
 
 
-def estimate(model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]], max_memory: int) -> Needs:
-    """What carrying out `plan` on `model`, on these batches, takes."""
+def estimate(model: nn.Module, plan: Plan, tokens: int, max_memory: int) -> Needs:
+    """What carrying out `plan` on a dense `model`, with so many tokens of calibration, takes."""
     blocks = [block.module for stack in (*bind(model).towers, *bind(model).stacks) for block in stack.blocks]
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
@@ -70,8 +70,8 @@ def estimate(model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]],
         if path in plan.bits
     )
     solvers = plan_method(plan), plan_weights_method(plan), *plan_transforms(plan)
-    walks = bool(batches) and (plan.refit or any(s is not None and s.needs_statistics for s in solvers))
-    tokens = sum(_tokens(batch) for batch in batches) if walks else 0
+    walks = plan.refit or any(s is not None and s.needs_statistics for s in solvers)
+    tokens = tokens if walks else 0
     widest = max((shape(m)[1] for block in blocks for m in block.modules() if is_matrix(m)), default=0)
     narrow = min((shape(m)[1] for block in blocks for m in block.modules() if is_matrix(m)), default=0)
     states = int(4 * tokens * narrow * WALKS)
@@ -111,7 +111,8 @@ def _packed(weight: Tensor, bits: int) -> int:
     return weight.numel() * bits // 8 + weight.numel() // 16
 
 
-def _tokens(batch: Mapping[str, Any]) -> int:
+def tokens_of(batch: Mapping[str, Any]) -> int:
+    """How many positions of a stack a batch has."""
     sizes = [value.shape[:2].numel() for value in batch.values() if isinstance(value, Tensor) and value.dim() > 1]
     return max(sizes, default=0)
 

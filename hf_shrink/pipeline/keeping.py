@@ -23,7 +23,7 @@ from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.calibration.walk_state import read_walk, write_walk
 from hf_shrink.checkpoint.journal import Journal
 from hf_shrink.errors import CheckpointError
-from hf_shrink.pipeline.estimating import estimate
+from hf_shrink.pipeline.estimating import estimate, tokens_of
 from hf_shrink.pipeline.kept import KeptStack
 from hf_shrink.pipeline.restoring import rebuild
 from hf_shrink.plan import Plan
@@ -121,7 +121,7 @@ class JournalKeeper(Keeper):
 
     def begin(self, model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]]) -> None:
         if not self.journal.get("blocks"):
-            needs = estimate(model, plan, batches, self.max_memory)
+            needs = estimate(model, plan, sum(map(tokens_of, batches)), self.max_memory)
             needs.check_disk(self.folder)
             self.note(needs.summary())
 

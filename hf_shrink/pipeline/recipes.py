@@ -33,6 +33,7 @@ from hf_shrink.tuning.options import Tuning
 
 RecipeLike = str | Path | Mapping[str, Any] | Recipe
 DEFAULT_RECIPE = "w4a16"
+BUDGET_RECIPE = "budget-bytes-30"  # where a budget is given and no recipe
 
 
 def built_in_recipes() -> dict[str, Path]:

@@ -15,9 +15,9 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.evaluation import evaluate_model
 from hf_shrink.front import Front, Point
 from hf_shrink.pipeline.budget import Searching, described
-from hf_shrink.pipeline.recipes import RecipeLike
+from hf_shrink.pipeline.recipes import BUDGET_RECIPE, RecipeLike, load_recipe
 from hf_shrink.pipeline.shrinking import Job, evaluating
-from hf_shrink.recipe import Budget, Recipe
+from hf_shrink.recipe import Budget
 from hf_shrink.recipe.budget import budget_data
 from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.search.levers import paid, paid_in_all, uniform
@@ -49,14 +49,20 @@ def make_front(
     Raises:
         RecipeError: a budget cannot be met, or they are about different resources.
     """
-    job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
-    if job.recipe is None or job.recipe.budget is None:
-        raise RecipeError("a sweep goes over budgets: give a recipe with one (such as budget), or leave --recipe out")
+    loaded = load_recipe(recipe)
+    if loaded.budget is None:
+        raise RecipeError(
+            f"a sweep goes over budgets: leave the recipe out, or give one with a budget ({BUDGET_RECIPE})"
+        )
     asked = [(text, Budget.from_dict(budget_data([text]))) for text in dict.fromkeys(budgets)]
     resources = {key for _, budget in asked for key in ("bytes", "memory", "decode", "prefill") if getattr(budget, key)}
     if len(resources) != 1:
         raise RecipeError(f"a sweep is over one resource, not over {' and '.join(sorted(resources)) or 'none'}")
+    job = Job(model, replace(loaded, budget=asked[0][1]), tokenizer, calibration, seed, Progress(quiet=not progress))
+    assert job.recipe is not None
     with silence(), evaluating(model):
+        for _, budget in asked:
+            Searching.of(model, job.recipe, (), seed, job.show).check(budget)
         held_out = calibration_batches(
             job.recipe.evaluation,
             model=model,
@@ -68,10 +74,7 @@ def make_front(
         job.exclude = held_out.texts(tokenizer) if job.recipe.evaluation.data != "self" else None
         search = Searching.of(model, job.recipe, job.data().batches, seed, job.show)
         timed = bool(resources & {"decode", "prefill"})
-        for _, budget in asked:
-            search.check(budget)
-        sweep = _Sweep(search, job.recipe, held_out, timed)
-        front = sweep.front(resources.pop(), asked)
+        front = _Sweep(search, held_out, timed).front(resources.pop(), asked)
         job.show.close()
     return front
 
@@ -79,7 +82,6 @@ def make_front(
 @dataclass
 class _Sweep:
     search: Searching
-    recipe: Recipe
     held_out: CalibrationData
     timed: bool
 

@@ -32,12 +32,11 @@ def print_plan(plan: Plan, binding: Binding, *, file: TextIO | None = None) -> N
     console = Console(file=file) if colours else Console(file=file, width=PLAIN_WIDTH, no_color=True)
     rows = plan_rows(plan, binding)
     for stack in dict.fromkeys(row.stack for row in rows):
-        console.print(_table(stack, [row for row in rows if row.stack == stack], colours))
+        measure = "predicted KL" if plan.search else "damage"
+        console.print(_table(stack, [row for row in rows if row.stack == stack], measure, colours))
     for path, bits, damage in outside_rows(plan, binding):
         predicted = "" if damage is None else f", predicted KL {damage:.2g}"
         console.print(Text(f"{path}: {bits} bits{predicted}"))
-    if plan.damage:
-        console.print(Text(f"predicted damage: KL {sum(plan.damage.values()):.4g} nats a prediction, of all together"))
 
 
 def plain_plan(plan: Plan, binding: Binding) -> str:
@@ -47,7 +46,7 @@ def plain_plan(plan: Plan, binding: Binding) -> str:
     return buffer.getvalue()
 
 
-def _table(stack: str, rows: Sequence[PlanRow], colours: bool) -> Table:
+def _table(stack: str, rows: Sequence[PlanRow], measure: str, colours: bool) -> Table:
     table = Table(title=stack, title_justify="left", box=box.SIMPLE_HEAVY if colours else box.ASCII2, pad_edge=False)
     table.add_column("block", justify="right")
     columns: list[Callable[[PlanRow], Text]] = []
@@ -66,7 +65,7 @@ def _table(stack: str, rows: Sequence[PlanRow], colours: bool) -> Table:
             columns.append(partial(_share, field=field))
     largest = max((row.damage for row in rows if row.damage is not None), default=0.0)
     if largest > 0:
-        table.add_column("predicted KL")
+        table.add_column(measure)
         columns.append(partial(_damage, largest=largest, colours=colours))
     for row in rows:
         table.add_row(str(row.block), *(column(row) for column in columns))

@@ -7,14 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundAttention, BoundMlp
+from hf_shrink.errors import RecipeError
 from hf_shrink.plan import BlockPlan
 from hf_shrink.pruning.curves import PartCurves
 from hf_shrink.pruning.parts import Kind, Way, attention_ways, channel_ways
 from hf_shrink.pruning.plan_width import FIELDS
-from hf_shrink.pruning.prunable import HeadCounts
+from hf_shrink.pruning.prunable import HeadCounts, Prunable, find_prunable
 
 SHARES = (0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.6, 0.5, 0.4)  # of a part's units that may be left
 STEP = 32  # left channels are a multiple of it, where there are many
@@ -37,6 +39,14 @@ class Cut:
     damage: float
     left: Tensor
     kv_heads: int = 0
+
+
+def prunable_units(model: nn.Module, binding: Binding, *, portable: bool) -> Prunable | None:
+    """Which kinds of units may go at all; None where none may, which leaves bits and depth to search."""
+    try:
+        return find_prunable(model, binding, "all", portable=portable)
+    except RecipeError:
+        return None
 
 
 def cuts_of(

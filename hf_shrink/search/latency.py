@@ -22,6 +22,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.linears import is_matrix, shape
+from hf_shrink.checkpoint.record import hf_shrink_version
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import CompressedLinear
@@ -37,10 +38,13 @@ Build = Callable[[int, int, Scheme | None, torch.dtype, torch.device], nn.Module
 
 
 def build_linear(rows: int, columns: int, scheme: Scheme | None, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """The module that a loaded model has for such a matrix."""
+    """The module that a model has for such a matrix after `optimize_for_inference`."""
     if scheme is None:
         return nn.Linear(columns, rows, bias=False, device=device, dtype=dtype)
-    return CompressedLinear.empty(scheme, columns, rows, False, dtype, device)
+    linear = CompressedLinear.empty(scheme, columns, rows, False, dtype, device)
+    linear.weight_scale.fill_(1.0)
+    linear.optimize()
+    return linear
 
 
 @dataclass
@@ -139,6 +143,8 @@ def rest_of_blocks(model: nn.Module, blocks: Sequence[nn.Module], table: Latency
     """
     assert isinstance(model, PreTrainedModel)
     left = model_seconds(model)
+    if model.dtype != table.dtype:
+        table = LatencyTable(model.dtype, table.device, build=table.build)
     modules = [module for block in blocks for module in block.modules() if is_matrix(module)]
     head = model.get_output_embeddings()
     for module in [*modules, *([head] if head is not None else [])]:
@@ -174,6 +180,7 @@ def describe_device(device: torch.device) -> dict[str, Any]:
         "name": name,
         "threads": torch.get_num_threads() if device.type == "cpu" else 0,
         "torch": torch.__version__,
+        "hf_shrink": hf_shrink_version(),
     }
 
 

@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -31,20 +30,20 @@ from hf_shrink.pruning.curves import PartCurves
 from hf_shrink.pruning.items import Items
 from hf_shrink.pruning.measure import MeasuredModel
 from hf_shrink.pruning.plan_width import unit_curves
-from hf_shrink.pruning.prunable import find_prunable
 from hf_shrink.pruning.samples import choose
 from hf_shrink.pruning.scorer import Scorer
 from hf_shrink.pruning.trials import Trials
-from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
+from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.recipe import PruneStep
+from hf_shrink.search.correcting import Corrections, tried_blocks, tried_schemes
+from hf_shrink.search.cuts import prunable_units
 from hf_shrink.search.fisher import Fisher, output_gradients
 from hf_shrink.search.pieces import Piece, find_pieces
-from hf_shrink.search.rounding import Rounded, rounding_damages, sharing
+from hf_shrink.search.rounding import COARSE, Rounded, nearest, rounding_damages, sharing
 from hf_shrink.search.sensitivity import Rounding, Sensitivity
 
 TOKENS = 8192  # for statistics and gradients
-TRIED_BLOCKS = 4  # of a stack, whose pieces are tried in truth
-TRIED_BITS = 4  # up to which: what more bits lose is far below what plans differ by
+TRIED_BLOCKS = 6  # of a stack, whose pieces are tried in truth
 WIDTH_TRIAL = 0.2  # of a part's units go in the trial that turns its curve into nats
 LOOK = Look(tokens=2048, predictions=512, fast=True)  # of depth trials
 
@@ -95,16 +94,15 @@ def measure(
     """
     started = time.perf_counter()
     chosen = choose(batches, TOKENS, seed)
-    trials = Trials(model, binding, batches, seed)
+    trials = Trials(model, binding, batches, seed + 1)  # other samples: what statistics are of, they flatter
     run = _Measuring(model, binding, space, method, chosen, trials, seed, scale_dtype, progress)
     pieces = find_pieces(binding, quantizable) if space.schemes else ()
-    rounding, factors = run.rounding(pieces) if pieces and method is not None else ({}, {})
     found = Sensitivity(
-        rounding=rounding,
+        rounding=run.rounding(pieces) if pieces and method is not None else {},
         outer=run.outer() if space.embeddings else {},
         curves=run.curves() if space.width and binding.family is not None else {},
         dropped=run.dropped(batches) if space.depth and binding.family is not None else {},
-        factors=factors,
+        factors=run.corrections.table(),
     )
     return replace(found, seconds=time.perf_counter() - started)
 
@@ -126,6 +124,15 @@ def outer_weights(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(found) for weight, found in groups.items() if weight not in shared)
 
 
+@dataclass(frozen=True)
+class _Trial:
+    """Whole rounded weights of a piece, by path, whose divergence is to be measured."""
+
+    piece: Piece
+    scheme: Scheme
+    weights: list[tuple[str, Tensor]]
+
+
 @dataclass
 class _Measuring:
     model: nn.Module
@@ -137,10 +144,10 @@ class _Measuring:
     seed: int
     scale_dtype: torch.dtype
     progress: ProgressCallback
-    ratios: dict[tuple[str, int], list[float]] = field(default_factory=dict)  # log(measured / predicted)
+    corrections: Corrections = field(default_factory=Corrections)
 
-    def rounding(self, pieces: Sequence[Piece]) -> tuple[dict[str, Rounding], dict[str, float]]:
-        """What every scheme costs every piece, and the factors of `_factors`, which are in it already."""
+    def rounding(self, pieces: Sequence[Piece]) -> dict[str, Rounding]:
+        """What every scheme costs every piece, corrected."""
         matrices = {path: module for piece in pieces for path, module in piece.modules.items()}
         blocks = [block.module for block in self.binding.blocks]
         fisher = output_gradients(self.model, blocks, matrices, self.batches, self.seed, self.progress)
@@ -152,26 +159,25 @@ class _Measuring:
             if not inside:
                 continue
             walk = StackWalk(self.model, modules, self.batches)
-            tried = {round(n * (len(modules) - 1) / max(TRIED_BLOCKS - 1, 1)) for n in range(TRIED_BLOCKS)}
+            tried = tried_blocks(len(modules), TRIED_BLOCKS)
             for block in stack.blocks:
                 self.progress("measuring what bits are worth", done, len(blocks))
                 own = [piece for piece in inside if piece.key[1] == block.index]
-                changes: list[tuple[str, Scheme, float, list[tuple[str, Tensor]]]] = []
+                changes: list[_Trial] = []
                 with float32_for_now(block.module):
                     if own:
                         self._block(walk, own, fisher, found, changes if block.index in tried else None)
                     if block.index + 1 < len(modules):
                         walk.advance()
-                for kind, scheme, predicted, weights in changes:
-                    places = [(matrix(matrices[path]), weight) for path, weight in weights]
-                    true = self.trials.divergence_of(places, (stack.name, block.index))
-                    if predicted > 0:
-                        self.ratios.setdefault((kind, scheme.bits), []).append(math.log(true / predicted))
+                for trial in changes:
+                    places = [(matrix(matrices[path]), weight) for path, weight in trial.weights]
+                    predicted = found[trial.piece.name].damage[trial.scheme]
+                    self.corrections.add(
+                        trial.piece, trial.scheme, predicted, self.trials.divergence_of(places, trial.piece.key)
+                    )
                 done += 1
         self.progress("measuring what bits are worth", len(blocks), len(blocks))
-        factors = _factors(self.ratios)
-        kinds = {piece.name: piece.kind for piece in pieces}
-        return {name: _times(rounding, kinds[name], factors) for name, rounding in found.items()}, factors
+        return {piece.name: self.corrections.applied(found[piece.name], piece) for piece in pieces}
 
     def _block(
         self,
@@ -179,7 +185,7 @@ class _Measuring:
         pieces: Sequence[Piece],
         fisher: Fisher,
         found: dict[str, Rounding],
-        changes: list[tuple[str, Scheme, float, list[tuple[str, Tensor]]]] | None,
+        changes: list[_Trial] | None,
     ) -> None:
         """Predictions for a block's pieces into `found`; for `changes`, whole rounded weights to try."""
         assert self.method is not None
@@ -188,10 +194,9 @@ class _Measuring:
         for piece in pieces:
             own = rounded[piece.name]
             found[piece.name] = Rounding(own.damage, self._units(piece, own))
-            for scheme in schemes if changes is not None else ():
-                if scheme.bits <= TRIED_BITS and changes is not None:
-                    weights = self._whole(piece, scheme, statistics)
-                    changes.append((piece.kind, scheme, own.damage[scheme], weights))
+            if changes is not None:
+                for scheme in tried_schemes(schemes, COARSE):
+                    changes.append(_Trial(piece, scheme, self._whole(piece, scheme, statistics)))
 
     def _whole(
         self, piece: Piece, scheme: Scheme, statistics: Mapping[str, InputStatistics]
@@ -224,7 +229,9 @@ class _Measuring:
 
     def curves(self) -> dict[tuple[str, int, str], PartCurves]:
         """What units cost, in nats."""
-        prunable = find_prunable(self.model, self.binding, "all", portable=self.space.portable)
+        prunable = prunable_units(self.model, self.binding, portable=self.space.portable)
+        if prunable is None:
+            return {}
         step = PruneStep("width", "obs", ratio=WIDTH_TRIAL)
         method = WIDTH.build("obs", {"exchanges": 0})
         with Shelf() as shelf:
@@ -247,8 +254,7 @@ class _Measuring:
 
     def outer(self) -> dict[str, dict[Scheme, float]]:
         """What it costs to round the embedding and the head, by the first path of each weight; without data."""
-        method = METHODS.build("rtn", {})
-        assert not isinstance(method, ModelMethod)
+        method = nearest()
         found: dict[str, dict[Scheme, float]] = {}
         for paths in outer_weights(self.model):
             module = self.model.get_submodule(paths[0])
@@ -261,20 +267,3 @@ class _Measuring:
                 found.setdefault(paths[0], {})[scheme] = self.trials.divergence_of([(place, solved.dequantized())])
         self.progress("trying embeddings", 1, 1)
         return found
-
-
-def _factors(ratios: Mapping[tuple[str, int], Sequence[float]]) -> dict[str, float]:
-    """exp of the mean of log(measured / predicted), by "kind, bits"."""
-    return {f"{kind}, {bits} bits": math.exp(sum(logs) / len(logs)) for (kind, bits), logs in sorted(ratios.items())}
-
-
-def _times(rounding: Rounding, kind: str, factors: Mapping[str, float]) -> Rounding:
-    """With the factor of the kind and the bits; of more bits than were tried, that of the most which were."""
-    known = {int(name.rpartition(", ")[2].split()[0]): f for name, f in factors.items() if name.startswith(kind + ",")}
-    if not known:
-        return rounding
-    damage = {
-        scheme: value * known[min(known, key=lambda bits: (abs(bits - scheme.bits), bits))]
-        for scheme, value in rounding.damage.items()
-    }
-    return replace(rounding, damage=damage)

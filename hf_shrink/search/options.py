@@ -156,6 +156,9 @@ class Problem:
                 own = blocks.setdefault(group.stack, {})
                 own[group.block] = _merged(own.get(group.block, BlockPlan()), option.change.block)
         stacks = {}
+        for name, index in self._emptied(assignment):  # norms and a number are all that is left: the block goes
+            dropped.setdefault(name, set()).add(index)
+            blocks[name].pop(index)
         for name, depth in self.depths.items():
             if name in dropped or name in blocks:
                 gone = dropped.get(name, set())
@@ -166,9 +169,18 @@ class Problem:
             schemes=schemes,
             damage=damage,
             method=self.base.method if schemes else None,
-            refit=self.base.refit and bool(blocks),
+            refit=self.base.refit and any(blocks.values()),
             repair=self.base.repair and bool(dropped),
         )
+
+    def _emptied(self, assignment: Sequence[int]) -> list[tuple[str, int]]:
+        """Blocks whose parts all go, one by one."""
+        left: dict[tuple[str, int], bool] = {}
+        for group, option in zip(self.groups, self.taken(assignment), strict=True):
+            if group.stack is not None and group.block is not None:
+                key = group.stack, group.block
+                left[key] = left.get(key, False) or not option.change.block.removed
+        return [key for key, some in left.items() if not some]
 
 
 def _merged(one: BlockPlan, other: BlockPlan) -> BlockPlan:

@@ -13,15 +13,27 @@ from hf_shrink.search.options import Group, Option
 def undominated(group: Group) -> Group:
     """The group without options that cost and damage at least as much as another of the same needs.
 
-    The first one stays, and so do options that drop the block, which are linked with others.
+    The first one stays, so do options that drop the block, which are linked with others, and those with the same bits
+    everywhere, which plans are compared with.
     """
     by_needs: dict[tuple[object, ...], list[int]] = {}
     for index, option in enumerate(group.options):
         by_needs.setdefault((option.needs, option.change.dropped), []).append(index)
-    kept = {0}
+    kept = {0, *_same_bits(group)}
     for indices in by_needs.values():
         kept |= {indices[place] for place in _front(np.array([_prices(group.options[i], group) for i in indices]))}
     return replace(group, options=tuple(option for index, option in enumerate(group.options) if index in kept))
+
+
+def _same_bits(group: Group) -> list[int]:
+    """The options that round all matrices to the same bits and cut nothing."""
+    most = max(len(option.change.schemes) for option in group.options)
+    return [
+        index
+        for index, option in enumerate(group.options)
+        if len(option.change.schemes) == most and option.change.block.keeps_all
+        if len({scheme.bits for scheme in option.change.schemes.values()}) == 1
+    ]
 
 
 def _prices(option: Option, group: Group) -> list[float]:

@@ -71,7 +71,9 @@ def _remedies(problem: Problem, spec: SearchSpec, portable: bool, resource: str)
     ways = ["raise the budget"]
     outside = any(group.block is None and len(group.options) > 1 for group in problem.groups)
     if not outside and spec.embeddings and portable:
-        ways.append("set portable: false, so that embeddings and the output head may be quantized too")
+        ways.append(
+            "set portable: false (--set portable=false), so that embeddings and the output head may be quantized too"
+        )
     if not spec.embeddings:
         ways.append("set search.embeddings: true")
     if not spec.depth:

@@ -21,11 +21,10 @@ from hf_shrink.plan import Scheme
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.refit import LONGEST, refit_reader
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
-from hf_shrink.residence import Room
 from hf_shrink.search.options import Problem
 from hf_shrink.surgery import consumer_cuts
 
-IN_MEMORY = 2**30  # bytes of weights that are kept in memory; the rest waits in a file
+IN_MEMORY = 2**30  # bytes of statistics and weights that are kept in memory; the rest waits in a file
 KEPT_DTYPE = torch.bfloat16  # measurements multiply in it
 
 
@@ -37,7 +36,8 @@ class RoundedWeights:
 
     Args:
         method: rounds matrices.
-        statistics: by path, of the inputs of all matrices that options round or cut.
+        statistics: by path, of the inputs of all matrices that options round or cut, from `input_statistics`.
+        shelf: that they wait on.
     """
 
     def __init__(
@@ -47,13 +47,14 @@ class RoundedWeights:
         problem: Problem,
         method: QuantizationMethod,
         statistics: Mapping[str, InputStatistics],
+        shelf: Shelf,
     ) -> None:
         self._model = model
         self._problem = problem
         self._method = method
         self._statistics = statistics
         self._blocks = {(stack.name, block.index): block for stack in binding.stacks for block in stack.blocks}
-        self._shelf = Shelf(Room(IN_MEMORY))
+        self._shelf = shelf
         self._made: dict[tuple[Any, ...], tuple[int, dict[str, Tensor]]] = {}
         # Paths and dense weights as they are now: later the model may have others in their places.
         paths = {path for group in problem.groups for option in group.options for path in option.change.schemes}
@@ -92,22 +93,28 @@ class RoundedWeights:
         """A matrix's parameters by path."""
         key = (path, scheme, None if kept is None else tuple(kept.tolist()))
         if key not in self._made:
-            made = {name: tensor.to(KEPT_DTYPE) for name, tensor in self._make(path, scheme, kept).items()}
-            self._made[key] = len(self._made), made
+            statistics = self._statistics.get(path)
+            if statistics is not None:
+                self._shelf.give_back(id(statistics))
+            found = self._make(path, scheme, kept, statistics)
+            if statistics is not None:
+                self._shelf.take(id(statistics), [statistics.hessian])
+            self._made[key] = len(self._made), {name: tensor.to(KEPT_DTYPE) for name, tensor in found.items()}
         owner, made = self._made[key]
         self._shelf.give_back(owner)
         copies = {name: tensor.clone() for name, tensor in made.items()}
         self._shelf.take(owner, list(made.values()))
         return copies
 
-    def _make(self, path: str, scheme: Scheme | None, kept: Tensor | None) -> dict[str, Tensor]:
+    def _make(
+        self, path: str, scheme: Scheme | None, kept: Tensor | None, statistics: InputStatistics | None
+    ) -> dict[str, Tensor]:
         module, dense = self._modules[path], self._dense[path]
         if not is_matrix(module):  # an embedding: no inputs to have statistics of
             assert scheme is not None
             return {f"{path}.weight": self._rounded(dense.float(), scheme, None)}
         turned = isinstance(module, Conv1D)
         weight, bias = (dense.t() if turned else dense).float(), self._biases[path]
-        statistics = self._statistics.get(path)
         found: dict[str, Tensor] = {}
         if kept is not None:
             assert statistics is not None
@@ -152,9 +159,13 @@ def input_statistics(
     stacks: Sequence[BoundStack],
     paths: set[str],
     batches: Sequence[Mapping[str, Any]],
+    shelf: Shelf,
     progress: ProgressCallback = quiet,
 ) -> dict[str, InputStatistics]:
-    """Second moments of the dense model's inputs to the matrices at `paths` inside the stacks' blocks."""
+    """Second moments of the dense model's inputs to the matrices at `paths` inside the stacks' blocks.
+
+    They are put on the shelf, each under the id of its object.
+    """
     found: dict[str, InputStatistics] = {}
     total = sum(len(stack.blocks) for stack in stacks)
     done = 0
@@ -165,7 +176,10 @@ def input_statistics(
             inside = {path: model.get_submodule(path) for path in paths if path.startswith(block.path + ".")}
             with float32_for_now(block.module):
                 if inside:
-                    found |= walk.statistics(inside, LONGEST)
+                    own = walk.statistics(inside, LONGEST)
+                    for statistics in own.values():
+                        shelf.take(id(statistics), [statistics.hessian])
+                    found |= own
                 if block is not stack.blocks[-1]:
                     walk.advance()
             done += 1

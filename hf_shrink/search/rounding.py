@@ -19,11 +19,12 @@ from hf_shrink.architectures.linears import matrix
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.plan import Scheme
-from hf_shrink.quantization.base import QuantizationMethod
+from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.search.fisher import Fisher
 from hf_shrink.search.pieces import Piece
 
 ROWS = 128  # of a stack of weights that share their input; of the larger ones about this many
+COARSE = 4  # bits up to which the method itself is asked; of more, plain rounding tells as well, and loses little
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,8 @@ def rounding_damages(
         for paths in sharing(piece, statistics):
             for scheme in schemes:
                 rows = torch.cat([costs[path].weight for path in paths])
-                solved = method.solve(rows, scheme, statistics[paths[0]], scale_dtype=scale_dtype)
+                solver = method if scheme.bits <= COARSE else nearest()
+                solved = solver.solve(rows, scheme, statistics[paths[0]], scale_dtype=scale_dtype)
                 start, lost = 0, rows - solved.dequantized()
                 for path in paths:
                     stop = start + len(costs[path].weight)
@@ -115,6 +117,13 @@ class _MatrixCost:
     def by_column(self) -> Tensor:
         """float64 (in,)."""
         return self.moment.diagonal().double().cpu()
+
+
+def nearest() -> QuantizationMethod:
+    """Plain rounding, which needs no data."""
+    method = METHODS.build("rtn", {})
+    assert not isinstance(method, ModelMethod)
+    return method
 
 
 def _of_matrix(path: str, module: nn.Module, moment: Tensor, fisher: Fisher) -> _MatrixCost:

@@ -49,7 +49,7 @@ class Sensitivity:
         outer: nats, by path of an embedding or head and scheme.
         curves: nats that units cost, by stack, block and part.
         dropped: nats that it costs to leave out a block (part None) or a part of it.
-        factors: measured over predicted, by kind of option: what predictions are multiplied by.
+        factors: measured over predicted damage of what was tried: the predictions are corrected by them already.
         seconds: that measuring took.
     """
 

@@ -125,11 +125,14 @@ class Programme:
                 yield {**options, self._names[name]: -1.0}, -np.inf, 0.0
 
     def _limit_rows(self, most: Mapping[str, float]) -> list[LinearConstraint]:
-        """A row for each limit, in units of what the dense model takes, so that all are near 1."""
+        """A row for each limit, in hundreds of what the dense model takes: HiGHS takes 1e-6 as nothing.
+
+        In finer units its candidates fail its own checks, and it prints that on stdout.
+        """
         context = self.limits.context
         rows: Rows = []
         for resource, limit in most.items():
-            unit = max(self.limits.dense[resource], 1e-30)
+            unit = max(100 * self.limits.dense[resource], 1e-30)
             found = {
                 self._starts[group] + option: amount(taken.cost, resource, context) / unit
                 for group, members in enumerate(self.problem.groups)

@@ -44,11 +44,6 @@ class Storage:
         self._digits = len(str(sum(t.nbytes for t in self._state.values())))
 
     @property
-    def file(self) -> int:
-        """Bytes of a file besides its tensors."""
-        return FILE
-
-    @property
     def state(self) -> Mapping[str, Tensor]:
         """The tensors of the model's files by name; tied ones once."""
         return self._state

@@ -96,7 +96,7 @@ def test_what_cannot_be_met_fails_before_anything_is_measured(monkeypatch: pytes
     model = tiny_llama()
     with pytest.raises(RecipeError, match=r"the least that this search reaches is .* of the dense model's .*lm_head"):
         make_plan(model, {"portable": False, **recipe({"bytes": "2%"})}, calibration=data(), progress=False)
-    with pytest.raises(RecipeError, match="portable: false, so that embeddings"):
+    with pytest.raises(RecipeError, match=r"portable: false \(--set portable=false\), so that embeddings"):
         make_plan(model, recipe({"bytes": "10%"}), calibration=data(), progress=False)
     with pytest.raises(ArchitectureError, match="only transformers models take a budget"):
         make_plan(nn.Linear(4, 4), recipe({"bytes": "50%"}), calibration=data(), progress=False)

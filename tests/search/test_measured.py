@@ -12,6 +12,7 @@ from torch import Tensor
 
 from hf_shrink.architectures import bind
 from hf_shrink.calibration.predictions import divergence, keep, predictions_of
+from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.plan import BlockPlan, Plan, Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod
 from hf_shrink.search.measured import MeasuredAssignments
@@ -70,8 +71,9 @@ def measured() -> tuple[MeasuredAssignments, RoundedWeights, Problem, torch.nn.M
     assert not isinstance(method, ModelMethod)
     paths = {path for block in binding.blocks for path in block.roles}
     with torch.no_grad():
-        statistics = input_statistics(model, binding.stacks, paths, batches())
-        weights = RoundedWeights(model, binding, problem, method, statistics)
+        shelf = Shelf(in_memory=0)
+        statistics = input_statistics(model, binding.stacks, paths, batches(), shelf)
+        weights = RoundedWeights(model, binding, problem, method, statistics, shelf)
         return MeasuredAssignments(model, binding, problem, weights, batches(), 0), weights, problem, model
 
 

@@ -12,7 +12,7 @@ import torch
 from scipy.stats import spearmanr
 from tiny import VOCABULARY, tiny_llama
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hf_shrink import shrink
 from hf_shrink.architectures import bind
@@ -24,10 +24,10 @@ from hf_shrink.pruning.trials import Trials
 from hf_shrink.quantization.base import METHODS, ModelMethod
 from hf_shrink.search.fingerprint import sensitivity_of
 from hf_shrink.search.measuring import Space, measure
-from hf_shrink.search.options import Problem
+from hf_shrink.search.options import Group, Problem
 from hf_shrink.search.pieces import find_pieces
 from hf_shrink.search.problem import make_problem
-from hf_shrink.search.sensitivity import Sensitivity
+from hf_shrink.search.sensitivity import Rounding, Sensitivity
 
 SCHEMES = (
     Scheme(2, symmetric=False, group_size=16),
@@ -126,6 +126,17 @@ def test_portable_plans_have_equal_blocks(tmp_path: Path) -> None:
     assert model.shrink_report.portable
 
 
+def test_a_block_without_any_part_goes_as_a_whole(uneven: tuple[Space, Sensitivity]) -> None:
+    problem = problem_of(tiny_llama(tie_word_embeddings=True), *uneven)
+    choice = [0] * len(problem.groups)
+    for number, group in enumerate(problem.groups):
+        if group.block == 2:
+            choice[number] = next(i for i, option in enumerate(group.options) if option.change.block.removed)
+    plan = problem.plan(choice)
+    assert plan.stacks["decoder"].kept == (0, 1, 3) and not plan.stacks["decoder"].blocks
+    assert plan.repair and not plan.refit
+
+
 def test_choices_that_break_a_link_or_a_switch_are_refused(uneven: tuple[Space, Sensitivity]) -> None:
     problem = problem_of(tiny_llama(tie_word_embeddings=True), *uneven)
     (group, option), *_ = problem.links[0]
@@ -181,3 +192,26 @@ def test_measurements_are_found_again_by_what_they_are_of(
         file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="delete it"):
         sensitivity_of(model, *arguments, tokens(), tmp_path)  # type: ignore[arg-type]
+
+
+def test_weights_that_stock_takes_in_one_scheme_only_get_one() -> None:
+    """T5's initialisation asks for a weight, so stock makes it dense while loading, which takes one scheme for all."""
+    sizes = {"d_model": 48, "d_kv": 16, "d_ff": 96, "num_layers": 2, "num_heads": 3, "vocab_size": 64}
+    model = T5ForConditionalGeneration(T5Config(**sizes, feed_forward_proj="gated-gelu")).eval()
+    binding = bind(model)
+    schemes = (Scheme(3, group_size=32), Scheme(4, group_size=32))
+    space = Space(schemes, width=False, depth=False)
+    names = [piece.name for piece in find_pieces(binding, quantizable(model))]
+    sensitivity = Sensitivity({name: Rounding({schemes[0]: 2.0, schemes[1]: 1.0}) for name in names}, {}, {}, {})
+    problem = make_problem(model, binding, space, sensitivity, quantizable(model), Plan("t5", method="rtn"))
+    assert problem.switches == (("weights: W3 g24", "weights: W4 g24"),)
+    bits = [{s.bits for option in group.options for s in option.change.schemes.values()} for group in problem.groups]
+    assert all(found == {3, 4} for found in bits)
+
+    def first(bits: int, group: Group) -> int:
+        return next(i for i, option in enumerate(group.options) if f"weights: W{bits} g24" in option.needs)
+
+    assert not problem.allowed([first(3 + number % 2, group) for number, group in enumerate(problem.groups)])
+    choice = [first(3, group) for group in problem.groups]
+    shrink(model, problem.plan(choice), progress=False)
+    assert model.shrink_report.portable
