@@ -13,7 +13,6 @@ from hf_shrink.calibration.arguments import Arguments
 from hf_shrink.calibration.capture import capture, first_output, run_with_outputs
 from hf_shrink.calibration.collect import Collector, LastInputSeen
 from hf_shrink.calibration.experts import ExpertTokens, refuse_starved
-from hf_shrink.calibration.memory import release_free_memory
 from hf_shrink.calibration.padding import without_padding
 from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.shelf import Shelf
@@ -22,6 +21,7 @@ from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.precision import fast_precision
 from hf_shrink.residence import Room, residence_of
+from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.experts import Watch, watching
 
 if TYPE_CHECKING:

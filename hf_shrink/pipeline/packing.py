@@ -14,6 +14,7 @@ from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.pipeline.targets import weight_holders
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod, QuantizedWeight
+from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.embedding import CompressedEmbedding
 from hf_shrink.runtime.linear import CompressedLinear
 
@@ -60,6 +61,7 @@ def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: Quantization
             for path, module in _sharing(model, task):
                 model.set_submodule(path, _packed(module, part))
             start = stop
+        release_free_memory()
     return notes
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from hf_shrink.residence.files import map_tensors, write_tensors
 from hf_shrink.residence.pages import can_tell, is_own, let_go
 from hf_shrink.residence.room import Room
+from hf_shrink.residence.trim import release_free_memory
 
 _ATTRIBUTE = "_hf_shrink_residence"
 _NAME = "_hf_shrink_block"  # of a block: its path when its model was attached, and itself: copies are not meant
@@ -42,6 +43,7 @@ class Residence:
         self.max_memory = max_memory
         self.weigh(weights)
         self._blocks: list[weakref.ref[nn.Module]] = []
+        self._source: dict[str, list[Tensor]] = {}  # what a block was when it came, which it may hold no more
         self._parts: dict[str, dict[str, int]] = {}  # tensors in a file of ours, and where in memory that is
         self._current: weakref.ref[nn.Module] | None = None
         self._model: weakref.ref[nn.Module] | None = None
@@ -78,6 +80,7 @@ class Residence:
             vars(block)[_ATTRIBUTE] = self
             vars(block)[_NAME] = name, weakref.ref(block)
             self._blocks.append(weakref.ref(block))
+            self._source[name] = [tensor.data for tensor in _tensors(block).values() if not is_own(tensor)]
             block.register_forward_pre_hook(entered)
 
     def name_of(self, block: nn.Module) -> str | None:
@@ -126,6 +129,8 @@ class Residence:
         """Write what is not the source's, of a block or (`OUTSIDE`) of a model, to `path`; it is read from there."""
         tensors = self._outside(module) if name == OUTSIDE else _tensors(module)
         self._write(name, tensors, self._ours(name, tensors), path)
+        if self._rests:
+            self._let_go(name, tensors)
 
     def adopt(self, name: str, module: nn.Module, path: Path) -> None:
         """Take what `finish` wrote, in this process or another."""
@@ -147,8 +152,14 @@ class Residence:
             self._count += 1
             path = self.folder / f"{name}-{self._count}.safetensors"
             self._write(name, tensors, self._ours(name, tensors), path)
-        for tensor in tensors.values():
-            let_go(tensor)
+        self._let_go(name, tensors)
+
+    def _let_go(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Of what was written, of what is the source's, and of what of that was replaced."""
+        if can_tell():
+            for tensor in (*tensors.values(), *self._source.get(name, ())):
+                let_go(tensor)
+            release_free_memory()
 
     def _ours(self, name: str, tensors: Mapping[str, Tensor]) -> list[str]:
         """The names of those that are no longer what the source has."""
@@ -158,13 +169,7 @@ class Residence:
     def _write(self, name: str, tensors: Mapping[str, Tensor], names: list[str], path: Path) -> None:
         chosen = {n: tensors[n] for n in names}
         write_tensors(path, chosen)
-        before = [t.data for t in chosen.values() if t.nbytes]
         self._read(name, tensors, map_tensors(path))
-        if can_tell():
-            for old in before:
-                # Written-to pages of a mapped file stay until they are let go of; memory of its own just ends.
-                if not old.untyped_storage().resizable():
-                    let_go(old)
         for old_file in self.folder.glob(f"{name}-*.safetensors"):
             if old_file != path:
                 old_file.unlink()
