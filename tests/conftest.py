@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import random
@@ -13,26 +14,47 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["HF_DATASETS_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
-import numpy as np
 import pytest
-import torch
 from filelock import FileLock
 from from_scripts import load_script
+from stock import Stock
 
 ROOT = Path(__file__).resolve().parents[1]
 REMEDY = "run the tests through `bash scripts/test.sh`, which installs it"
 
-# One thread: tiny models only lose by more, and neither the machine nor the numbers depend on core counts.
-torch.set_num_threads(1)
+
+def pytest_collection_finish() -> None:
+    """Let the collector pass over the half million objects of what was imported, which stay for good."""
+    gc.collect()
+    gc.freeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Tiny models only lose by more, and neither the machine nor the numbers depend on core counts."""
+    import torch  # not above: xdist's controller reads this file too, and runs no test
+
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
-def _seeds() -> Iterator[None]:
+def _seeds(_one_thread: None) -> Iterator[None]:
     """Each test starts from the same seeds, whatever ran before it."""
+    import numpy as np
+    import torch
+
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
     yield
+
+
+@pytest.fixture(scope="session")
+def stock_process(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stock]:
+    """Stock transformers in a process that never imports hf_shrink."""
+    stock = Stock(tmp_path_factory.mktemp("stock_process") / "stderr.txt")
+    yield stock
+    stock.close()
 
 
 def _package_folder(name: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,11 @@ def files() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
 
 
+@cache
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
+
+
 def ids(path: Path) -> str:
     return str(path.relative_to(PACKAGE))
 
@@ -71,10 +77,10 @@ def runtime_nodes(tree: ast.AST) -> Iterator[ast.AST]:
         yield from runtime_nodes(child)
 
 
-def imported_rooms(source: str, package: tuple[str, ...]) -> set[str]:
-    """Rooms of hf_shrink imported by `source`, a file of the dotted `package`; "" is hf_shrink itself."""
+def imported_rooms(tree: ast.Module, package: tuple[str, ...]) -> set[str]:
+    """Rooms of hf_shrink imported in `tree`, a file of the dotted `package`; "" is hf_shrink itself."""
     rooms: set[str] = set()
-    for node in runtime_nodes(ast.parse(source)):
+    for node in runtime_nodes(tree):
         if isinstance(node, ast.Import):
             for alias in node.names:
                 parts = alias.name.split(".")
@@ -101,13 +107,15 @@ def violations(room: str, imported: set[str]) -> list[str]:
     )
 
 
-@pytest.mark.parametrize("path", files(), ids=ids)
-def test_imports_point_down(path: Path) -> None:
-    package = ("hf_shrink", *path.relative_to(PACKAGE).parent.parts)
-    imported = imported_rooms(path.read_text(), package)
-    unknown = ({room_of(path)} | imported) - set(LEVEL) - {""}
-    assert not unknown, f"give {sorted(unknown)} a layer in {Path(__file__).name}"
-    assert not violations(room_of(path), imported)
+def test_imports_point_down() -> None:
+    upward = {}
+    for path in files():
+        package = ("hf_shrink", *path.relative_to(PACKAGE).parent.parts)
+        imported = imported_rooms(tree_of(path), package)
+        unknown = ({room_of(path)} | imported) - set(LEVEL) - {""}
+        assert not unknown, f"{ids(path)}: give {sorted(unknown)} a layer in {Path(__file__).name}"
+        upward[ids(path)] = violations(room_of(path), imported)
+    assert not {path: rooms for path, rooms in upward.items() if rooms}
 
 
 @pytest.mark.parametrize(
@@ -125,7 +133,7 @@ def test_imports_point_down(path: Path) -> None:
     ],
 )
 def test_the_reader_of_imports_sees_every_form(source: str, package: tuple[str, ...], expected: set[str]) -> None:
-    assert imported_rooms(source, package) == expected
+    assert imported_rooms(ast.parse(source), package) == expected
 
 
 def test_upward_and_sideways_imports_are_violations() -> None:
@@ -158,9 +166,8 @@ def words_of(node: ast.AST, skip: set[int]) -> list[tuple[str, bool]]:
     return []
 
 
-def model_names_in(source: str) -> set[str]:
-    """Names of model families in the literals and identifiers of `source`; comments and docstrings do not count."""
-    tree = ast.parse(source)
+def model_names_in(tree: ast.Module) -> set[str]:
+    """Names of model families in the literals and identifiers of `tree`; comments and docstrings do not count."""
     skip = docstrings(tree)
     found: set[str] = set()
     for node in ast.walk(tree):
@@ -172,23 +179,25 @@ def model_names_in(source: str) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("path", [p for p in files() if room_of(p) != "architectures"], ids=ids)
-def test_model_names_stay_in_architectures(path: Path) -> None:
-    assert not model_names_in(path.read_text())
+def test_model_names_stay_in_architectures() -> None:
+    found = {ids(p): model_names_in(tree_of(p)) for p in files() if room_of(p) != "architectures"}
+    assert not {path: names for path, names in found.items() if names}
 
 
 def test_the_search_for_model_names_finds_them() -> None:
-    assert model_names_in("if config.model_type == 'llama': pass") == {"llama"}
-    assert model_names_in("if kind == 'opt': pass") == {"opt"}
-    assert model_names_in("from transformers import BertModel") == {"bert"}
-    assert model_names_in("def gemma3_patch(qwen2): pass") == {"gemma", "qwen"}
-    assert not model_names_in('"""Works for Llama."""\n# and BERT\nx = torch.clip(option, adopt)')
+    for source, names in {
+        "if config.model_type == 'llama': pass": {"llama"},
+        "if kind == 'opt': pass": {"opt"},
+        "from transformers import BertModel": {"bert"},
+        "def gemma3_patch(qwen2): pass": {"gemma", "qwen"},
+        '"""Works for Llama."""\n# and BERT\nx = torch.clip(option, adopt)': set(),
+    }.items():
+        assert model_names_in(ast.parse(source)) == names
 
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "ops").glob("*.py")), ids=ids)
 def test_ops_never_sees_a_module(path: Path) -> None:
-    tree = ast.parse(path.read_text())
-    for node in ast.walk(tree):
+    for node in ast.walk(tree_of(path)):
         if isinstance(node, ast.Import):
             assert not [a.name for a in node.names if re.match(r"torch\.nn(?!\.functional)", a.name)]
         elif isinstance(node, ast.ImportFrom) and node.module == "torch":
@@ -199,17 +208,17 @@ def test_ops_never_sees_a_module(path: Path) -> None:
             assert node.attr == "functional"
 
 
-@pytest.mark.parametrize("path", files(), ids=ids)
-def test_files_stay_small(path: Path) -> None:
-    lines = len(path.read_text().splitlines())
-    assert lines <= MAX_LINES, f"{lines} lines: find the second subject in it and give it a file"
+def test_files_stay_small() -> None:
+    lines = {ids(path): len(path.read_text().splitlines()) for path in files()}
+    large = {path: count for path, count in lines.items() if count > MAX_LINES}
+    assert not large, "find the second subject in it and give it a file"
 
 
-def registered(source: str) -> list[ast.ClassDef]:
-    """The classes that `source` registers."""
+def registered(path: Path) -> list[ast.ClassDef]:
+    """The classes that a file registers."""
     return [
         node
-        for node in ast.walk(ast.parse(source))
+        for node in ast.walk(tree_of(path))
         if isinstance(node, ast.ClassDef) and any(".register(" in ast.unparse(d) for d in node.decorator_list)
     ]
 
@@ -218,27 +227,28 @@ def dotted(path: Path) -> str:
     return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
 
 
-METHOD_FILES = [path for path in files() if room_of(path) in METHOD_ROOMS and registered(path.read_text())]
+@pytest.fixture(scope="module")
+def method_files() -> list[Path]:
+    return [path for path in files() if room_of(path) in METHOD_ROOMS and registered(path)]
 
 
-def test_all_rooms_have_methods() -> None:
-    assert {room_of(path) for path in METHOD_FILES} == set(METHOD_ROOMS)
+def test_a_method_is_one_frozen_dataclass_in_a_file_of_its_own(method_files: list[Path]) -> None:
+    assert {room_of(path) for path in method_files} == set(METHOD_ROOMS)
+    for path in method_files:
+        assert len(registered(path)) == 1, ids(path)
+        (method,) = registered(path)
+        assert "frozen=True" in " ".join(ast.unparse(d) for d in method.decorator_list), ids(path)
+        assert ast.get_docstring(method), ids(path)
 
 
-@pytest.mark.parametrize("path", METHOD_FILES, ids=ids)
-def test_a_method_is_one_frozen_dataclass_in_a_file_of_its_own(path: Path) -> None:
-    (method,) = registered(path.read_text())
-    assert "frozen=True" in " ".join(ast.unparse(d) for d in method.decorator_list)
-    assert ast.get_docstring(method)
-
-
-@pytest.mark.parametrize("path", files(), ids=ids)
-def test_no_file_names_a_method_so_that_deleting_one_touches_nothing(path: Path) -> None:
-    imported: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            imported.update(alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and not node.level:
-            imported.add(node.module or "")
-            imported.update(f"{node.module}.{alias.name}" for alias in node.names)
-    assert not imported & {dotted(method) for method in METHOD_FILES}
+def test_no_file_names_a_method_so_that_deleting_one_touches_nothing(method_files: list[Path]) -> None:
+    methods = {dotted(method) for method in method_files}
+    for path in files():
+        imported: set[str] = set()
+        for node in ast.walk(tree_of(path)):
+            if isinstance(node, ast.Import):
+                imported.update(alias.name for alias in node.names)
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module or "")
+                imported.update(f"{node.module}.{alias.name}" for alias in node.names)
+        assert not imported & methods, ids(path)

@@ -44,20 +44,25 @@ def test_wheel_carries_recipes_license_and_command(wheel: Path) -> None:
         assert "Apache License" in archive.read(license_file).decode()
 
 
-def test_unpacked_wheel_lists_its_recipes(wheel: Path, tmp_path: Path) -> None:
+def test_the_unpacked_wheel_runs_knows_its_recipes_and_fails_with_two_and_no_traceback(
+    wheel: Path, tmp_path: Path
+) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
+    before = sorted(tmp_path.iterdir())
     # An interpreter whose only hf_shrink is the wheel's, started away from the source tree.
     done = subprocess.run(
-        [sys.executable, "-m", "hf_shrink", "recipes"],
+        [sys.executable, "-m", "hf_shrink", "run", "absent", "--output", "out", "--recipe", "qqqq"],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(tmp_path), "PYTHONSAFEPATH": "1"},
         capture_output=True,
         text=True,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "Traceback" not in done.stderr and not done.stdout
     for recipe in (ROOT / "recipes" / "compression").glob("*.yaml"):
-        assert recipe.stem in done.stdout
+        assert recipe.stem in done.stderr
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def third_party_imports() -> set[str]:

@@ -13,6 +13,8 @@ TEXT = (
     "Nobody on the shore can say how many stones there are, or who first called the rocks by name. "
 ) * 4
 VOCABULARY = 320
+# GPTQ without what makes it good and slow, where a test needs a method with statistics and no matter which.
+QUICK_GPTQ = {"method": "gptq", "damping": 0.05, "refinements": 0, "rescale": False}
 
 
 @cache

@@ -70,6 +70,7 @@ class DenseStream:
             yield Follower(self, run)
             for place in self._place.values():
                 self.walk.take(place, run.finish(place))
+        self.walk.stand_in(block)  # the twin is over
         self.walk.step()
 
     def measured_place(self, batch: int) -> int | None:

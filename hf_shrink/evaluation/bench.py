@@ -23,6 +23,7 @@ from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.evaluation.speed import Workload, measure_speed
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.reporting.figures import size
+from hf_shrink.runtime.optimizing import kernel_summary
 from hf_shrink.speed_report import Memory, ModelSpeed, SpeedReport
 
 COMPRESSED, COMPILED = "compressed", "compressed, compiled"
@@ -87,6 +88,7 @@ def bench_checkpoint(
                 weight_bytes=unique_bytes(model),
                 timings=timings[name],
                 memory=taken.get(name),
+                kernels={kernel: len(paths) for kernel, paths in kernel_summary(model).items()},
             )
             for name, model in models.items()
         }

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hf_shrink.errors import RecipeError
+from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.evaluation import timing
 from hf_shrink.evaluation.greedy import greedy_config
 from hf_shrink.evaluation.made_up import Inputs, generates, made_up_inputs, positions
@@ -82,7 +82,7 @@ def measure_speed(
         Timings by name and task.
 
     Raises:
-        ArchitectureError: the model reads what cannot be made up.
+        ArchitectureError: the model reads what cannot be made up, or `generate` does not compile it.
         RecipeError: the workload times nothing.
     """
     workload = (workload or Workload()).fitted(models.values())
@@ -160,6 +160,8 @@ def _generation(model: Any, made: list[Inputs], workload: Workload, compiled: bo
     def warm_up() -> None:
         if compiled:  # for the shapes of the very cache that is timed
             once()
+            if not timing.was_compiled(model):
+                raise ArchitectureError(f"{type(model).__name__} has no decode step that generate compiles")
             return
         timing.time_generation(model, made[0], few)
         for long in made[1:]:

@@ -99,6 +99,11 @@ def compiled(config: Any) -> Any:
     return config
 
 
+def was_compiled(model: Any) -> bool:
+    """Whether `generate` did compile: it only warns where model or cache do not allow it."""
+    return hasattr(model, "_compiled_call")
+
+
 def in_turn(
     runs: Mapping[str, Callable[[], T]], repeats: int, after_each: Callable[[], object] = lambda: None
 ) -> dict[str, list[T]]:

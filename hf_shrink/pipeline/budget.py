@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Searching:
     seed: int
     progress: ProgressCallback
     cache: Path | None = None
+    _weights: tuple[Problem, RoundedWeights] | None = field(default=None, init=False)
 
     @classmethod
     def of(
@@ -191,8 +192,7 @@ class Searching:
 
     def weights(self, problem: Problem) -> RoundedWeights:
         """What options make of the weights; one for all budgets on the same options."""
-        known = getattr(self, "_weights", None)
-        if known is None or known[0] is not problem:
+        if self._weights is None or self._weights[0] is not problem:
             shelf = Shelf(Room(IN_MEMORY))
             statistics = input_statistics(
                 self.model,
@@ -202,10 +202,9 @@ class Searching:
                 shelf,
                 self.progress,
             )
-            known = problem, RoundedWeights(self.model, self.binding, problem, self.method, statistics, shelf)
-            self._weights = known
-        found: RoundedWeights = known[1]
-        return found
+            made = RoundedWeights(self.model, self.binding, problem, self.method, statistics, shelf)
+            self._weights = problem, made
+        return self._weights[1]
 
     def choose(self, programme: Programme) -> Chosen:
         """The best assignment within a programme's limits."""

@@ -166,7 +166,8 @@ class Job:
         check_type(self.model)
         if self.recipe is not None and self.recipe.budget is not None:
             # Before there is any data, which can take minutes to make.
-            Searching.of(self.model, self.recipe, (), self.seed, self.show).check(self.recipe.budget)
+            with silence(), evaluating(self.model):
+                Searching.of(self.model, self.recipe, (), self.seed, self.show).check(self.recipe.budget)
 
     def data(self) -> CalibrationData:
         """Calibration batches; none when no step needs them."""

@@ -176,7 +176,7 @@ class Residence:
 
     def _read(self, name: str, tensors: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
         for n, tensor in found.items():
-            tensors[n].data = tensor
+            tensors[n].data = tensor  # of a view, what it is a view of stays: see `PackedModule._fill`
         self._parts[name] = {n: tensor.data_ptr() for n, tensor in found.items()}
 
     def _outside(self, model: nn.Module) -> dict[str, Tensor]:

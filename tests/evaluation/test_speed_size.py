@@ -89,6 +89,13 @@ def test_a_workload_that_times_nothing_is_refused(wrong):
         Workload(**wrong)
 
 
+def test_what_was_not_compiled_is_not_called_so(monkeypatch):
+    model = tiny_llama()
+    monkeypatch.setattr(type(model), "_valid_auto_compile_criteria", lambda *_: False)
+    with pytest.raises(ArchitectureError, match="compiles"):
+        measure_speed({"one": model}, Workload(prompt=3, new=2, prefill=0, repeats=1), compiled={"one"})
+
+
 def test_comparison_alternates():
     dense, small = tiny_llama(), tiny_llama(1)
     order = []

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from bitsandbytes.functional import dequantize_4bit, int8_vectorwise_dequant
 from safetensors import safe_open
+from stock import Stock
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -23,7 +22,6 @@ from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.recipe import QuantizeStep, Recipe
 from hf_shrink.runtime.packed import count_parameters
 
-STOCK = Path(__file__).parents[1] / "checkpoint" / "stock.py"
 IDS = [[5, 17, 40, 8, 99, 130, 7, 23]]
 KINDS = ("NF4", "FP4", "LLM.int8")
 HEADS = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -72,7 +70,7 @@ def pruned(what: str) -> Any:
 
 
 @pytest.fixture(scope="module")
-def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, torch.Tensor]]:
+def stock(tmp_path_factory: pytest.TempPathFactory, stock_process: Stock) -> dict[str, tuple[Any, torch.Tensor]]:
     """By name a model of ours and the logits of its checkpoint in stock transformers, without hf_shrink."""
     folder = tmp_path_factory.mktemp("stock")
     models = {kind: shrink(fitting(), recipe(kind), progress=False) for kind in KINDS}
@@ -83,8 +81,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, torc
         logits(model)  # an inference must not change what is saved
         model.save_pretrained(folder / name)
         jobs.append({"folder": str(folder / name), "class": type(model).__name__, "ids": IDS})
-    (folder / "jobs.json").write_text(json.dumps(jobs))
-    subprocess.run([sys.executable, str(STOCK), str(folder / "jobs.json")], check=True, capture_output=True)
+    stock_process.run(jobs)
     assert not [path.read_text() for path in folder.glob("*/stock.txt")]
     return {name: (model, torch.load(folder / name / "stock.pt")) for name, model in models.items()}
 

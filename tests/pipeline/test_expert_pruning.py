@@ -10,6 +10,8 @@ import torch
 from checkpoint.saved import Saved, logits_of, run_stock
 from conformance.cases import tokens
 from conformance.cases_mixtures import MIXTURES, MORE, data
+from stock import Stock
+from tiny import QUICK_GPTQ
 from torch import Tensor, nn
 
 from hf_shrink import make_plan, shrink
@@ -21,7 +23,7 @@ from hf_shrink.runtime import CompressedLinear
 DEPTH = {"prune": {"what": "depth", "method": "block_influence", "blocks": 1}}
 EXPERTS = {"prune": {"what": "experts", "method": "reap", "experts": 2}}
 MERGED = {"prune": {"what": "experts", "method": "frequency", "experts": 2, "merge": True}}
-GPTQ = {"quantize": {"method": "gptq", "scheme": "W8A16", "group_size": 16, "damping": 0.05}}
+GPTQ = {"quantize": {**QUICK_GPTQ, "scheme": "W8A16", "group_size": 16}}
 ROWS: dict[str, tuple[str, list[dict[str, Any]]]] = {
     "experts": ("mixtral", [EXPERTS]),
     "merged": ("qwen3_moe", [MERGED]),
@@ -38,7 +40,7 @@ def logits(model: nn.Module, ids: Tensor) -> Tensor:
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Saved]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, stock_process: Stock) -> dict[str, tuple[Any, Saved]]:
     root = tmp_path_factory.mktemp("experts")
     models, saved = {}, {}
     for row, (family, steps) in ROWS.items():
@@ -46,7 +48,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, S
         folder = root / row.replace(" ", "_")
         models[row].save_pretrained(folder)
         saved[row] = Saved(folder, type(models[row]).__name__, logits_of(models[row]), ())
-    found = run_stock(saved, root)
+    found = run_stock(saved, stock_process)
     return {row: (models[row], found[row]) for row in ROWS}
 
 

@@ -1,4 +1,7 @@
-"""The whole road on every family: prune and quantize with real statistics, save, load, same outputs."""
+"""The whole road on every family: prune and quantize with real statistics, save, load, same outputs.
+
+Quantized without pruning: `transforms/test_transform_families.py`.
+"""
 
 from __future__ import annotations
 
@@ -10,17 +13,18 @@ from typing import Any
 import pytest
 import torch
 from conformance import cases, cases_encoders
+from tiny import QUICK_GPTQ
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_shrink import shrink
-from hf_shrink.architectures import bind
 from hf_shrink.errors import RecipeError
-from hf_shrink.runtime.linear import CompressedLinear
 
-GPTQ = {"quantize": {"method": "gptq", "scheme": "W8A16", "group_size": 16, "damping": 0.1}}
+GPTQ = {"quantize": {**QUICK_GPTQ, "scheme": "W8A16", "group_size": 16, "damping": 0.1}}
+RTN = {"quantize": {"method": "rtn", "scheme": "W8A16", "group_size": 16}}
 WIDTH = {"prune": {"what": "width", "method": "wanda", "ratio": 0.15}}
+UNIFORM = {"prune": {"what": "width", "method": "magnitude", "ratio": 0.15, "refit": False}}
 
 Built = tuple[Callable[[], PreTrainedModel], Callable[[], dict[str, Tensor]]]
 EVERY: dict[str, Built] = {
@@ -44,28 +48,13 @@ def reload(model: Any, folder: Path) -> Any:
 
 
 @every_family
-def test_quantized_with_statistics(name: str, tmp_path: Path) -> None:
-    build, make_inputs = EVERY[name]
-    dense, inputs = build(), make_inputs()
-    model: Any = shrink(
-        copy.deepcopy(dense), {"portable": False, "steps": [GPTQ]}, calibration=[inputs] * 2, progress=False
-    )
-    for block in bind(dense).blocks:
-        for path in block.roles:
-            assert isinstance(model.get_submodule(path), CompressedLinear), path
-    before, after = outputs(dense, inputs), outputs(model, inputs)
-    assert torch.isfinite(after).all()
-    assert 0 < float((after - before).norm() / before.norm()) < 0.1  # 8 bits: near, and not the same
-    torch.testing.assert_close(outputs(reload(model, tmp_path), inputs), after, rtol=0, atol=0)
-
-
-@every_family
 @pytest.mark.parametrize("portable", [True, False])
 def test_pruned_refitted_and_quantized(name: str, portable: bool, tmp_path: Path) -> None:
     build, make_inputs = EVERY[name]
     dense, inputs = build(), make_inputs()
     conv = any(isinstance(module, Conv1D) for module in dense.modules())
-    steps = [WIDTH] if portable and conv else [WIDTH, GPTQ]
+    # What stock can say goes without statistics, with which the other row prunes, refits and rounds.
+    steps = [WIDTH, GPTQ] if not portable else [UNIFORM] if conv else [UNIFORM, RTN]
     if portable and name == "bloom":  # no config key for its channels, and slopes that depend on the number of heads
         with pytest.raises(RecipeError, match="no units"):
             shrink(dense, {"steps": steps}, calibration=[inputs], progress=False)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from checkpoint.saved import Saved, logits_of, run_stock
+from stock import Stock
 from surgery.test_hidden_cut import _scaled_embedding, low_rank, stream_of
 from tiny import VOCABULARY, tiny_llama
 from torch import Tensor, nn
@@ -118,7 +119,7 @@ ROWS: dict[str, tuple[Any, list[dict[str, Any]]]] = {
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, Saved]]:
+def outcomes(tmp_path_factory: pytest.TempPathFactory, stock_process: Stock) -> dict[str, tuple[Any, Saved]]:
     root = tmp_path_factory.mktemp("hidden")
     models, saved = {}, {}
     for row, (build, steps) in ROWS.items():
@@ -128,7 +129,7 @@ def outcomes(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, S
         models[row] = shrink(build(), {"steps": steps}, calibration=given, progress=False)
         models[row].save_pretrained(root / row.replace(" ", "_"))
         saved[row] = Saved(root / row.replace(" ", "_"), type(models[row]).__name__, logits_of(models[row]), ())
-    found = run_stock(saved, root)
+    found = run_stock(saved, stock_process)
     return {row: (models[row], found[row]) for row in ROWS}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.cases_encoders import CASES as OTHERS
-from tiny import tiny_llama
+from tiny import QUICK_GPTQ, tiny_llama
 
 from hf_shrink import shrink
 from hf_shrink.calibration import walk as walking
@@ -75,7 +75,7 @@ def test_blocks_that_cannot_wait_are_refitted_too(monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize("method", ["rtn", "gptq"])
 def test_what_is_left_is_quantized_on_what_the_cut_blocks_put_out(method: str) -> None:
-    quantize = {"method": method, "scheme": "W8A16", "group_size": 16}
+    quantize = {**(QUICK_GPTQ if method == "gptq" else {"method": method}), "scheme": "W8A16", "group_size": 16}
     model = pruned(quantize=quantize)
     assert hidden_error(model) < 1.1 * hidden_error(pruned())
     assert len(model.shrink_report.block_errors) == 4

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_llama, tiny_tokenizer, tiny_unknown
+from tiny import QUICK_GPTQ, TEXT, tiny_llama, tiny_tokenizer, tiny_unknown
 from torch import nn
+from transformers import LlamaForCausalLM
 
 import hf_shrink
 from hf_shrink import Plan, make_plan, shrink
@@ -19,7 +20,7 @@ from hf_shrink.recipe import Recipe
 from hf_shrink.runtime.embedding import CompressedEmbedding
 from hf_shrink.runtime.linear import CompressedLinear
 
-GPTQ = {"steps": [{"quantize": {"method": "gptq", "scheme": "W4A16", "group_size": 16}}]}
+GPTQ = {"steps": [{"quantize": {**QUICK_GPTQ, "scheme": "W4A16", "group_size": 16}}]}
 PRUNE = {"steps": [{"prune": {"what": "width", "method": "wanda", "ratio": 0.3}}]}
 SMALL = {"samples": 8, "length": 24, "batch_size": 4}
 
@@ -27,6 +28,10 @@ SMALL = {"samples": 8, "length": 24, "batch_size": 4}
 def data(batches: int = 3, seed: int = 7) -> list[dict[str, torch.Tensor]]:
     generator = torch.Generator().manual_seed(seed)
     return [{"input_ids": torch.randint(3, 300, (4, 24), generator=generator)} for _ in range(batches)]
+
+
+def two_blocks(**changes: Any) -> LlamaForCausalLM:
+    return tiny_llama(num_hidden_layers=2, **changes)
 
 
 def error(model: nn.Module, dense: nn.Module) -> float:
@@ -40,9 +45,9 @@ def error(model: nn.Module, dense: nn.Module) -> float:
 def test_every_built_in_recipe_runs_on_its_own_text(name: str, tmp_path: Path) -> None:
     # bitsandbytes' 4 bits need inputs in multiples of 64
     wide = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
-    dense = tiny_llama(tie_word_embeddings=name == "w8-full", **(wide if name == "nf4" else {}))
+    dense = two_blocks(tie_word_embeddings=name == "w8-full", **(wide if name == "nf4" else {}))
     recipe = load_recipe(name).with_overrides([f"calibration.{key}={value}" for key, value in SMALL.items()])
-    if name == "prune-depth":  # a tenth of four blocks is none
+    if name == "prune-depth":  # a tenth of two blocks is none
         recipe = recipe.with_overrides(["prune.blocks=1"])
     model = shrink(copy.deepcopy(dense), recipe, tokenizer=tiny_tokenizer(), progress=False)
     report = model.shrink_report
@@ -66,7 +71,7 @@ def test_every_built_in_recipe_runs_on_its_own_text(name: str, tmp_path: Path) -
 
 
 def test_gptq_beats_rtn_and_more_bits_are_better() -> None:
-    dense = tiny_llama()
+    dense = two_blocks()
     errors = {}
     for method, bits in (("rtn", 4), ("gptq", 4), ("gptq", 8)):
         recipe = {"steps": [{"quantize": {"method": method, "scheme": f"W{bits}A16", "group_size": 16}}]}
@@ -78,7 +83,7 @@ def test_gptq_beats_rtn_and_more_bits_are_better() -> None:
 def test_same_seed_same_bytes_and_the_model_stays_usable() -> None:
     states = []
     for _ in range(2):
-        model = shrink(tiny_llama(), GPTQ, calibration=data(), progress=False)
+        model = shrink(two_blocks(), {"steps": [{"quantize": {"group_size": 16}}]}, calibration=data(), progress=False)
         assert not model.training
         states.append(model.state_dict())
     assert states[0].keys() == states[1].keys()
@@ -86,12 +91,10 @@ def test_same_seed_same_bytes_and_the_model_stays_usable() -> None:
 
 
 def test_the_record_says_which_data_it_was(tmp_path: Path) -> None:
-    from tiny import TEXT
-
     path = tmp_path / "mine.txt"
     path.write_text(TEXT)
     for recipe, calibration, said in (({**GPTQ, "calibration": SMALL}, str(path), "mine.txt"), ("w8-full", None, None)):
-        model = shrink(tiny_llama(), recipe, tokenizer=tiny_tokenizer(), calibration=calibration, progress=False)
+        model = shrink(two_blocks(), recipe, tokenizer=tiny_tokenizer(), calibration=calibration, progress=False)
         description = model.shrink_report.calibration.get("description")
         assert description is None if said is None else said in description
         if said is not None:
@@ -99,7 +102,7 @@ def test_the_record_says_which_data_it_was(tmp_path: Path) -> None:
 
 
 def test_training_mode_and_returned_object() -> None:
-    model = tiny_llama().train()
+    model = two_blocks().train()
     assert shrink(model, GPTQ, calibration=data(), progress=False) is model
     assert model.training
 
@@ -151,7 +154,7 @@ def test_refit_helps() -> None:
 
 def test_uneven_pruning_saves_and_loads(tmp_path: Path) -> None:
     recipe = {"portable": False, "steps": [*PRUNE["steps"], *GPTQ["steps"]]}
-    model = shrink(tiny_llama(), recipe, calibration=data(), progress=False)
+    model = shrink(two_blocks(), recipe, calibration=data(), progress=False)
     assert model.config.hf_shrink["shapes"]
     assert not model.shrink_report.portable
     model.save_pretrained(tmp_path)
@@ -171,8 +174,8 @@ def test_full_quantization_keeps_the_tie() -> None:
 
 
 def test_head_apart_from_a_tied_embedding_is_untied() -> None:
-    recipe = {"steps": [{"quantize": {"method": "gptq", "overrides": {"lm_head": {"scheme": "W8A16"}}}}]}
-    dense = tiny_llama(tie_word_embeddings=True)
+    recipe = {"steps": [{"quantize": {**QUICK_GPTQ, "overrides": {"lm_head": {"scheme": "W8A16"}}}}]}
+    dense = two_blocks(tie_word_embeddings=True)
     embedding = dense.model.embed_tokens.weight.detach().clone()
     model = shrink(dense, recipe, calibration=data(), progress=False)
     assert isinstance(model.lm_head, CompressedLinear)
@@ -181,14 +184,14 @@ def test_head_apart_from_a_tied_embedding_is_untied() -> None:
 
 
 def test_bfloat16_model_keeps_its_dtype() -> None:
-    model = shrink(tiny_llama().to(torch.bfloat16), GPTQ, calibration=data(), progress=False)
+    model = shrink(two_blocks().to(torch.bfloat16), GPTQ, calibration=data(), progress=False)
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     assert model.model.layers[0].mlp.up_proj.weight_scale.dtype == torch.bfloat16
     assert model(data(1)[0]["input_ids"]).logits.dtype == torch.bfloat16
 
 
 def test_dtype_of_what_stays() -> None:
-    model = shrink(tiny_llama(), {**GPTQ, "dtype": "bfloat16"}, calibration=data(), progress=False)
+    model = shrink(two_blocks(), {**GPTQ, "dtype": "bfloat16"}, calibration=data(), progress=False)
     assert model.model.norm.weight.dtype == torch.bfloat16
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 from conformance.cases import CASES
 from image_batches import IMAGE, Inputs, batches_for, llava_batch, text_batch
+from tiny import QUICK_GPTQ
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -30,7 +31,8 @@ W8 = {"method": "gptq", "scheme": "W8A16", "group_size": 16}
 
 
 def recipe(**changes: Any) -> dict[str, Any]:
-    return {"steps": [{"quantize": {**W8, **changes}}]}
+    step = {**W8, **changes}
+    return {"steps": [{"quantize": {**step, **(QUICK_GPTQ if step["method"] == "gptq" else {})}}]}
 
 
 def shrunk(model: PreTrainedModel, wanted: dict[str, Any], batches: list[Inputs], **options: Any) -> Any:
@@ -133,7 +135,9 @@ def test_images_in_the_calibration_make_images_better(name: str) -> None:
 def test_transforms_fold_into_the_text_beside_a_tower(name: str, method: str) -> None:
     dense, batches = CASES[name].build(), batches_for(name)
     overrides = {f"re:.*{TOWER[name]}.*": {}}
-    model = shrunk(dense, recipe(method=method, overrides=overrides, transforms=["rotate", "awq"]), batches)
+    steps = {"steps": 10} if method == "learned" else {}
+    wanted = recipe(method=method, overrides=overrides, transforms=["rotate", "awq"], **steps)
+    model = shrunk(dense, wanted, batches)
     notes = model.shrink_report.notes
     assert "scales of 16 inputs were folded into the weights" in notes
     assert any("inputs of all were not scaled in 3 blocks" in note for note in notes)  # the tower's
@@ -235,7 +239,7 @@ def test_pruned_by_what_images_say(name: str, tmp_path: Path) -> None:
     steps = [
         {"prune": {"what": "depth", "method": "kl_greedy", "blocks": 1}},
         {"prune": {"what": "width", "method": "wanda", "ratio": 0.15, "units": "mlp"}},
-        {"quantize": W8},
+        *recipe()["steps"],
     ]
     model = shrunk(dense, {"steps": steps}, batches)
     assert len(bind(model).stack("text").blocks) == 3 and model.config.text_config.num_hidden_layers == 3

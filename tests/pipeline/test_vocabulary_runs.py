@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_llama
+from stock import Stock
+from tiny import QUICK_GPTQ, tiny_llama
 from tokenizers_of_all_kinds import EXTRA, KINDS, SEEN, UNSEEN, fast_tokenizer
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BertConfig, BertForMaskedLM, PreTrainedModel
@@ -43,19 +42,6 @@ def logits_of(model: PreTrainedModel, ids: list[int]) -> Tensor:
         return model(torch.tensor([ids])).logits[0]
 
 
-STOCK = """
-import sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-text, *folders = sys.argv[1:]
-for folder in folders:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
-    ids = tokenizer(text)["input_ids"]
-    written = model.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=8)
-    torch.save((ids, model(torch.tensor([ids])).logits[0].detach(), written), folder + "/stock.pt")
-assert not any(name.split(".")[0] == "hf_shrink" for name in sys.modules)
-"""
-
-
 @dataclass
 class Run:
     dense: PreTrainedModel
@@ -66,7 +52,7 @@ class Run:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
+def runs(tmp_path_factory: pytest.TempPathFactory, stock_process: Stock) -> dict[str, Run]:
     """One run a kind of tokenizer, every other one of a model with a tied head; loaded in stock all at once."""
     found = {}
     for number, kind in enumerate(KINDS):
@@ -75,8 +61,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
         model = shrink(copy.deepcopy(dense), recipe(), tokenizer=tokenizer, calibration=TEXTS, progress=False)
         found[kind] = Run(dense, before, model, tokenizer, tmp_path_factory.mktemp(kind))
         model.save_pretrained(found[kind].folder)
-    folders = [str(run.folder) for run in found.values()]
-    subprocess.run([sys.executable, "-c", STOCK, SEEN, *folders], check=True, capture_output=True, timeout=240)
+    jobs = [{"folder": str(run.folder), "class": "LlamaForCausalLM", "text": SEEN} for run in found.values()]
+    stock_process.run(jobs)
     return found
 
 
@@ -127,7 +113,7 @@ def test_it_goes_with_every_other_step() -> None:
         {"prune": {"what": "width", "method": "wanda", "ratio": 0.1, "units": "mlp"}},
         {
             "quantize": {
-                "method": "gptq",
+                **QUICK_GPTQ,
                 "scheme": "W8A16",
                 "group_size": 16,
                 "overrides": {"lm_head": {}},

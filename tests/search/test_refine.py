@@ -72,7 +72,7 @@ def test_the_best_start_is_taken_and_no_time_means_no_swaps() -> None:
     )
     assert found.divergence == min(map(measure.true, starts))
     assert found.seen == 5
-    assert notes == [f"best KL {found.divergence:.4g}"]
+    assert notes[-1] == f"best KL {found.divergence:.4g}"
 
 
 def test_swaps_are_new_and_leave_most_decisions_alone() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import tiny_llama
+from tiny import QUICK_GPTQ, tiny_llama
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, OlmoConfig, OlmoForCausalLM
 
@@ -32,6 +32,7 @@ def data(batches: int = 3, seed: int = 7) -> Data:
 
 def recipe(*transforms: Any, method: str = "rtn", portable: bool = True, **step: Any) -> dict[str, Any]:
     body = {"method": method, "scheme": "W4A16", "group_size": 16, "transforms": list(transforms), **step}
+    body |= QUICK_GPTQ if method == "gptq" else {}
     return {"portable": portable, "steps": [{"quantize": body}]}
 
 
@@ -46,9 +47,13 @@ def error(model: nn.Module, dense: nn.Module) -> float:
         return float(difference.square().mean() / dense(x).logits.square().mean())
 
 
+def two_blocks(**changes: Any) -> Any:
+    return tiny_llama(num_hidden_layers=2, **changes)
+
+
 def with_outliers() -> Any:
     """Norms let a few channels through 40 times larger, as in large models; what reads them is smaller by as much."""
-    model = tiny_llama()
+    model = two_blocks()
     with torch.no_grad():
         for block in model.model.layers:
             for norm, readers in (
@@ -67,8 +72,8 @@ def test_awq_helps_where_channels_stand_out(method: str) -> None:
     plain, scaled = run(dense, method=method), run(dense, "awq", method=method)
     assert error(scaled, dense) < 0.9 * error(plain, dense)
     plain_errors = plain.shrink_report.block_errors or run(dense, method="gptq").shrink_report.block_errors
-    assert len(scaled.shrink_report.block_errors) == len(plain_errors) == 4
-    assert any("scales of 16 inputs" in note for note in scaled.shrink_report.notes)
+    assert len(scaled.shrink_report.block_errors) == len(plain_errors) == 2
+    assert any("scales of 8 inputs" in note for note in scaled.shrink_report.notes)
 
 
 def test_rotation_helps_where_the_stream_has_outliers() -> None:
@@ -84,7 +89,7 @@ def test_rotation_helps_where_the_stream_has_outliers() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_only_rounding_moves_the_outputs(dtype: torch.dtype) -> None:
-    dense = tiny_llama()
+    dense = two_blocks()
     model = copy.deepcopy(dense).to(dtype)
     moved = error(run(model, "rotate", "awq", {"smooth": {"alpha": 0.4}}, scheme="W8A16"), dense)
     assert moved < (2e-3 if dtype == torch.float32 else 1e-2)
@@ -117,20 +122,20 @@ def test_block_errors_stay_relative_to_the_dense_block() -> None:
 
 
 def test_same_seed_same_bytes() -> None:
-    first, second = (run(tiny_llama(), "rotate", "awq", method="gptq").state_dict() for _ in range(2))
+    first, second = (run(two_blocks(), "rotate", "awq", method="gptq").state_dict() for _ in range(2))
     assert all(torch.equal(first[key], second[key]) for key in first)
-    other = run(tiny_llama(), {"rotate": {"seed": 1}}, "awq", method="gptq").state_dict()
+    other = run(two_blocks(), {"rotate": {"seed": 1}}, "awq").state_dict()
     assert not torch.equal(first["model.embed_tokens.weight"], other["model.embed_tokens.weight"])
 
 
 def test_after_width_pruning() -> None:
     steps = [{"prune": {"what": "width", "method": "wanda", "ratio": 0.2}}, *recipe("rotate", "awq")["steps"]]
-    model = shrink(tiny_llama(), {"steps": steps}, calibration=data(), progress=False)
+    model = shrink(two_blocks(), {"steps": steps}, calibration=data(), progress=False)
     assert model.config.intermediate_size < 80
-    assert any("scales of 16 inputs" in note for note in model.shrink_report.notes)
+    assert any("scales of 8 inputs" in note for note in model.shrink_report.notes)
     reference = copy.deepcopy(steps)
     reference[1]["quantize"] |= {"transforms": [], "scheme": "W8A16"}
-    pruned = shrink(tiny_llama(), {"steps": reference}, calibration=data(), progress=False)
+    pruned = shrink(two_blocks(), {"steps": reference}, calibration=data(), progress=False)
     x = data(1, seed=99)[0]["input_ids"]
     with torch.no_grad():
         difference = (model(x).logits - pruned(x).logits).square().mean() / pruned(x).logits.square().mean()
@@ -138,14 +143,14 @@ def test_after_width_pruning() -> None:
 
 
 def test_a_saved_model_is_an_ordinary_checkpoint(tmp_path: Path) -> None:
-    model = run(tiny_llama(), "rotate", "awq", method="gptq")
+    model = run(two_blocks(), "rotate", "awq", method="gptq")
     assert model.shrink_report.portable
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
     x = data(1)[0]["input_ids"]
     with torch.no_grad():
         assert torch.equal(again(x).logits, model(x).logits)
-    plain = run(tiny_llama(), method="gptq")
+    plain = run(two_blocks(), method="gptq")
     shapes = {key: (value.shape, value.dtype) for key, value in plain.state_dict().items()}
     assert {key: (value.shape, value.dtype) for key, value in model.state_dict().items()} == shapes
     plain.save_pretrained(tmp_path / "plain")
@@ -186,13 +191,13 @@ def test_what_cannot_be_done_is_said() -> None:
 def test_plans_and_recipes_carry_transforms() -> None:
     asked = Recipe.from_dict(recipe({"rotate": {"seed": 3}}, "awq"))
     assert Recipe.from_dict(asked.to_dict()) == asked
-    plan = make_plan(tiny_llama(), asked, calibration=data(), progress=False)
+    plan = make_plan(two_blocks(), asked, calibration=data(), progress=False)
     assert plan.transforms == ({"rotate": {"seed": 3}}, "awq")
     assert "folded into the weights: rotate (seed: 3), awq" in plan.summary()
     again = Plan.from_json(plan.to_json())
     assert again == plan
-    direct = shrink(tiny_llama(), asked, calibration=data(), progress=False).state_dict()
-    planned = shrink(tiny_llama(), again, calibration=data(), progress=False).state_dict()
+    direct = shrink(two_blocks(), asked, calibration=data(), progress=False).state_dict()
+    planned = shrink(two_blocks(), again, calibration=data(), progress=False).state_dict()
     assert all(torch.equal(direct[key], planned[key]) for key in direct)
 
 

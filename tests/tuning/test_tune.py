@@ -28,8 +28,17 @@ def batches(count: int = 8, rows: int = 4, seed: int = 0) -> list[dict[str, torc
     return found
 
 
-def shrunk(model: Any, options: dict[str, Any] | None, data: list[dict[str, torch.Tensor]] | None = None) -> Any:
-    step = {"method": "gptq", **SCHEME, **({"tune": options} if options else {})}
+def small_llama(seed: int = 0) -> PreTrainedModel:
+    return tiny_llama(seed, num_hidden_layers=2)
+
+
+def shrunk(
+    model: Any,
+    options: dict[str, Any] | None,
+    data: list[dict[str, torch.Tensor]] | None = None,
+    method: str = "rtn",
+) -> Any:
+    step = {"method": method, **SCHEME, **({"tune": options} if options else {})}
     recipe = {"portable": False, "steps": [{"quantize": step}]}
     return shrink(model, recipe, calibration=data or batches(), progress=False)
 
@@ -45,11 +54,17 @@ def divergence(model: PreTrainedModel, dense: PreTrainedModel, data: list[dict[s
     return total / count
 
 
+@pytest.fixture(scope="module")
+def plain() -> Any:
+    """Quantized by GPTQ and not tuned; read only."""
+    return shrunk(small_llama(), None, method="gptq")
+
+
 @pytest.mark.parametrize("rounding", [False, True])
-def test_it_comes_nearer_to_the_dense_model_on_fresh_data(rounding: bool) -> None:
-    dense, fresh = tiny_llama(), batches(seed=1)
-    plain = shrunk(tiny_llama(), None)
-    tuned = shrunk(tiny_llama(), {"steps": 60, "learning_rate": 0.01, "rounding": rounding, "rounding_rate": 0.02})
+def test_it_comes_nearer_to_the_dense_model_on_fresh_data(rounding: bool, plain: Any) -> None:
+    dense, fresh = small_llama(), batches(seed=1)
+    options = {"steps": 60, "learning_rate": 0.01, "rounding": rounding, "rounding_rate": 0.02}
+    tuned = shrunk(small_llama(), options, method="gptq")
     assert divergence(tuned, dense, fresh) < 0.95 * divergence(plain, dense, fresh)
     assert any("tuning took the KL divergence" in note for note in tuned.shrink_report.notes)
     assert tuned.shrink_report.seconds["tune"] > 0
@@ -65,12 +80,12 @@ def test_it_comes_nearer_to_the_dense_model_on_fresh_data(rounding: bool) -> Non
 
 
 def test_rounding_is_left_alone_where_it_would_take_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
-    options = {"steps": 10, "learning_rate": 0.01, "rounding_rate": 0.02}
-    small = shrunk(tiny_llama(), {**options, "rounding": "auto"})
+    options = {"steps": 6, "learning_rate": 0.01, "rounding_rate": 0.02}
+    small = shrunk(small_llama(), {**options, "rounding": "auto"})
     monkeypatch.setattr("hf_shrink.tuning.distill.MOST_ROUNDED", 1000)
-    large = shrunk(tiny_llama(), {**options, "rounding": "auto"})
+    large = shrunk(small_llama(), {**options, "rounding": "auto"})
     for found, rounding in ((small, True), (large, False)):
-        expected = shrunk(tiny_llama(), {**options, "rounding": rounding})
+        expected = shrunk(small_llama(), {**options, "rounding": rounding})
         for name, tensor in expected.state_dict().items():
             assert torch.equal(tensor, found.state_dict()[name]), name
         assert any("tune.rounding: true" in note for note in found.shrink_report.notes) != rounding
@@ -91,9 +106,9 @@ def test_the_loss_is_the_divergence() -> None:
     assert teacher.unit == "KL divergence"
 
 
-def test_what_gets_worse_is_taken_back() -> None:
-    plain = shrunk(tiny_llama(), None)
-    ruined = shrunk(tiny_llama(), {"steps": 3, "learning_rate": 0.9, "rounding": True, "rounding_rate": 0.9})
+def test_what_gets_worse_is_taken_back(plain: Any) -> None:
+    options = {"steps": 3, "learning_rate": 0.9, "rounding": True, "rounding_rate": 0.9}
+    ruined = shrunk(small_llama(), options, method="gptq")
     assert any("was taken back" in note for note in ruined.shrink_report.notes)
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, ruined.state_dict()[name]), name
@@ -101,13 +116,13 @@ def test_what_gets_worse_is_taken_back() -> None:
 
 
 def test_same_seed_same_bytes() -> None:
-    first, second = (shrunk(tiny_llama(), {"steps": 10, "rounding": True}) for _ in range(2))
+    first, second = (shrunk(small_llama(), {"steps": 6, "rounding": True}) for _ in range(2))
     for name, tensor in first.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
 
 
 def test_a_half_precision_model_keeps_its_dtypes() -> None:
-    model = shrunk(tiny_llama().to(torch.bfloat16), {"steps": 20, "learning_rate": 0.01})
+    model = shrunk(small_llama().to(torch.bfloat16), {"steps": 10, "learning_rate": 0.01})
     assert any("tuning" in note for note in model.shrink_report.notes)
     assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {torch.bfloat16}
     assert all(p.requires_grad for p in model.parameters())
@@ -121,7 +136,7 @@ def bert(kind: type[PreTrainedModel]) -> PreTrainedModel:
 
 @pytest.mark.parametrize("kind", [BertModel, BertForSequenceClassification])
 def test_models_without_an_output_head(kind: type[PreTrainedModel]) -> None:
-    model = shrunk(bert(kind), {"steps": 40, "learning_rate": 0.01})
+    model = shrunk(bert(kind), {"steps": 20, "learning_rate": 0.01})
     (note,) = [note for note in model.shrink_report.notes if "tuning" in note]
     assert ("KL divergence" if kind is BertForSequenceClassification else "relative squared error") in note
 
@@ -146,7 +161,7 @@ def test_blocks_that_run_again_give_the_same_gradients() -> None:
 
 def test_one_batch_is_not_enough() -> None:
     with pytest.raises(CalibrationError, match=r"at least 2 batches.*calibration.samples"):
-        shrunk(tiny_llama(), {"steps": 2}, batches(1))
+        shrunk(small_llama(), {"steps": 2}, batches(1))
 
 
 @pytest.mark.parametrize(
@@ -162,12 +177,12 @@ def test_one_batch_is_not_enough() -> None:
 )
 def test_options_are_checked_when_the_recipe_is_read(options: dict[str, Any], message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        shrunk(tiny_llama(), options)
+        shrunk(small_llama(), options)
 
 
 def test_a_loss_that_is_not_finite_leaves_the_model_as_it_was() -> None:
-    model, data = shrunk(tiny_llama(), None), batches(4)
-    teacher = Teacher(tiny_llama(), data, lambda *_: None)
+    model, data = shrunk(small_llama(), None), batches(4)
+    teacher = Teacher(small_llama(), data, lambda *_: None)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CalibrationError, match=r"not finite.*learning_rate"), pytest.MonkeyPatch.context() as patch:
         patch.setattr(teacher, "loss", lambda m, i: sum(p.sum() for p in m.parameters() if p.requires_grad) * torch.nan)
