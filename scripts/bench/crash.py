@@ -114,13 +114,19 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[])
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--max-memory", default="0")
+    parser.add_argument(
+        "--no-page", action="store_true", help="draw no report page, which takes longer than tiny models"
+    )
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
-    from hf_shrink.pipeline import shrink_checkpoint
+    from hf_shrink.pipeline import checkpointing, shrink_checkpoint
     from hf_shrink.pipeline.recipes import load_recipe
 
     recipe = load_recipe(options.recipe).with_overrides([*options.set, "evaluation.metrics=[]"])
+
+    if options.no_page:
+        checkpointing.write_report = lambda *given, **named: []
 
     def run(out: Path) -> None:
         shrink_checkpoint(
