@@ -7,6 +7,7 @@ from importlib import metadata
 
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
+from hf_shrink.checkpoint.quantizers import LoadingConfig
 from hf_shrink.checkpoint.quantizers import register as _register
 from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
 from hf_shrink.evaluation import bench_checkpoint, evaluate_model
@@ -31,6 +32,7 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Front",
+    "LoadingConfig",
     "Plan",
     "Recipe",
     "RecipeError",

@@ -15,10 +15,11 @@ from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.residence import Room
 
 HELD_OUT = 8  # one batch in so many is kept to check corrections with
+ENOUGH = 12  # tokens a column of the widest matrix, with which drift is measured well
 
 
 class DenseStream:
-    """What the dense blocks put out, for all of a walk's batches or half of them.
+    """What the dense blocks put out, for all of a walk's batches or some of them.
 
     Attributes:
         walk: over the same blocks; only ever advanced through dense blocks, so that after a block its hidden states
@@ -27,8 +28,9 @@ class DenseStream:
 
     Args:
         model, blocks, batches: as of the compressed walk, when that is made.
-        everything: follow all batches. Otherwise every second one and those held out: half of the tokens are enough
-            to measure how far inputs have drifted.
+        tokens: in all batches.
+        everything: follow all batches. Otherwise those held out and at most half of the others, fewer where `ENOUGH`
+            tokens come together sooner: so many are enough to measure how far inputs have drifted.
         measure_all: measure it on all batches that are followed.
     """
 
@@ -38,6 +40,7 @@ class DenseStream:
         blocks: Sequence[nn.Module],
         batches: Sequence[Mapping[str, Any]],
         *,
+        tokens: int,
         everything: bool,
         measure_all: bool = False,
         **settings: Any,
@@ -45,7 +48,8 @@ class DenseStream:
         count = len(batches)
         held = -(-count // HELD_OUT) if count > 1 else 0
         self.held_out = frozenset(range(count - held, count))
-        self._measured = self.held_out | frozenset(range(0, count - held, 1 if measure_all else 2))
+        sparing = max(2, tokens // (ENOUGH * _widest(blocks)))
+        self._measured = self.held_out | frozenset(range(0, count - held, 1 if measure_all else sparing))
         followed = range(count) if everything else sorted(self._measured)
         self._place = {batch: place for place, batch in enumerate(followed)}
         self.walk = StackWalk(model, blocks, [batches[batch] for batch in followed], room=Room(IN_MEMORY), **settings)
@@ -105,3 +109,9 @@ class Follower:
     def is_held_out(self, batch: int) -> bool:
         """Whether the batch is one to check corrections with."""
         return batch in self._stream.held_out
+
+
+def _widest(blocks: Sequence[nn.Module]) -> int:
+    """The inputs of the matrix with the most."""
+    widths = (weight.shape[-1] for block in blocks for weight in block.parameters() if weight.dim() > 1)
+    return max(widths, default=1)

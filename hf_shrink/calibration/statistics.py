@@ -17,56 +17,64 @@ class Drift:
     """How inputs differ from the dense model's for the same tokens: x here, x + d there.
 
     Attributes:
-        cross: float32 (in, in), sum of d xᵀ.
-        tokens: how many rows were added.
-        held_cross, held_hessian: sums of d xᵀ and x xᵀ over other tokens, to check a correction with.
-        shift: float64 (in,), sum of d.
-        held_shift, held_total, held_weight: sums of d and x over the other tokens, and their number.
+        measured: sums over the tokens that corrections are made from.
+        held: sums over other tokens, to check a correction with.
     """
 
-    cross: Tensor
-    held_cross: Tensor
-    held_hessian: Tensor
-    tokens: int = 0
-    shift: Tensor | None = None
-    held_shift: Tensor | None = None
-    held_total: Tensor | None = None
-    held_weight: float = 0.0
+    measured: DriftSums
+    held: DriftSums
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Drift:
-        cross, held_cross, held_hessian = torch.zeros(3, in_features, in_features, device=device).unbind()
-        shift, held_shift, held_total = torch.zeros(3, in_features, dtype=torch.float64, device=device).unbind()
-        return cls(cross, held_cross, held_hessian, 0, shift, held_shift, held_total)
-
-    def add(self, x: Tensor, dense: Tensor, *, held_out: bool, longest: float | None = None) -> None:
-        """Add a batch of inputs (..., in) and the dense model's for the same tokens; `longest`: as of the inputs."""
-        rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
-        change = dense.reshape(rows.shape).to(torch.float32) - rows
-        factors = shortening(rows, longest)
-        rows, change = rows * factors, change * factors
-        (self.held_cross if held_out else self.cross).addmm_(change.t(), rows)
-        shift = self.held_shift if held_out else self.shift
-        if shift is not None:
-            shift += (change * factors).sum(0, dtype=torch.float64)
-        if held_out:
-            self.held_hessian.addmm_(rows.t(), rows)
-            self.held_weight += float(factors.square().sum(dtype=torch.float64))
-            if self.held_total is not None:
-                self.held_total += (rows * factors).sum(0, dtype=torch.float64)
-        else:
-            self.tokens += len(rows)
+        return cls(DriftSums.empty(in_features, device), DriftSums.empty(in_features, device))
 
     def with_constant(self, size: float) -> Drift:
         """As if inputs had one more feature, always `size`, which never drifts."""
-        assert self.shift is not None and self.held_shift is not None and self.held_total is not None
-        zero = torch.zeros_like(self.shift)
-        return Drift(
-            _bordered(self.cross, size * self.shift, zero, 0.0),
-            _bordered(self.held_cross, size * self.held_shift, zero, 0.0),
-            _bordered(self.held_hessian, size * self.held_total, size * self.held_total, size**2 * self.held_weight),
-            self.tokens,
-        )
+        return Drift(self.measured.with_constant(size), self.held.with_constant(size))
+
+
+@dataclass
+class DriftSums:
+    """Sums over the tokens of some batches.
+
+    Attributes:
+        cross: float32 (in, in), sum of d xᵀ.
+        hessian: float32 (in, in), sum of x xᵀ over the same tokens. A correction is a regression of d on x, and with
+            the second moment of other tokens the noise of x itself would come into it.
+        shift: float64 (in,), sum of d.
+        total: float64 (in,), sum of x.
+        tokens: how many rows were added.
+        weight: the same, a shortened row as the square of its factor.
+    """
+
+    cross: Tensor
+    hessian: Tensor
+    shift: Tensor
+    total: Tensor
+    tokens: int = 0
+    weight: float = 0.0
+
+    @classmethod
+    def empty(cls, in_features: int, device: torch.device | str = "cpu") -> DriftSums:
+        cross, hessian = torch.zeros(2, in_features, in_features, device=device).unbind()
+        shift, total = torch.zeros(2, in_features, dtype=torch.float64, device=device).unbind()
+        return cls(cross, hessian, shift, total)
+
+    def add(self, rows: Tensor, change: Tensor, factors: Tensor) -> None:
+        """Add x and d, both float32 (n, in) and shortened by `factors` (n, 1)."""
+        self.cross.addmm_(change.t(), rows)
+        add_symmetric(self.hessian, rows)
+        self.shift += (change * factors).sum(0, dtype=torch.float64)
+        self.total += (rows * factors).sum(0, dtype=torch.float64)
+        self.weight += float(factors.square().sum(dtype=torch.float64))
+        self.tokens += len(rows)
+
+    def with_constant(self, size: float) -> DriftSums:
+        """As if inputs had one more feature, always `size`, which never drifts."""
+        zero, total = torch.zeros_like(self.shift), size * self.total
+        cross = _bordered(self.cross, size * self.shift, zero, 0.0)
+        hessian = _bordered(self.hessian, total, total, size**2 * self.weight)
+        return DriftSums(cross, hessian, zero, zero, self.tokens, self.weight)
 
 
 @dataclass
@@ -122,14 +130,22 @@ class InputStatistics:
 
     def add(self, x: Tensor) -> None:
         """Add a batch of inputs (..., in) of any float dtype. Only the lower panels are computed; see `finish`."""
+        rows, _ = self._counted(x)
+        add_symmetric(self.hessian, rows)
+
+    def add_drift(self, x: Tensor, dense: Tensor, *, held_out: bool) -> None:
+        """As `add`, and to the drift: the dense model's inputs for the same tokens are known."""
+        if self.drift is None:
+            self.drift = Drift.empty(x.shape[-1], x.device)
+        rows, factors = self._counted(x)
+        change = dense.reshape(rows.shape).to(torch.float32) * factors - rows
+        (self.drift.held if held_out else self.drift.measured).add(rows, change, factors)
+
+    def _counted(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch as rows, float32 (n, in), shortened by the factors (n, 1); with all but second moments added up."""
         rows = x.reshape(-1, x.shape[-1]).to(torch.float32)
         factors = shortening(rows, self.longest)
         rows = rows if self.longest is None else rows * factors
-        size = rows.shape[1]
-        columns = rows.t()
-        for start in range(0, size, _PANEL):
-            stop = min(start + _PANEL, size)
-            self.hessian[start:, start:stop].addmm_(columns[start:], rows[:, start:stop])
         if self.largest is not None and len(rows):
             low, high = rows.aminmax(dim=0)
             self.largest = torch.maximum(self.largest, torch.maximum(-low, high))
@@ -137,19 +153,16 @@ class InputStatistics:
             self.total += (rows * factors).sum(0, dtype=torch.float64)
         self.weight += float(factors.square().sum(dtype=torch.float64))
         self.tokens += rows.shape[0]
-
-    def add_drift(self, x: Tensor, dense: Tensor, *, held_out: bool) -> None:
-        """Add to the drift: a batch of inputs (..., in) and the dense model's for the same tokens."""
-        if self.drift is None:
-            self.drift = Drift.empty(x.shape[-1], x.device)
-        self.drift.add(x, dense, held_out=held_out, longest=self.longest)
+        return rows, factors
 
     def finish(self, name: str) -> InputStatistics:
-        """Mirror the lower triangle. Raises CalibrationError naming `name` for absent inputs or ones not finite."""
+        """Make the Hessians whole. Raises CalibrationError naming `name` for absent inputs or ones not finite."""
         if self.tokens == 0:
             raise CalibrationError(f"{name} saw no calibration tokens; give more or other calibration data")
-        lower = torch.tril(self.hessian)
-        self.hessian = lower + torch.tril(self.hessian, -1).t()
+        for sums in () if self.drift is None else (self.drift.measured, self.drift.held):
+            self.hessian += sums.hessian
+            sums.hessian = _mirrored(sums.hessian)
+        self.hessian = _mirrored(self.hessian)
         if not torch.isfinite(self.hessian).all():
             raise CalibrationError(
                 f"NaN or Inf in the inputs of {name} during calibration; check the weights and the data"
@@ -164,6 +177,19 @@ def shortening(rows: Tensor, longest: float | None) -> Tensor:
     lengths = rows.norm(dim=1, keepdim=True)
     limit = longest * lengths.median()
     return (limit / lengths.clamp_min(1e-30)).clamp(max=1) if limit > 0 else torch.ones_like(lengths)
+
+
+def add_symmetric(sums: Tensor, rows: Tensor) -> None:
+    """Add rowsᵀ rows, of which only the panels from the diagonal down are computed, to (in, in) sums."""
+    size, columns = rows.shape[1], rows.t()
+    for start in range(0, size, _PANEL):
+        stop = min(start + _PANEL, size)
+        sums[start:, start:stop].addmm_(columns[start:], rows[:, start:stop])
+
+
+def _mirrored(lower: Tensor) -> Tensor:
+    """The symmetric matrix whose lower triangle is given."""
+    return torch.tril(lower) + torch.tril(lower, -1).t()
 
 
 def _bordered(matrix: Tensor, column: Tensor, row: Tensor, corner: float) -> Tensor:

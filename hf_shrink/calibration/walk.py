@@ -91,8 +91,8 @@ class StackWalk:
     def tokens(self) -> int:
         """Tokens that pass through the stack, padding not counted."""
         return sum(
-            int(mask.sum()) if mask is not None else hidden.shape[:-1].numel()
-            for hidden, mask in zip(self.hidden, self._masks, strict=True)
+            int(mask.sum()) if mask is not None else self.hidden.kind(batch).shape[:-1].numel()
+            for batch, mask in enumerate(self._masks)
         )
 
     def call(self, batch: int) -> Any:
@@ -199,9 +199,10 @@ class StackWalk:
                     empty = InputStatistics.empty(given.shape[-1], given.device, longest)
                     collected.update(dict.fromkeys(paths, empty))
                 real = self.real_tokens(batch)(given)
-                collected[paths[0]].add(real)
                 dense_input = follower.real_input(batch, stage) if follower is not None else None
-                if follower is not None and dense_input is not None:
+                if follower is None or dense_input is None:
+                    collected[paths[0]].add(real)
+                else:
                     collected[paths[0]].add_drift(real, dense_input, held_out=follower.is_held_out(batch))
 
         def settle(stage: int) -> None:

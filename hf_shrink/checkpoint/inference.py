@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from hf_shrink.checkpoint.others import take_over
 from hf_shrink.runtime.attention import use_grouped_attention
 from hf_shrink.runtime.optimizing import use_kernels
 
@@ -22,13 +23,21 @@ def optimize_for_inference(model: Module, *, device: torch.device | str | None =
     Attention by transformers' "sdpa" takes another way to the same result for single tokens (`runtime/attention.py`).
     `kernel_summary(model)` says what runs on what, and why the rest does not.
 
+    `shrink` does this by itself unless called with `optimize=False`, and `from_pretrained` with checkpoints of ours
+    unless called with `quantization_config=LoadingConfig(optimize=False)`.
+
     Args:
-        model: with weights packed by hf_shrink. Calling it again changes nothing.
+        model: with weights packed by hf_shrink, or a compressed-tensors checkpoint of another tool as `from_pretrained`
+            loads it, before its first forward pass, which makes it dense. Calling it again changes nothing.
         device: where to move the model first; by default it stays.
 
     Returns:
         The same object.
+
+    Raises:
+        CheckpointError: another tool's checkpoint is stored in a way that hf_shrink does not know, or is dense already.
     """
+    take_over(model)
     if device is not None:
         model.to(device)
     use_kernels(model)

@@ -23,6 +23,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from hf_shrink.checkpoint.experts import without_merging
 from hf_shrink.checkpoint.format import NEEDS_HF_SHRINK, OWN_KEY, PRUNED_METHOD
+from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.save import bind
 from hf_shrink.checkpoint.skeleton import check_loaded, marker, pack, resize, take_experts_apart, targeted, unpack
@@ -98,8 +99,28 @@ class PackedConfig(CompressedTensorsConfig):
         return found
 
 
+class LoadingConfig(CompressedTensorsConfig):
+    """How `from_pretrained` loads a quantized checkpoint of ours, given as its `quantization_config`.
+
+    Args:
+        optimize: let the weights multiply with fast kernels; see `optimize_for_inference`.
+        dequantize: make them dense instead.
+    """
+
+    def __init__(self, *, optimize: bool = True, dequantize: bool = False) -> None:
+        super().__init__(dequantize=dequantize)
+        self.optimize = optimize
+
+    def get_loading_attributes(self) -> dict[str, Any]:
+        return {"dequantize": self.dequantize, "optimize": self.optimize}
+
+
+# transformers merges what the caller gives into what the checkpoint says where both classes have the same name.
+LoadingConfig.__name__ = CompressedTensorsConfig.__name__
+
+
 class PackedQuantizer(CompressedTensorsHfQuantizer):
-    """Keeps the weights of our checkpoints packed; the stock class for every other one.
+    """Keeps the weights of our checkpoints packed, on fast kernels; the stock class for every other one.
 
     `"dequantize": true` in our files is for stock; weights become dense here only when the caller asks for it, with
     `quantization_config=CompressedTensorsConfig(dequantize=True)` or `model.dequantize()`.
@@ -131,7 +152,9 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
             tie_buffers(model, pair)
         check_loaded(model)
         bind(model, _record_beside(model))
-        return model.dequantize() if self._to_dense else model
+        if self._to_dense:
+            return cast(PreTrainedModel, model.dequantize())
+        return optimize_for_inference(model) if getattr(self.quantization_config, "optimize", True) else model
 
     def _convert_model_for_quantization(self, model: PreTrainedModel) -> None:
         # Stock exchanges modules that it cannot quantize; our checkpoints hold them as they are.

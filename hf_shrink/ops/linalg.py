@@ -26,13 +26,6 @@ class InverseFactor:
     damping: float
     order: Tensor
 
-    def times_inverse(self, rows: Tensor) -> Tensor:
-        """float32 (k, n) `rows` times the damped inverse, both in the moment's own order; in float32."""
-        upper = self.upper.float()
-        product = torch.empty_like(rows)
-        product[:, self.order] = rows[:, self.order] @ upper.T @ upper
-        return product
-
 
 def dead_channels(moment: Tensor) -> Tensor:
     """(n,) bool: the channels whose input was always zero."""

@@ -100,11 +100,8 @@ class Searching:
 
     @cached_property
     def space(self) -> Space:
-        portable = self.recipe.portable
-        size = self.spec.group_size
-        # Four values a weight are few: zero points pay, where they need not load in stock transformers.
-        schemes = tuple(Scheme(bits, symmetric=portable or bits > 2, group_size=size) for bits in self.spec.bits)
-        return Space(schemes, self.spec.width, self.spec.depth, self.spec.embeddings, portable)
+        schemes = tuple(Scheme(bits, group_size=self.spec.group_size) for bits in self.spec.bits)
+        return Space(schemes, self.spec.width, self.spec.depth, self.spec.embeddings, self.recipe.portable)
 
     @cached_property
     def quantizable(self) -> frozenset[str]:

@@ -12,7 +12,7 @@ from hf_shrink.architectures.matching import class_of
 from hf_shrink.architectures.weights import WeightRef, weight_refs
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError, RecipeError
-from hf_shrink.ops.linalg import damped_inverse_factor, damped_moment
+from hf_shrink.ops.linalg import damped_moment
 from hf_shrink.ops.masks import refit_kept
 from hf_shrink.pipeline.kept import KeptStack, present
 from hf_shrink.pipeline.targets import weight_holders
@@ -150,11 +150,10 @@ def _refitted(method: WeightsMethod, views: Sequence[WeightView], statistics: In
     A method that changes weights starts from those corrected for the drift of the inputs. Others choose by the weights
     as they are, so that a threshold means what it says.
     """
-    inverse = damped_inverse_factor(statistics.mean, DAMPING)
-    targets = [corrected(view.rows, statistics, inverse)[0] for view in views]
+    targets = [corrected(view.rows, statistics)[0] for view in views]
     if getattr(method, "changes_weights", False):
         views = [replace(view, rows=target.clone()) for view, target in zip(views, targets, strict=True)]
-    hessian = damped_moment(statistics.mean, inverse.damping).to(targets[0])
+    hessian = damped_moment(statistics.mean, DAMPING).to(targets[0])
     return [
         replace(masked, rows=refit_kept(target, masked.rows, masked.kept, hessian, REFIT_STEPS))
         for target, masked in zip(targets, method.prune(views, statistics), strict=True)

@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.calibration.data import CalibrationData
 from hf_shrink.calibration.inputs import tokenizer_of
+from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.evaluation import compare_decode_speed, evaluate_model, for_report, greedy_completion
 from hf_shrink.recipe import EvaluationSpec
@@ -29,6 +30,9 @@ def measure(
 ) -> None:
     """Measure `model` beside `dense`. `processing`: after the run, and before."""
     model.eval()
+    rests = any((residence := residence_of(m)) is not None and residence.rests for m in (dense, model))
+    if not rests:
+        optimize_for_inference(model)
     result = evaluate_model(
         model,
         held_out,
@@ -39,7 +43,7 @@ def measure(
         progress=show,
     )
     speed = None
-    if any((residence := residence_of(m)) is not None and residence.rests for m in (dense, model)):
+    if rests:
         record.report.notes.append(
             "speed was not measured, and no text was written: the dense model is larger than half of max_memory, and "
             "reading it from the disk for every token says nothing; see `hf-shrink bench`"

@@ -114,9 +114,8 @@ class Run:
                 self.walk = StackWalk(self.model, modules, given, **settings)
                 if refits or (solves and (self.learning is not None or self.follows)):
                     everything = self.learning is not None or refits
-                    self.dense = DenseStream(
-                        self.model, modules, given, everything=everything, measure_all=refits, **settings
-                    )
+                    settings |= {"tokens": self.walk.tokens, "everything": everything, "measure_all": refits}
+                    self.dense = DenseStream(self.model, modules, given, **settings)
         walks = {"walk": self.walk, "dense": None if self.dense is None else self.dense.walk}
         self.keeper.resume(stack, **walks)
         self.progress("compressing blocks", self.done, self.total)

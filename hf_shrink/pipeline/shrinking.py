@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from hf_shrink.architectures.refused import check_type
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
+from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.save import model_portability
@@ -59,6 +60,7 @@ def shrink(
     calibration: Any = None,
     seed: int = 0,
     progress: bool = True,
+    optimize: bool = True,
 ) -> Module:
     """Make a model smaller, in place; returns the same object.
 
@@ -76,6 +78,7 @@ def shrink(
             .txt, .jsonl or .parquet file, a `datasets.Dataset`, a list of texts, or an iterable of model-input dicts.
         seed: of everything random. Same seed, same machine, same bytes.
         progress: show progress bars.
+        optimize: let packed weights multiply with fast kernels in the end; see `optimize_for_inference`.
 
     Raises:
         RecipeError: the recipe is not valid, or cannot be met on this model.
@@ -89,7 +92,7 @@ def shrink(
         bind_save(model, record)
     else:
         model.shrink_record, model.shrink_report = record, record.report  # type: ignore[assignment]
-    return model
+    return optimize_for_inference(model) if optimize else model
 
 
 def make_plan(

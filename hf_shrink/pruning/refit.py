@@ -67,16 +67,17 @@ def _solved(weight: Tensor, statistics: InputStatistics, kept: Tensor, damping: 
     kept = kept.to(weight.device)
     found = least_squares_refit(weight, statistics.mean, kept, damping)
     drift = statistics.drift
-    if drift is None or drift.tokens == 0:
+    if drift is None or drift.measured.tokens == 0:
         return found, None, 0.0
-    lower, _ = damped_cholesky(statistics.mean[kept][:, kept], damping)
-    moved = weight.double() @ (drift.cross[:, kept].double() / drift.tokens)
+    measured, held = drift.measured, drift.held
+    lower, _ = damped_cholesky(measured.hessian[kept][:, kept] / measured.tokens, damping)
+    moved = weight.double() @ (measured.cross[:, kept].double() / measured.tokens)
     change = torch.cholesky_solve(moved.T, lower).T.float()
     # On the held-out tokens: E||W (x + d) - (V + part * change) x_kept||^2 is least at gain / size.
     gap = weight.clone()
     gap[:, kept] -= found
-    left = gap @ drift.held_hessian[:, kept] + weight @ drift.held_cross[:, kept]
+    left = gap @ held.hessian[:, kept] + weight @ held.cross[:, kept]
     gain = (left * change).sum(dtype=torch.float64)
-    size = (change @ drift.held_hessian[kept][:, kept] * change).sum(dtype=torch.float64)
+    size = (change @ held.hessian[kept][:, kept] * change).sum(dtype=torch.float64)
     part = float((gain / size).clamp(0, 1)) if size > 0 else 0.0
     return found + part * change, None, part

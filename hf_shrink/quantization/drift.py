@@ -12,31 +12,40 @@ import torch
 from torch import Tensor
 
 from hf_shrink.calibration.statistics import Drift, InputStatistics
-from hf_shrink.ops.linalg import InverseFactor
+from hf_shrink.ops.linalg import damped_cholesky
+
+DAMPINGS = (0.01, 0.1)  # of the correction's second moment, tried on held-out tokens
 
 
-def corrected(weight: Tensor, statistics: InputStatistics, inverse: InverseFactor) -> tuple[Tensor, float]:
+def corrected(weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, float]:
     """The weight to be rounded in the place of `weight`, and how much of the correction was taken.
 
-    Tokens that were held out decide how much: the part of it, between 0 and 1, that brings their outputs nearest to
-    the dense model's.
+    Tokens that were held out decide how much, and with which damping: the correction, and the part of it between 0 and
+    1, that brings their outputs nearest to the dense model's.
 
     Args:
         weight: W, (out, in) float32.
         statistics: with a `drift`; without one the weight comes back as it is.
-        inverse: of the mean second moment, damped.
 
     Returns:
         V, (out, in) float32, and a number from 0 to 1.
     """
     drift = statistics.drift
-    if drift is None or drift.tokens == 0:
+    if drift is None or drift.measured.tokens == 0:
         return weight, 0.0
-    change = inverse.times_inverse(weight @ (drift.cross / drift.tokens))
-    gain = (weight @ drift.held_cross * change).sum(dtype=torch.float64)
-    size = (change @ drift.held_hessian * change).sum(dtype=torch.float64)
-    part = float((gain / size).clamp(0, 1)) if size > 0 else 0.0
-    return weight + part * change, part
+    moment, held = drift.measured.hessian / drift.measured.tokens, drift.held
+    missing = (weight @ (drift.measured.cross / drift.measured.tokens)).double()
+    gains = weight @ held.cross
+    best, won, taken = weight, 0.0, 0.0
+    for damping in DAMPINGS:
+        lower, _ = damped_cholesky(moment, damping)
+        change = torch.cholesky_solve(missing.T, lower).T.float()
+        gain = float((gains * change).sum(dtype=torch.float64))
+        size = float((change @ held.hessian * change).sum(dtype=torch.float64))
+        part = min(max(gain / size, 0.0), 1.0) if size > 0 else 0.0
+        if part * (2 * gain - part * size) > won:
+            best, won, taken = weight + part * change, part * (2 * gain - part * size), part
+    return best, taken
 
 
 def held_out_loss(weight: Tensor, approximation: Tensor, drift: Drift) -> float:
@@ -48,6 +57,6 @@ def held_out_loss(weight: Tensor, approximation: Tensor, drift: Drift) -> float:
         weight, approximation: W and A, (out, in) float32.
     """
     lost = weight - approximation
-    own = (lost @ drift.held_hessian * lost).sum(dtype=torch.float64)
-    shared = (lost @ drift.held_cross.T * weight).sum(dtype=torch.float64)
+    own = (lost @ drift.held.hessian * lost).sum(dtype=torch.float64)
+    shared = (lost @ drift.held.cross.T * weight).sum(dtype=torch.float64)
     return float(own + 2 * shared)

@@ -82,13 +82,16 @@ class GPTQ:
             raise CalibrationError("GPTQ has seen no inputs of this Linear; use more calibration data, or method: rtn")
         weight, moment = weight.detach(), statistics.mean.to(weight.device)
         order = self._order(moment.diagonal(), scheme.for_width(len(moment)).group_size)
-        asked, inverse = self._best_damping(weight, scheme, statistics, scale_dtype, moment, order, kept)
-        found = self._solve(weight, scheme, statistics, scale_dtype, moment, inverse, kept)
+        # Under a mask the correction has been taken with the mask.
+        target = corrected(weight, statistics)[0] if self.asymmetric and kept is None else weight
+        asked, inverse = self._best_damping(weight, target, scheme, statistics, scale_dtype, moment, order, kept)
+        found = self._solve(target, scheme, scale_dtype, moment, inverse, kept)
         return replace(found, notes=_notes(moment, asked, inverse.damping))
 
     def _best_damping(
         self,
         weight: Tensor,
+        target: Tensor,
         scheme: Scheme,
         statistics: InputStatistics,
         scale_dtype: torch.dtype,
@@ -98,16 +101,16 @@ class GPTQ:
     ) -> tuple[float, InverseFactor]:
         """A damping and the damped inverse: by the outputs that some of the rows give on held-out tokens."""
         drift = statistics.drift
-        if self.damping is not None or drift is None or not drift.held_hessian.any():
+        if self.damping is not None or drift is None or not drift.held.hessian.any():
             damping = self.damping or DAMPINGS[0]
             return damping, damped_inverse_factor(moment, damping, order)
         step = -(-len(weight) // TRIAL_ROWS)
-        rows, mask = weight[::step], None if kept is None else kept[::step]
+        rows, mask = target[::step], None if kept is None else kept[::step]
         best: tuple[float, float, InverseFactor] | None = None
         for damping in DAMPINGS:
             inverse = damped_inverse_factor(moment, damping, order)
-            found = self._solve(rows, scheme, statistics, scale_dtype, moment, inverse, mask)
-            loss = held_out_loss(rows, found.dequantized(), drift)
+            found = self._solve(rows, scheme, scale_dtype, moment, inverse, mask)
+            loss = held_out_loss(weight[::step], found.dequantized(), drift)
             if best is None or loss < best[0]:
                 best = loss, damping, inverse
         assert best is not None
@@ -117,14 +120,11 @@ class GPTQ:
         self,
         weight: Tensor,
         scheme: Scheme,
-        statistics: InputStatistics,
         scale_dtype: torch.dtype,
         moment: Tensor,
         inverse: InverseFactor,
         kept: Tensor | None,
     ) -> QuantizedWeight:
-        if self.asymmetric and kept is None:  # else the correction has been taken with the mask
-            weight, _ = corrected(weight, statistics, inverse)
         scheme, diagonal = scheme.for_width(len(moment)), moment.diagonal()
         damped = moment.clone()
         damped.diagonal().add_(inverse.damping * diagonal.mean() if diagonal.any() else 1.0)

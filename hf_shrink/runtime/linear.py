@@ -16,6 +16,7 @@ from hf_shrink.plan import Scheme
 from hf_shrink.runtime.int8 import int8_linear
 from hf_shrink.runtime.kernels import kernel_for
 from hf_shrink.runtime.kernels.blocks import blockwise_gradient
+from hf_shrink.runtime.kernels.crossover import few_limit
 from hf_shrink.runtime.packed import PackedModule
 
 
@@ -84,7 +85,8 @@ class CompressedLinear(PackedModule):
         rows, columns, device = self.out_features, self.in_features, self.device
         kind, self.kernel_note = kernel_for(self.scheme, rows, columns, device, self.scale_dtype)
         if kind is not None:
-            self.use_kernel(kind.pack(*self.unpacked(), few=32))
+            few = few_limit(kind, self.numel, self.scale_dtype, device)
+            self.use_kernel(kind.pack(*self.unpacked(), few))
 
     def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.kernel is not None:

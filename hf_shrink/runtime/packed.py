@@ -87,9 +87,14 @@ class PackedModule(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the weight is."""
+        return self.held.device
+
+    @property
+    def held(self) -> Tensor:
+        """The buffer that holds the weight's values; modules that share a weight share it."""
         held = self._buffers["weight_packed" if self.kernel is None else f"{_PREFIX}weight"]
         assert held is not None
-        return held.device
+        return held
 
     @property
     def weight_dtype(self) -> torch.dtype:
@@ -223,7 +228,7 @@ class PackedModule(nn.Module):
 
 def count_parameters(model: nn.Module) -> int:
     """Logical parameters: every parameter once, and a packed weight's unpacked elements."""
-    packed = {id(m.weight_packed): m.numel for m in model.modules() if isinstance(m, PackedModule)}
+    packed = {id(m.held): m.numel for m in model.modules() if isinstance(m, PackedModule)}
     return sum(map(_elements, model.parameters())) + sum(packed.values())
 
 

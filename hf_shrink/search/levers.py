@@ -34,11 +34,12 @@ def uniform(problem: Problem, bits: int) -> Assignment | None:
     """The same bits in all blocks, nothing cut and nothing dropped, what lies outside as it is; None: there is none."""
     taken = []
     for group in problem.groups:
-        wanted = frozenset() if group.block is None else frozenset({"bits"})
+        most = max(len(option.change.schemes) for option in group.options) if group.block is not None else 0
+        wanted = frozenset({"bits"}) if most else frozenset()
         found = [
             number
             for number, option in enumerate(group.options)
-            if levers_of(option) == wanted and all(s.bits == bits for s in option.change.schemes.values())
+            if levers_of(option) == wanted and [s.bits for s in option.change.schemes.values()] == [bits] * most
         ]
         if not found:
             return None

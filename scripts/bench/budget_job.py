@@ -19,6 +19,7 @@ from common import windows
 
 PLANS = 30
 SHARES = (0.2, 0.5)  # of the dense bytes, between which the random plans' budgets lie
+ATTEMPTS = 5  # to draw a plan that is new
 TOKENS = 4096  # that a plan is measured on
 SECOND = 0.45  # of the bfloat16 bytes, the budget that is planned for again
 
@@ -56,7 +57,8 @@ def predictions(job: dict[str, Any]) -> dict[str, Any]:
             share = SHARES[0] + (SHARES[1] - SHARES[0]) * number / (PLANS - 1)
             budget = Budget.from_dict({"bytes": int(share * job["bf16_bytes"])})
             programme = Programme(problem, search.limits(budget, problem))
-            found = programme.minimise(Swaps(programme, job["seed"] + number).shaken())
+            swaps = Swaps(programme, job["seed"] + number)
+            found = next((f for _ in range(ATTEMPTS) if (f := programme.minimise(swaps.shaken())) not in plans), None)
             if found is not None:
                 plans.append(found)
         measured = search.measured(problem)

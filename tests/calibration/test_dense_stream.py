@@ -9,7 +9,7 @@ from torch import nn
 
 from hf_shrink.calibration import dense_stream, shelf
 from hf_shrink.calibration.capture import first_output
-from hf_shrink.calibration.dense_stream import DenseStream
+from hf_shrink.calibration.dense_stream import ENOUGH, DenseStream
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
 
@@ -51,7 +51,7 @@ def test_dense_states_stay_those_of_the_dense_model(on_file: bool, monkeypatch: 
     model = tiny_llama()
     layers = list(model.model.layers)
     walk = StackWalk(model, layers, data)
-    dense = DenseStream(model, layers, data, everything=True)
+    dense = DenseStream(model, layers, data, tokens=0, everything=True)
     inputs: dict[str, InputStatistics] = {}
     for index in range(len(layers)):
         paths = {f"model.layers.{index}.{name}": layers[index].get_submodule(name) for name in NAMES}
@@ -68,16 +68,17 @@ def test_dense_states_stay_those_of_the_dense_model(on_file: bool, monkeypatch: 
         for batch in range(len(data)):
             torch.testing.assert_close(dense.target(batch), expected[index][batch])
     first = inputs["model.layers.0.self_attn.q_proj"].drift
-    assert first is not None and float(first.cross.abs().max()) == 0  # both streams begin with the embeddings
+    assert first is not None and float(first.measured.cross.abs().max()) == 0  # both streams begin with the embeddings
     later = inputs["model.layers.0.mlp.down_proj"].drift
-    assert later is not None and float(later.cross.abs().max()) > 0
+    assert later is not None and float(later.measured.cross.abs().max()) > 0
 
 
 def test_drift_is_the_difference_of_the_inputs_of_real_tokens() -> None:
     data = batches()
     model, reference = tiny_llama(), tiny_llama()
     layers = list(model.model.layers)
-    walk, dense = StackWalk(model, layers, data), DenseStream(model, layers, data, everything=False)
+    walk = StackWalk(model, layers, data)
+    dense = DenseStream(model, layers, data, tokens=walk.tokens, everything=False)
     path = "model.layers.0.self_attn.o_proj"
     seen: dict[str, list[torch.Tensor]] = {"dense": [], "compressed": []}
 
@@ -107,15 +108,26 @@ def test_drift_is_the_difference_of_the_inputs_of_real_tokens() -> None:
     measured, held = [0, 2], 3  # every second one of those not held out; the last eighth, at least one
     change = {b: (rows["dense"][b] - rows["compressed"][b]).double() for b in (*measured, held)}
     cross = sum(change[b].T @ rows["compressed"][b].double() for b in measured)
-    torch.testing.assert_close(solve.drift.cross.double(), cross, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(solve.drift.measured.cross.double(), cross, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(
-        solve.drift.held_cross.double(), change[held].T @ rows["compressed"][held].double(), rtol=1e-4, atol=1e-4
+        solve.drift.held.cross.double(), change[held].T @ rows["compressed"][held].double(), rtol=1e-4, atol=1e-4
     )
-    assert solve.drift.tokens == sum(len(rows["dense"][b]) for b in measured)
+    assert solve.drift.measured.tokens == sum(len(rows["dense"][b]) for b in measured)
 
 
 def test_one_batch_holds_nothing_out() -> None:
     model = tiny_llama()
-    dense = DenseStream(model, list(model.model.layers), batches(1), everything=False)
+    dense = DenseStream(model, list(model.model.layers), batches(1), tokens=9, everything=False)
     assert not dense.held_out
     assert dense.measured_place(0) == 0
+
+
+def test_many_tokens_are_measured_on_fewer_batches() -> None:
+    model = tiny_llama()
+    layers = list(model.model.layers)
+    widest = max(module.in_features for module in layers[0].modules() if isinstance(module, nn.Linear))
+    few, many = (
+        DenseStream(model, layers, batches(16), tokens=times * ENOUGH * widest, everything=False) for times in (1, 5)
+    )
+    assert [batch for batch in range(16) if few.measured_place(batch) is not None] == [0, 2, 4, 6, 8, 10, 12, 14, 15]
+    assert [batch for batch in range(16) if many.measured_place(batch) is not None] == [0, 5, 10, 14, 15]

@@ -18,8 +18,9 @@ def inputs(seed: int = 0) -> Tensor:
 
 def gathered(x: Tensor, longest: float | None, dense: Tensor | None = None) -> InputStatistics:
     found = InputStatistics.empty(6, longest=longest)
-    found.add(x)
-    if dense is not None:
+    if dense is None:
+        found.add(x)
+    else:
         found.add_drift(x[:150], dense[:150], held_out=False)
         found.add_drift(x[150:], dense[150:], held_out=True)
     return found.finish("x")
@@ -47,17 +48,17 @@ def test_a_constant_beside_the_inputs_is_shortened_with_them(longest: float | No
     dense = x + 0.1 * torch.randn(x.shape, generator=torch.Generator().manual_seed(1)) + 0.3
     wide, wide_dense = (torch.cat([t, torch.full((200, 1), 2.0)], 1).double() for t in (x, dense))
     change = wide_dense - wide
-    weight = torch.cat([factors(x, longest)] if longest else [torch.ones(200, 1).double()]).square()
-    # Drifts are added in parts, each with a median of its own.
+    # Added in parts, each with a median of its own.
     parts = [factors(p, longest).square() if longest else torch.ones(len(p), 1).double() for p in (x[:150], x[150:])]
     found = gathered(x, longest, dense).with_constant(2.0)
-    torch.testing.assert_close(found.hessian.double(), wide.T @ (weight * wide), rtol=1e-3, atol=1e-2)
     drift = found.drift
-    assert drift is not None and drift.tokens == 150
+    assert drift is not None and (drift.measured.tokens, drift.held.tokens, found.tokens) == (150, 50, 200)
     for sums, expected in (
-        (drift.cross, change[:150].T @ (parts[0] * wide[:150])),
-        (drift.held_cross, change[150:].T @ (parts[1] * wide[150:])),
-        (drift.held_hessian, wide[150:].T @ (parts[1] * wide[150:])),
+        (found.hessian, wide.T @ (torch.cat(parts) * wide)),
+        (drift.measured.cross, change[:150].T @ (parts[0] * wide[:150])),
+        (drift.measured.hessian, wide[:150].T @ (parts[0] * wide[:150])),
+        (drift.held.cross, change[150:].T @ (parts[1] * wide[150:])),
+        (drift.held.hessian, wide[150:].T @ (parts[1] * wide[150:])),
     ):
         torch.testing.assert_close(sums.double(), expected, rtol=1e-3, atol=1e-2)
 

@@ -46,7 +46,7 @@ def test_exact_packed_and_saved_again_the_same(name: str, saved_rows: dict[str, 
     assert not any(info.values())
 
     packed = [name for name in load_file(row.folder / "model.safetensors") if name.endswith("weight_scale")]
-    assert len({id(module.weight_packed) for module in packed_modules(model).values()}) == len(packed)
+    assert len({id(module.held) for module in packed_modules(model).values()}) == len(packed)
 
     model.save_pretrained(tmp_path)
     for file in ("config.json", "model.safetensors"):

@@ -148,8 +148,9 @@ def test_an_encoder_with_biases_is_measured_with_them() -> None:
 
 def statistics(x: Tensor, dense: Tensor | None = None, held: int = 0) -> InputStatistics:
     found = InputStatistics.empty(x.shape[1])
-    found.add(x)
-    if dense is not None:
+    if dense is None:
+        found.add(x)
+    else:
         found.add_drift(x[:-held], dense[:-held], held_out=False)
         found.add_drift(x[-held:], dense[-held:], held_out=True)
     return found.finish("x")

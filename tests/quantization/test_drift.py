@@ -7,12 +7,10 @@ import torch
 from quantization_cases import case
 
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.ops.linalg import damped_inverse_factor
 from hf_shrink.plan import Scheme
-from hf_shrink.quantization.drift import corrected, held_out_loss
-from hf_shrink.quantization.gptq import DAMPINGS, GPTQ
-
-DAMPING = 0.01
+from hf_shrink.quantization import gptq
+from hf_shrink.quantization.drift import DAMPINGS, corrected, held_out_loss
+from hf_shrink.quantization.gptq import GPTQ
 
 
 def drifted(tokens: int = 600, strength: float = 0.2, seed: int = 0):
@@ -26,33 +24,48 @@ def drifted(tokens: int = 600, strength: float = 0.2, seed: int = 0):
 def gathered(x: torch.Tensor, dense: torch.Tensor, held: int) -> InputStatistics:
     """Statistics over all tokens, with the drift measured on all but the last `held`."""
     statistics = InputStatistics.empty(x.shape[1])
-    statistics.add(x)
     statistics.add_drift(x[:-held], dense[:-held], held_out=False)
     statistics.add_drift(x[-held:], dense[-held:], held_out=True)
     return statistics.finish("x")
 
 
-def correct(weight: torch.Tensor, statistics: InputStatistics) -> tuple[torch.Tensor, float]:
-    return corrected(weight, statistics, damped_inverse_factor(statistics.mean, DAMPING))
+@pytest.mark.parametrize("tokens", [160, 600])
+def test_it_is_the_least_squares_answer_that_held_out_tokens_like_best(tokens: int) -> None:
+    weight, x, dense = drifted(tokens)
+    found, part = corrected(weight, gathered(x, dense, 50))
+    x64, drift = x[:-50].double(), (dense - x)[:-50].double()
+    missing = (dense - x)[-50:].double() @ weight.double().T
+    answers = []
+    for damping in DAMPINGS:
+        hessian = x64.T @ x64
+        hessian += damping * hessian.diagonal().mean() * torch.eye(48, dtype=torch.float64)
+        change = weight.double() @ drift.T @ x64 @ torch.linalg.inv(hessian)
+        given = x[-50:].double() @ change.T
+        best = min(max(float((missing * given).sum() / given.square().sum()), 0.0), 1.0)
+        answers.append((float((missing - best * given).square().sum()), best, weight.double() + best * change))
+    _, expected_part, expected = min(answers, key=lambda answer: answer[0])
+    assert part == pytest.approx(expected_part, abs=1e-3)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
 
 
-def test_it_is_the_least_squares_answer() -> None:
-    weight, x, dense = drifted()
-    found, part = correct(weight, gathered(x, dense, 100))
-    x64, drift = x.double(), (dense - x)[:-100].double()
-    hessian = x64.T @ x64 / len(x)
-    hessian += DAMPING * hessian.diagonal().mean() * torch.eye(48, dtype=torch.float64)
-    change = weight.double() @ (drift.T @ x64[:-100] / len(drift)) @ torch.linalg.inv(hessian)
-    missing = (dense - x)[-100:].double() @ weight.double().T
-    given = x64[-100:] @ change.T
-    best = float((missing * given).sum() / given.square().sum())
-    assert part == pytest.approx(min(max(best, 0), 1), abs=1e-3)
-    torch.testing.assert_close(found.double(), weight.double() + part * change, rtol=1e-3, atol=1e-4)
+def test_a_linear_drift_is_found_from_few_tokens() -> None:
+    """Whatever the second moment of the other tokens is: it does not come into the correction."""
+    weight, x, _ = drifted(tokens=900)
+    draw = torch.Generator().manual_seed(5)
+    mix = torch.eye(48) + 0.2 * torch.randn(48, 48, generator=draw) / 48**0.5
+    statistics = InputStatistics.empty(48)
+    statistics.add(10 * x[200:])
+    statistics.add_drift(x[:150], x[:150] @ mix.T, held_out=False)
+    statistics.add_drift(x[150:200], x[150:200] @ mix.T, held_out=True)
+    found, part = corrected(weight, statistics.finish("x"))
+    assert part > 0.95
+    exact = weight @ mix
+    assert (found - exact).norm() < 0.5 * (weight - exact).norm()
 
 
 def test_outputs_come_nearer_to_the_dense_model_on_fresh_tokens() -> None:
     weight, x, dense = drifted()
-    found, part = correct(weight, gathered(x[:500], dense[:500], 80))
+    found, part = corrected(weight, gathered(x[:500], dense[:500], 80))
     assert part > 0.5
 
     def distance(w: torch.Tensor) -> float:
@@ -64,7 +77,7 @@ def test_outputs_come_nearer_to_the_dense_model_on_fresh_tokens() -> None:
 def test_a_correction_that_held_out_tokens_deny_is_not_taken() -> None:
     weight, x, dense = drifted()
     against = torch.cat([dense[:-100], x[-100:] - (dense - x)[-100:]])  # there the drift goes the other way
-    found, part = correct(weight, gathered(x, against, 100))
+    found, part = corrected(weight, gathered(x, against, 100))
     assert part == 0
     assert torch.equal(found, weight)
 
@@ -74,7 +87,7 @@ def test_few_tokens_and_dead_channels(tokens: int) -> None:
     weight, x, dense = drifted(tokens)
     x[:, 3], dense[:, 3] = 0, 0
     statistics = gathered(x, dense, 1)
-    found, _ = correct(weight, statistics)
+    found, _ = corrected(weight, statistics)
     assert torch.isfinite(found).all()
     result = GPTQ().solve(weight, Scheme(4, True, "group", 16), statistics, scale_dtype=torch.float32)
     assert torch.isfinite(result.dequantized()).all()
@@ -85,7 +98,7 @@ def test_without_a_drift_nothing_changes() -> None:
     statistics = InputStatistics.empty(48)
     statistics.add(x)
     statistics.finish("x")
-    assert correct(weight, statistics) == (weight, 0.0)
+    assert corrected(weight, statistics) == (weight, 0.0)
     scheme = Scheme(3, True, "group", 16)
     same = [GPTQ(asymmetric=on).solve(weight, scheme, statistics, scale_dtype=torch.float32) for on in (True, False)]
     assert torch.equal(same[0].values, same[1].values)
@@ -114,7 +127,7 @@ def test_damping_is_the_best_on_held_out_tokens() -> None:
     statistics, scheme = gathered(x, dense, 20), Scheme(3, True, "group", 16)
     tried = {
         damping: GPTQ(damping=damping).solve(weight, scheme, statistics, scale_dtype=torch.float32).dequantized()
-        for damping in DAMPINGS
+        for damping in gptq.DAMPINGS
     }
     assert statistics.drift is not None
     losses = {damping: held_out_loss(weight, found, statistics.drift) for damping, found in tried.items()}

@@ -27,8 +27,12 @@ SCHEMES = [
     Scheme(4, True, "tensor", None),
     Scheme(3, True, "group", 64),
     Scheme(2, False, "group", 32),
+    Scheme(8, True, "channel", None),
+    Scheme(6, True, "tensor", None),
+    Scheme(8, False, "channel", None),
+    Scheme(8, True, "group", 128),
+    Scheme(5, False, "group", 32),
 ]
-SHAPES = [(16, 0), (48, 64), (64, 128), (112, 32), (200, 192), (17, 64)]  # rows, columns above the group's multiple
 
 
 def linear_of(scheme: Scheme, rows: int = 80, columns: int = 1536, dtype=torch.float32, bias=True) -> CompressedLinear:
@@ -70,11 +74,13 @@ def test_products_at_few_and_many_rows(scheme, dtype):
 
 @pytest.mark.parametrize("rows", [16, 17, 48, 64, 112, 200])
 @pytest.mark.parametrize("columns", [32, 96, 576])
-def test_shapes(rows, columns):
-    plain, fast = optimized(Scheme(4, False, "group", 32), rows, columns, torch.bfloat16, bias=rows % 2 == 0)
+@pytest.mark.parametrize("bits", [4, 8])
+def test_shapes(rows, columns, bits):
+    plain, fast = optimized(Scheme(bits, False, "group", 32), rows, columns, torch.bfloat16, bias=rows % 2 == 0)
     for count in (1, 40):
         input = torch.randn(count, columns, dtype=torch.bfloat16)
         close(fast(input), expected(plain, input))
+        close(fast.kernel.few_rows(input), expected(plain, input) - (0 if fast.bias is None else fast.bias.double()))
         close(blockwise_linear(fast.kernel, input, fast.bias), expected(plain, input))
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 
 from hf_shrink.runtime.kernels.base import Kernel
-from hf_shrink.runtime.kernels.int4 import Int4
+from hf_shrink.runtime.kernels.int4 import Int4, TwoPlanes
+from hf_shrink.runtime.kernels.int8 import Int8
 from hf_shrink.scheme import Scheme
 
-KERNELS: tuple[type[Kernel], ...] = (Int4,)  # the first that takes a weight has it
+KERNELS: tuple[type[Kernel], ...] = (Int4, Int8, TwoPlanes)  # the first that takes a weight has it
 
 __all__ = ["KERNELS", "Kernel", "kernel_for"]
 
@@ -27,4 +28,4 @@ def kernel_for(
         if reason is None:
             return kernel, kernel.name
         reasons.append(f"{kernel.name}: {reason}")
-    return None, "; ".join(reasons)
+    return None, f"{scheme.name}: " + "; ".join(reasons)

@@ -1,4 +1,4 @@
-"""What every kernel is to a packed module: the weight in one layout, its products, and the way back."""
+"""What every kernel is to a packed module: the weight in one layout, its product, and the way back."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_shrink.ops.grid import Grid
+from hf_shrink.runtime.kernels.blocks import blockwise_linear
 from hf_shrink.scheme import Scheme
 
 
@@ -19,6 +20,7 @@ class Kernel(ABC):
 
     Attributes:
         name: for people.
+        example: a scheme that the kernel takes.
         scheme, rows, columns: of the weight.
         scale_dtype: of the scales as they are stored.
         few: up to so many rows of input the kernel multiplies; above, blocks of the weight are unpacked (`blocks.py`).
@@ -26,12 +28,14 @@ class Kernel(ABC):
     """
 
     name: ClassVar[str]
+    example: ClassVar[Scheme]
 
     def __init__(
         self, scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype, few: int, tensors: dict[str, Tensor]
     ) -> None:
         self.scheme, self.rows, self.columns = scheme, rows, columns
         self.scale_dtype, self.few, self.tensors = scale_dtype, few, tensors
+        self._few_values = few * columns
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
         """The same kernel on other tensors: copies, or moved ones."""
@@ -60,8 +64,8 @@ class Kernel(ABC):
         """The scales as they are stored, bit for bit."""
 
     @abstractmethod
-    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        """x W^T + b on (..., columns), in the dtype of the input. Records no gradients."""
+    def few_rows(self, tokens: Tensor) -> Tensor:
+        """bfloat16 (n, rows) from (n, columns), both contiguous, n > 0: the kernel's product."""
 
     @abstractmethod
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
@@ -69,3 +73,26 @@ class Kernel(ABC):
 
         `start` is a multiple of 64.
         """
+
+    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b on (..., columns), in the dtype of the input or autocast's. Records no gradients."""
+        if input.dtype is not torch.bfloat16:
+            return self._linear_of_others(input, bias)
+        if not 0 < input.numel() <= self._few_values:
+            return blockwise_linear(self, input, bias)
+        output = self.few_rows(input.reshape(-1, self.columns).contiguous())
+        if bias is not None:
+            output = output + bias.to(torch.bfloat16)
+        return output.view((*input.shape[:-1], self.rows))
+
+    def _linear_of_others(self, input: Tensor, bias: Tensor | None) -> Tensor:
+        """Few tokens are rounded to bfloat16, float64 ones excepted; their outputs are in the input's dtype again."""
+        kind = input.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
+        if input.dtype is torch.float64 or not 0 < input.numel() <= self._few_values:
+            return blockwise_linear(self, input.to(dtype), bias)
+        tokens = input.reshape(-1, self.columns).to(torch.bfloat16).contiguous()
+        output = self.few_rows(tokens).to(dtype)
+        if bias is not None:
+            output += bias
+        return output.view((*input.shape[:-1], self.rows))

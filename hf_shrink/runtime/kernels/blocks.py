@@ -48,12 +48,6 @@ def blockwise_gradient(kernel: Kernel, gradient: Tensor) -> Tensor:
     return output.to(gradient.dtype).view((*gradient.shape[:-1], kernel.columns))
 
 
-def output_dtype(input: Tensor) -> torch.dtype:
-    """What F.linear would give: the input's dtype, or autocast's where that is on."""
-    kind = input.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype
-
-
 def _row_blocks(kernel: Kernel) -> list[tuple[int, int]]:
     step = max(1, _BLOCK_VALUES // (_STEP * kernel.columns)) * _STEP
     return [(start, min(start + step, kernel.rows)) for start in range(0, kernel.rows, step)]

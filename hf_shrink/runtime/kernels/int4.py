@@ -1,4 +1,4 @@
-"""torch's int4 kernel for the CPU: 2 to 4 bits, bfloat16 inputs."""
+"""torch's int4 kernel for the CPU: 2 to 4 bits in one plane of nibbles, 5 to 8 bits in two; bfloat16 inputs."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from hf_shrink.ops.grid import Grid
 from hf_shrink.runtime.kernels.base import Kernel
-from hf_shrink.runtime.kernels.blocks import blockwise_linear, output_dtype
 from hf_shrink.runtime.kernels.nibbles import ROW_STEP, pack_nibbles, unpack_columns, unpack_nibbles
 from hf_shrink.runtime.kernels.scales import join_scale, split_scale
 from hf_shrink.scheme import Scheme
@@ -31,6 +31,8 @@ class Int4(Kernel):
     """
 
     name: ClassVar[str] = "int4"
+    example: ClassVar[Scheme] = Scheme(4, True, "group", 64)
+    bits: ClassVar[tuple[int, int]] = (2, 4)
 
     def __init__(
         self, scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype, few: int, tensors: dict[str, Tensor]
@@ -44,28 +46,24 @@ class Int4(Kernel):
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
+        low, high = cls.bits
         if device.type != "cpu":
             return f"not on {device.type}"
-        if scheme.type != "int" or scheme.activation_bits < 16 or scheme.bits > 4:
-            return f"{scheme.name} has other values than 2 to 4 bit integers"
+        if scheme.type != "int" or scheme.activation_bits < 16 or not low <= scheme.bits <= high:
+            return f"takes integers of {low} to {high} bits and leaves inputs as they are"
         if kernel_group(scheme, columns) is None:
-            return f"groups of {scheme.group_size or columns}, where the kernel takes multiples of 32"
+            return f"takes groups of multiples of 32, not {scheme.group_size or columns}"
         return None
 
     @classmethod
     def pack(cls, values: Tensor, grid: Grid, few: int) -> Self:
         rows, columns = values.shape
-        group = kernel_group(grid.scheme, columns)
-        assert group is not None
-        missing = -rows % ROW_STEP
         near, rest = split_scale(grid.scale)
         zero = torch.zeros_like(near) if grid.zero_point is None else (-grid.zero_point * near.float()).to(near.dtype)
-        groups = columns // group
-        both = torch.stack([near, zero], -1)  # (rows or 1, groups of the scheme, 2)
-        both = both.expand(rows, -1, -1).repeat_interleave(groups // both.shape[1], 1)
-        both = torch.nn.functional.pad(both, (0, 0, 0, 0, 0, missing)).transpose(0, 1).contiguous()
-        nibbles = torch.nn.functional.pad(values + 8, (0, 0, 0, missing))
-        tensors = {"weight": pack_nibbles(nibbles), "scales": both.view(torch.int16)}
+        tensors = {
+            "weight": _filled(values + 8),
+            "scales": _scales(near, zero, rows, columns, kernel_group(grid.scheme, columns)).view(torch.int16),
+        }
         if rest is not None:
             tensors["rest"] = rest
         return cls(grid.scheme, rows, columns, grid.scale.dtype, few, tensors)
@@ -74,46 +72,108 @@ class Int4(Kernel):
         return unpack_nibbles(self._weight)[: self.rows].view(torch.int8) - 8
 
     def scale(self) -> Tensor:
-        scheme = self.scheme
-        near = self._scales[:, : self.rows, 0].T
-        near = near[:, :: near.shape[1] // scheme.scale_columns(self.columns)]
-        if scheme.strategy == "tensor":
+        near = self._near[:, : self.rows].T
+        near = near[:, :: near.shape[1] // self.scheme.scale_columns(self.columns)]
+        if self.scheme.strategy == "tensor":
             return join_scale(near[:1], self._rest, self.scale_dtype).view(1)
         return join_scale(near, self._rest, self.scale_dtype).contiguous()
 
-    def linear(self, input: Tensor, bias: Tensor | None) -> Tensor:
-        dtype = input.dtype
-        if dtype is torch.bfloat16:
-            tokens = input.reshape(-1, self.columns)
-            if not 0 < tokens.shape[0] <= self.few:
-                return blockwise_linear(self, input, bias)
-            output = _multiply(tokens.contiguous(), self._weight, self._group, self._scales)
-            if self._padded:
-                output = output[:, : self.rows]
-            if bias is not None:
-                output = output + bias
-            return output.reshape((*input.shape[:-1], self.rows))
-        kept = output_dtype(input)
-        if dtype is torch.float64 or not 0 < input.numel() <= self.few * self.columns:
-            return blockwise_linear(self, input, bias).to(kept)
-        output = self.linear(input.to(torch.bfloat16), None).to(kept)
-        return output if bias is None else output + bias.to(kept)
+    def few_rows(self, tokens: Tensor) -> Tensor:
+        output = _multiply(tokens, self._weight, self._group, self._scales)
+        return output[:, : self.rows].contiguous() if self._padded else output
 
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         values = unpack_columns(self._weight, start, stop)
-        scale, zero = self._scales[:, start : start + values.shape[1]].float().unbind(-1)
-        if self._rest is not None and dtype != torch.bfloat16:  # with the stored scales, not the kernel's
+        return self._scaled(values, 8, self._zero(start, start + values.shape[1]), start, stop, dtype)
+
+    @property
+    def _near(self) -> Tensor:
+        """bfloat16 (the kernel's groups, rows made whole sixteens): the scales without their rest."""
+        return self._scales[..., 0]
+
+    def _zero(self, start: int, stop: int) -> Tensor:
+        return self._scales[:, start:stop, 1].float()
+
+    def _scaled(self, values: Tensor, middle: int, zero: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        """(values - middle) * scale + zero, in place of float32 values (columns, n); with the stored scales, not the
+        kernel's, where `dtype` can tell them apart."""
+        scale = self._near[:, start : start + values.shape[1]].float()
+        if self._rest is not None and dtype != torch.bfloat16:
             steps = (zero / scale).round_().nan_to_num_()
             scale = self._stored_columns(scale, start, stop)
             zero = steps * scale
         grouped = values.view(-1, self._group, values.shape[1])
-        torch.addcmul((zero - 8 * scale)[:, None], grouped, scale[:, None], out=grouped)
+        torch.addcmul((zero - middle * scale)[:, None], grouped, scale[:, None], out=grouped)
         return values[:, : stop - start].to(dtype)
 
     def _stored_columns(self, near: Tensor, start: int, stop: int) -> Tensor:
         """The stored scales of some rows in the place of `near`, float32 (groups, rows)."""
         stored = self.scale().float()
-        stored = stored[start:stop].T if len(stored) == self.rows else stored.view(1, 1).expand(1, stop - start)
+        stored = stored.view(1, 1).expand(1, stop - start) if stored.dim() == 1 else stored[start:stop].T
         exact = near.clone()
         exact[:, : stop - start] = stored.repeat_interleave(len(near) // len(stored), 0)
         return exact
+
+
+class TwoPlanes(Int4):
+    """8 bits as 16 * high + low: two columns of nibbles for every column, and the input twice.
+
+    (16 high + low - 128) * scale = (high - 8) * 16 scale + (low - 8) * scale + 8 scale, and both planes have a zero:
+    one takes what the other loses in bfloat16.
+    """
+
+    name: ClassVar[str] = "int4 twice"
+    example: ClassVar[Scheme] = Scheme(8, True, "group", 64)
+    bits: ClassVar[tuple[int, int]] = (5, 8)
+
+    @classmethod
+    def pack(cls, values: Tensor, grid: Grid, few: int) -> Self:
+        rows, columns = values.shape
+        group = kernel_group(grid.scheme, columns)
+        near, rest = split_scale(grid.scale)
+        zero = near.float() * (8 if grid.zero_point is None else 8 - grid.zero_point)
+        coarse = zero.to(torch.bfloat16)
+        fine = (zero - coarse.float()).to(torch.bfloat16)
+        octets = values.view(torch.uint8) ^ 128
+        tensors = {
+            "weight": _filled(torch.cat([octets >> 4, octets & 15], 1)),
+            "scales": torch.cat(
+                [_scales(near * 16, coarse, rows, columns, group), _scales(near, fine, rows, columns, group)]
+            ).view(torch.int16),
+        }
+        if rest is not None:
+            tensors["rest"] = rest
+        return cls(grid.scheme, rows, columns, grid.scale.dtype, few, tensors)
+
+    def values(self) -> Tensor:
+        high, low = unpack_nibbles(self._weight)[: self.rows].chunk(2, 1)
+        return ((high << 4 | low) ^ 128).view(torch.int8)
+
+    def few_rows(self, tokens: Tensor) -> Tensor:
+        return super().few_rows(torch.cat([tokens, tokens], 1))
+
+    def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        high, low = unpack_columns(self._weight, start, stop).chunk(2)
+        values = low.add_(high, alpha=16)
+        return self._scaled(values, 136, self._zero(start, start + values.shape[1]), start, stop, dtype)
+
+    @property
+    def _near(self) -> Tensor:
+        return self._scales[len(self._scales) // 2 :, :, 0]
+
+    def _zero(self, start: int, stop: int) -> Tensor:
+        coarse, fine = self._scales[:, start:stop, 1].float().chunk(2)
+        return coarse + fine
+
+
+def _filled(nibbles: Tensor) -> Tensor:
+    """Packed, with rows of zeros up to whole sixteens."""
+    return pack_nibbles(F.pad(nibbles, (0, 0, 0, -len(nibbles) % ROW_STEP)))
+
+
+def _scales(scale: Tensor, zero: Tensor, rows: int, columns: int, group: int | None) -> Tensor:
+    """(the kernel's groups, rows made whole sixteens, 2) from (rows or 1, the scheme's groups)."""
+    assert group is not None
+    both = torch.stack([scale, zero], -1).expand(rows, -1, -1)
+    both = both.repeat_interleave(columns // group // both.shape[1], 1)
+    return F.pad(both, (0, 0, 0, 0, 0, -rows % ROW_STEP)).transpose(0, 1).contiguous()

@@ -15,7 +15,7 @@ from torch import Tensor
 from hf_shrink.errors import ShrinkError
 
 ROW_STEP = 16  # the kernel takes rows in whole sixteens
-_PACKED_AT_ONCE = 1 << 22  # values: the packing op wants them in int32
+_PACKED_AT_ONCE = 1 << 18  # values: the packing op wants them in int32
 
 
 class Layout(NamedTuple):
