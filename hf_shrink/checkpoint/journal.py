@@ -14,6 +14,7 @@ from hf_shrink.residence import flush_folder
 
 NAME = "journal.json"
 FORMAT = 1
+WRITTEN = "written"  # the entry that is made when all that is left is to rename the output
 
 
 @dataclass
@@ -71,6 +72,14 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(partial, self.path)
         flush_folder(self.path.parent)
+
+
+def written(folder: Path) -> bool:
+    """Whether a journal in `folder` says that the output was whole."""
+    try:
+        return bool(json.loads((folder / NAME).read_text(encoding="utf-8"))["entries"].get(WRITTEN))
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -12,7 +12,8 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_shrink.checkpoint.folder import OutputFolder
-from hf_shrink.checkpoint.journal import NAME, Journal
+from hf_shrink.checkpoint.journal import NAME, WRITTEN, Journal, written
+from hf_shrink.checkpoint.record import RECORD_NAME
 from hf_shrink.errors import CheckpointError
 
 
@@ -27,6 +28,7 @@ class RunFolder:
         output: becomes the output folder.
         scratch: for what is of no use to another process; empty at the beginning.
         finished: for what the journal speaks of.
+        whole: an earlier process had put the output into its place, and was cut off while it tidied up.
 
     Args:
         path, overwrite: as of `OutputFolder`.
@@ -45,9 +47,13 @@ class RunFolder:
         self.finished = self.folder / "finished"
         self._lock = FileLock(place.parent / f".{place.name}.lock", blocking=False)
         self._journal: Journal | None = None
+        self.whole = False
 
     def __enter__(self) -> RunFolder:
-        self._target.check()
+        left = self._resume and not self.output.exists() and written(self.folder)
+        self.whole = left and (self._target.path / RECORD_NAME).is_file()
+        if not self.whole:
+            self._target.check()
         place = self._target.path
         try:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -56,6 +62,8 @@ class RunFolder:
             raise CheckpointError(f"another process is writing {place}; wait for it, or give another folder") from error
         except OSError as error:
             raise CheckpointError(f"cannot write beside {place}: {error}; give another output folder") from error
+        if self.whole:
+            return self
         if not self._resume or not (self.folder / NAME).is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
         for old in (self.output, self.scratch):
@@ -63,6 +71,11 @@ class RunFolder:
         for new in (self.output, self.scratch, self.finished):
             new.mkdir(parents=True, exist_ok=True)
         return self
+
+    @property
+    def target(self) -> Path:
+        """The output folder in its place."""
+        return self._target.path
 
     def journal(self, key: Mapping[str, Any]) -> Journal:
         """The run's journal. Raises CheckpointError where it is another run's, which then stays as it is."""
@@ -78,7 +91,9 @@ class RunFolder:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         try:
-            if kind is None:
+            if kind is None and not self.whole:
+                if self._journal is not None:
+                    self._journal.add(**{WRITTEN: True})
                 self._target.put(self.output)
             if kind is None or not self._worth_keeping:
                 shutil.rmtree(self.folder, ignore_errors=True)

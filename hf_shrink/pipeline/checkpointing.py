@@ -19,7 +19,7 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.fingerprint import digest, fingerprint
 from hf_shrink.checkpoint.folder import copy_side_files
-from hf_shrink.checkpoint.record import current_versions
+from hf_shrink.checkpoint.record import RECORD_NAME, current_versions, read_record
 from hf_shrink.checkpoint.run_folder import RunFolder
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.source import Source, load_processing, open_source
@@ -82,9 +82,12 @@ def shrink_checkpoint(
     found = open_source(source)
     with RunFolder(output_dir, overwrite, resume) as run, silence(), showing(progress) as show:
         processing = tokenizer if tokenizer is not None else load_processing(found)
-        model = load_streamed(found, run.scratch, memory)
-        key = _key(found, asked, tokenizer, calibration, seed)
-        keeper = JournalKeeper(run.journal(key), run.finished, lambda: time.perf_counter() - since, memory, show.say)
+        model = None if found.shards else load_streamed(found, run.scratch, memory)  # of the Hub: fetched first
+        journal = run.journal(_key(found, asked, tokenizer, calibration, seed))
+        if run.whole:
+            return read_record(run.target / RECORD_NAME).report
+        model = load_streamed(found, run.scratch, memory) if model is None else model
+        keeper = JournalKeeper(journal, run.finished, lambda: time.perf_counter() - since, memory, show.say)
         job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
         with evaluating(model):
             held_out = _held_out(spec, model, processing, seed, show, keeper)

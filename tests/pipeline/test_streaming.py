@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -159,6 +160,31 @@ def test_a_run_that_was_killed_goes_on(name: str, tmp_path: Path, monkeypatch: p
         shrink_checkpoint(source, again, recipe, **arguments)
         assert contents(again) == expected
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out", "again-6", "again-11", "again-16"}
+
+
+def test_a_run_that_was_killed_while_it_tidied_up_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, out = saved(tiny_llama, tmp_path / "source"), tmp_path / "out"
+    recipe = quantized(method="rtn")
+
+    def dies(*given: Any, **named: Any) -> None:
+        if out.exists():
+            raise Killed
+        remove(*given, **named)
+
+    remove = shutil.rmtree
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(shutil, "rmtree", dies)
+        shrink_checkpoint(source, out, recipe, max_memory=0, progress=False)
+    before = contents(out)
+    assert len(list(tmp_path.iterdir())) > 2
+    with pytest.raises(CheckpointError, match="seed was 0, is 1"):
+        shrink_checkpoint(source, out, recipe, seed=1, max_memory=0, progress=False)
+    report = shrink_checkpoint(source, out, recipe, max_memory=0, progress=False)
+    assert report.bytes_after == json.loads((out / "shrink.json").read_text())["report"]["bytes_after"]
+    assert contents(out) == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "source"]
+    with pytest.raises(CheckpointError, match="not empty"):
+        shrink_checkpoint(source, out, recipe, max_memory=0, progress=False)
 
 
 def test_finished_blocks_are_not_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
