@@ -27,7 +27,7 @@ from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.save import bind
 from hf_shrink.checkpoint.skeleton import check_loaded, marker, pack, resize, take_experts_apart, targeted, unpack
-from hf_shrink.checkpoint.ties import Pair, hold_ties, saved_state, stored_names, tie_buffers
+from hf_shrink.checkpoint.ties import Pair, hold_ties, saved_state, stored_names, tie_modules
 from hf_shrink.errors import CheckpointError
 from hf_shrink.runtime.experts import separate_modules
 from hf_shrink.surgery.sizes import RECORD_FORMAT
@@ -149,7 +149,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         conversions = vars(model).get("_weight_conversions") or []
         vars(model)["_weight_conversions"] = [c for c in conversions if not isinstance(c, _StoredNames)]
         for pair in self._ties:
-            tie_buffers(model, pair)
+            tie_modules(model, pair)
         check_loaded(model)
         bind(model, _record_beside(model))
         if self._to_dense:

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_shrink.architectures import bind
 from hf_shrink.checkpoint.packed import packed_modules, scheme_of
 from hf_shrink.checkpoint.portability import stock_kinds
-from hf_shrink.checkpoint.ties import packed_buffers, ties_to_weights
+from hf_shrink.checkpoint.ties import packed_buffers, tie_weights, tied_modules
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import CompressedEmbedding, CompressedLinear, PackedModule
@@ -135,11 +135,11 @@ def check_loaded(model: nn.Module) -> None:
 
 def unpack(model: PreTrainedModel, dtype: torch.dtype) -> None:
     """Put dense modules of the stock classes where the compressed ones are, in place."""
-    packed = packed_modules(model)
+    packed, pairs = packed_modules(model), tied_modules(model)
     kinds = stock_kinds(model, packed)
     for path, module in packed.items():
         model.set_submodule(path, _dense(module, kinds[path], dtype))
-    ties_to_weights(model)
+    tie_weights(model, pairs)
 
 
 def _dense(module: PackedModule, kind: type, dtype: torch.dtype) -> nn.Module:

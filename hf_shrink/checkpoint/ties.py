@@ -1,21 +1,22 @@
 """Tied weights once one of the two is packed.
 
-transformers ties parameters called `weight`; packed modules have none. Where embedding and head are packed as one,
-the tie is rewritten to their buffers; where one is stored on its own, the tie is taken out of model and config.
+transformers ties parameters called `weight`; packed modules have none. Where embedding and head are packed as one, the
+modules share what they hold; where one is stored on its own, the tie is taken out of model and config.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_shrink.runtime import PackedModule
+from hf_shrink.runtime.packed import CHECKPOINT_BUFFERS as BUFFERS
+from hf_shrink.runtime.packed import share
 
-BUFFERS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 Pair = tuple[str, str]  # module paths: target (the head), source (the embedding)
 
 
@@ -30,13 +31,13 @@ def settle_ties(model: PreTrainedModel) -> None:
     for pair in _packed_pairs(model):
         target, source = _modules(model, pair)
         if _same_weight(target, source):
-            tie_buffers(model, pair)
+            tie_modules(model, pair)
         else:
             _untie(model, pair)
 
 
 def hold_ties(model: PreTrainedModel) -> list[Pair]:
-    """For a skeleton before its weights are loaded: the pairs to hand to `tie_buffers` afterwards.
+    """For a skeleton before its weights are loaded: the pairs to hand to `tie_modules` afterwards.
 
     Their targets have no buffers meanwhile, so that nothing is missing from the checkpoint. Pairs of which only one
     is packed, or differently, are untied.
@@ -54,34 +55,40 @@ def hold_ties(model: PreTrainedModel) -> list[Pair]:
     return held
 
 
-def tie_buffers(model: PreTrainedModel, pair: Pair) -> None:
-    """Let the target use the source's packed buffers, held once, and say so in transformers' tables."""
+def tie_modules(model: PreTrainedModel, pair: Pair) -> None:
+    """Let the target hold the source's packed weight from now on, and take the tie out of transformers' tables.
+
+    These are for parameters: the modules themselves know what they share (`PackedModule.sharing`).
+    """
     target, source = _modules(model, pair)
-    names = packed_buffers(source)
-    for name, buffer in names.items():
-        setattr(target, name, buffer)
-    ties = {f"{pair[0]}.{name}": f"{pair[1]}.{name}" for name in names}
+    assert isinstance(target, PackedModule) and isinstance(source, PackedModule)
+    others = [module for module in source.sharing if module not in (source, target)]
+    share(source, *others, target)
     model.all_tied_weights_keys.pop(f"{pair[0]}.weight", None)
-    model.all_tied_weights_keys.update(ties)
-    for owner, prefix in _owners(model, pair):
-        owner._tied_weights_keys.update({t.removeprefix(prefix): s.removeprefix(prefix) for t, s in ties.items()})
+    for _ in _owners(model, pair):
+        pass
 
 
-def ties_to_weights(model: PreTrainedModel) -> None:
-    """The inverse of `tie_buffers` once the modules are dense again: tie their weights."""
-    for module in model.modules():
-        if isinstance(module, PreTrainedModel):
-            module.all_tied_weights_keys = _as_weights(module.all_tied_weights_keys)
-            if "_tied_weights_keys" in vars(module):
-                module._tied_weights_keys = _as_weights(module._tied_weights_keys)
+def tied_modules(model: PreTrainedModel) -> list[Pair]:
+    """The pairs of packed modules of this model that share a weight."""
+    paths = {module: path for path, module in model.named_modules() if isinstance(module, PackedModule)}
+    return [
+        (path, paths[module.sharing[0]])
+        for module, path in paths.items()
+        if module.sharing and module.sharing[0] in paths and module.sharing[0] is not module
+    ]
+
+
+def tie_weights(model: PreTrainedModel, pairs: Iterable[Pair]) -> None:
+    """The inverse of `tie_modules` once the modules are dense again: tie their weights."""
+    for target, source in pairs:
+        model.all_tied_weights_keys[f"{target}.weight"] = f"{source}.weight"
+        for path, owner in model.named_modules():
+            name = f"{target}.weight".removeprefix(f"{path}." if path else "")
+            declared = type(owner)._tied_weights_keys if isinstance(owner, PreTrainedModel) else None
+            if declared and name in declared:
+                owner._tied_weights_keys = {**(owner._tied_weights_keys or {}), name: declared[name]}
     model.tie_weights(recompute_mapping=False)
-
-
-def _as_weights(table: dict[str, str]) -> dict[str, str]:
-    def weight(name: str) -> str:
-        return f"{name.rpartition('.')[0]}.weight" if name.endswith(BUFFERS) else name
-
-    return {weight(target): weight(source) for target, source in table.items()}
 
 
 def packed_buffers(module: nn.Module) -> dict[str, Tensor]:
@@ -100,9 +107,10 @@ def saved_state(model: PreTrainedModel, state: dict[str, Tensor] | None = None) 
     """The tensors to write: a packed pair once, and what stock will not tie again as a tensor of its own."""
     state = dict(model.state_dict() if state is None else state)
     ties = model.get_expanded_tied_weights_keys(all_submodels=True)
-    for target, source in ties.items():
-        if target.endswith(BUFFERS) and source in state:
-            state.pop(target, None)
+    for target, source in tied_modules(model):
+        for name in BUFFERS:
+            if f"{source}.{name}" in state:
+                state.pop(f"{target}.{name}", None)
     seen: dict[tuple[int, ...], str] = {}
     for name, tensor in state.items():
         if not isinstance(tensor, Tensor) or tensor.device.type == "meta" or name in ties:

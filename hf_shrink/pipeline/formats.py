@@ -8,7 +8,8 @@ from torch import nn
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.errors import RecipeError
-from hf_shrink.pipeline.targets import select, weight_holders
+from hf_shrink.pipeline.targets import select
+from hf_shrink.pipeline.tied import weight_holders
 from hf_shrink.quantization.base import ModelMethod
 from hf_shrink.recipe import QuantizeStep
 from hf_shrink.surgery.sizes import module_shape

@@ -15,7 +15,7 @@ from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.ops.linalg import damped_moment
 from hf_shrink.ops.masks import refit_kept
 from hf_shrink.pipeline.kept import KeptStack, present
-from hf_shrink.pipeline.targets import weight_holders
+from hf_shrink.pipeline.tied import weight_holders
 from hf_shrink.pipeline.weights import unfit, view_of
 from hf_shrink.pruning.base import WEIGHTS, Masked, WeightsMethod, WeightView
 from hf_shrink.quantization.drift import corrected

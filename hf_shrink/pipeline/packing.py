@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from hf_shrink.architectures.linears import is_matrix, matrix
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError, RecipeError
-from hf_shrink.pipeline.targets import weight_holders
+from hf_shrink.pipeline.tied import weight_holders
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod, QuantizedWeight
 from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.embedding import CompressedEmbedding
 from hf_shrink.runtime.linear import CompressedLinear
+from hf_shrink.runtime.packed import PackedModule, share
 
 AT_ONCE = 1 << 24  # elements of a weight without statistics that are solved at a time
 
@@ -58,8 +59,11 @@ def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: Quantization
         for task in group:
             stop = start + _dense(task.module).shape[0]
             part = solved.rows(start, stop) if len(group) > 1 else solved
-            for path, module in _sharing(model, task):
-                model.set_submodule(path, _packed(module, part))
+            holders = {path: _packed(module, part) for path, module in _sharing(model, task)}
+            for path, holder in holders.items():
+                model.set_submodule(path, holder)
+            if len(holders) > 1:
+                share(*holders.values())
             start = stop
         release_free_memory()
     return notes
@@ -134,7 +138,7 @@ def _sharing(model: nn.Module, task: Task) -> list[tuple[str, nn.Module]]:
     return [(path, model.get_submodule(path)) for path in weight_holders(model)[id(task.module.weight)]]
 
 
-def _packed(module: nn.Module, weight: QuantizedWeight) -> nn.Module:
+def _packed(module: nn.Module, weight: QuantizedWeight) -> PackedModule:
     if isinstance(module, nn.Embedding):
         return CompressedEmbedding.from_quantized(weight, module.padding_idx)
     bias = getattr(module, "bias", None)

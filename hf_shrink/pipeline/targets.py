@@ -17,6 +17,7 @@ from hf_shrink.architectures.matching import class_of, matches
 from hf_shrink.checkpoint.experts import read_with_experts
 from hf_shrink.checkpoint.portability import needs_dequantize, portability
 from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.tied import agree_on_ties, head_paths, keep_ties, weight_holders
 from hf_shrink.plan import Scheme
 from hf_shrink.recipe import QuantizeStep
 from hf_shrink.registry import did_you_mean
@@ -39,12 +40,14 @@ class Selected:
     Attributes:
         paths: of the modules, in the model's order; for each the key of the override that it falls under, or None.
         named: those that were asked for by path or regex, not by class or default.
+        head: the output head and what is tied to it, where the step has a scheme for them.
         notes: what the user should know.
     """
 
     paths: dict[str, str | None]
     named: frozenset[str]
     notes: list[str]
+    head: frozenset[str] = frozenset()
 
 
 def resolve_schemes(
@@ -73,8 +76,9 @@ def resolve_schemes(
         path: step.base_scheme() if key is None else step.scheme_with(step.overrides[key])
         for path, key in selected.paths.items()
     }
+    chosen |= {path: step.head_scheme() for path in selected.head}
     notes = selected.notes
-    chosen = _agree_on_ties(model, chosen)
+    chosen = agree_on_ties(model, chosen)
     check_inputs(model, chosen)
     widths = {path: _width(model.get_submodule(path)) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
@@ -118,9 +122,13 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
     inside = {path for block in binding.blocks for path in block.roles} if binding is not None else set(candidates)
     before_text = _outside_text(model, binding, candidates, inside)
     spared = spared_by_default(model, binding, candidates, inside, step.targets or ()) if step.ignore is None else set()
+    head = head_paths(model, candidates) if step.head is not None else frozenset()
     chosen: dict[str, str | None] = {}
-    by_name: set[str] = set()
+    by_name: set[str] = set(head)
     for path, module in candidates.items():
+        if path in head:
+            chosen[path] = None
+            continue
         override = _override(path, module, step.overrides)
         named = override is not None and override != class_of(module)
         if step.ignore is not None and any(matches(path, module, t) for t in step.ignore):
@@ -131,7 +139,7 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         chosen[path] = override
         if named or any(t != class_of(module) and matches(path, module, t) for t in step.targets or ()):
             by_name.add(path)
-    notes = _keep_ties(model, chosen, by_name) + _unknown_experts(binding, step)
+    notes = keep_ties(model, chosen, by_name) + _unknown_experts(binding, step)
     if left := [p for p in before_text & spared if any(matches(p, candidates[p], t) for t in step.targets or ())]:
         notes.append(
             f"{min(left)} and what else of the image side the targets match stays as it is, because they mean the text "
@@ -139,7 +147,7 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         )
     if not chosen:
         raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
-    return Selected(chosen, frozenset(by_name & chosen.keys()), notes)
+    return Selected(chosen, frozenset(by_name & chosen.keys()), notes, head)
 
 
 def _width(module: nn.Module) -> int:
@@ -236,33 +244,6 @@ def _named_apart(model: nn.Module, paths: set[str], inside: set[str], targets: I
     modules = {path: model.get_submodule(path) for path in paths | inside}
     apart = [t for t in targets if not any(matches(path, modules[path], t) for path in inside)]
     return {path for path in paths if any(matches(path, modules[path], t) for t in apart)}
-
-
-def weight_holders(model: nn.Module) -> dict[int, list[str]]:
-    """Paths of the modules with a matrix or an embedding, by the identity of their weight: several where it is tied."""
-    holders: dict[int, list[str]] = {}
-    for path, module in model.named_modules():
-        if is_matrix(module) or isinstance(module, nn.Embedding):
-            holders.setdefault(id(module.weight), []).append(path)
-    return holders
-
-
-def _keep_ties(model: nn.Module, chosen: dict[str, str | None], by_name: set[str]) -> list[str]:
-    """Take out weights chosen by class name only whose tied partner stays dense: untied, they would add bytes."""
-    notes = []
-    for paths in weight_holders(model).values():
-        dense = [path for path in paths if path not in chosen]
-        for path in paths:
-            if dense and path in chosen and path not in by_name:
-                del chosen[path]
-                notes.append(f"{path} stays dense: it shares its weight with {dense[0]}, which is not quantized")
-    return notes
-
-
-def _agree_on_ties(model: nn.Module, chosen: dict[str, Scheme]) -> dict[str, Scheme]:
-    """Modules that share one weight and are both chosen are stored once: the first one's scheme for all of them."""
-    first: dict[int, Scheme] = {}
-    return {path: first.setdefault(id(model.get_submodule(path).weight), scheme) for path, scheme in chosen.items()}
 
 
 def _one_group_size(

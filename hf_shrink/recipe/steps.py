@@ -27,6 +27,8 @@ class QuantizeStep:
         ignore: the same forms; None: output head, task heads, routers, tied weights. `[]`: nothing is ignored.
         overrides: by target, any of scheme, symmetric, strategy, group_size, symmetric_inputs. Exact path before
             regexes in written order before class names.
+        head: the scheme of the output head and of an embedding that is tied to it, as a name or a mapping like an
+            override's; W8A16 then has one scale per row. It wins over `targets` and `ignore`. None: as these say.
         symmetric, strategy, group_size: W8A8 and FP8A16 are symmetric with one scale per channel; the default
             group size does not apply to them, another one is an error.
         symmetric_inputs: of W8A8: round inputs without zero points, for engines that have no others; less exact.
@@ -50,6 +52,7 @@ class QuantizeStep:
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] | None = None
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    head: str | Mapping[str, Any] | None = None
     effort: str | None = None
     transforms: tuple[TransformSpec, ...] = ()
     tune: Mapping[str, Any] = field(default_factory=dict)
@@ -82,6 +85,10 @@ class QuantizeStep:
             if not isinstance(override, Mapping):
                 raise RecipeError(f"quantize.overrides[{target!r}] must be a mapping such as {{scheme: W8A16}}")
             self.scheme_with(override)
+        if self.head is not None and not isinstance(self.head, str | Mapping):
+            raise RecipeError(f"quantize.head is a scheme such as W8A16, not {self.head!r}")
+        if self.head_scheme().activation_bits < 16:
+            raise RecipeError(f"quantize.head cannot be {self.head_scheme().name}, which rounds inputs; use W8A16")
         rounded = [self.base_scheme(), *map(self.scheme_with, self.overrides.values())]
         if self.symmetric_inputs and all(scheme.activation_bits == 16 for scheme in rounded):
             raise RecipeError(f"{self.scheme} does not round its inputs; symmetric_inputs goes with W8A8")
@@ -93,6 +100,13 @@ class QuantizeStep:
 
     def base_scheme(self) -> Scheme:
         return self.scheme_with({})
+
+    def head_scheme(self) -> Scheme:
+        """What `head` asks for; W8A16 where it is None."""
+        asked = {"scheme": self.head or "W8A16"} if not isinstance(self.head, Mapping) else dict(self.head)
+        if Scheme.bits_of(str(asked.get("scheme", self.scheme))) == 8 and "group_size" not in asked:
+            asked.setdefault("strategy", "channel")
+        return self.scheme_with(asked)
 
     def scheme_with(self, override: Mapping[str, Any]) -> Scheme:
         """The step's scheme with an override's keys replaced. Raises RecipeError for unknown keys and values."""

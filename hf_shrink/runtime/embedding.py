@@ -9,6 +9,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime.packed import PackedModule
+from hf_shrink.runtime.packing import scaled
 
 
 class CompressedEmbedding(PackedModule):
@@ -61,11 +62,17 @@ class CompressedEmbedding(PackedModule):
     def forward(self, input: Tensor) -> Tensor:
         """As nn.Embedding: indices (...) to (..., embedding_dim) in the dtype of `weight`."""
         rows = input.flatten()
-        scale, zero_point = self.weight_scale, self._zero_point()
+        zero_point = self._zero_point()
         if self.scheme.strategy != "tensor":
-            scale = scale[rows]
             zero_point = None if zero_point is None else zero_point[rows]
-        return self._unpack(self.weight_packed[rows], scale, zero_point).view(*input.shape, self.embedding_dim)
+        if self.kernel is not None:  # of a head that shares the weight
+            with torch.no_grad():
+                values, scale = self.kernel.values(rows), self.kernel.scale(rows)
+                found = scaled(values, scale, zero_point, self.scheme, self.weight_dtype)
+        else:
+            scale = self.weight_scale if self.scheme.strategy == "tensor" else self.weight_scale[rows]
+            found = self._unpack(self.weight_packed[rows], scale, zero_point)
+        return found.view(*input.shape, self.embedding_dim)
 
     def extra_repr(self) -> str:
         """For print(model)."""

@@ -5,7 +5,7 @@ Under W8A8 the forward pass multiplies the int8 weight as it is.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,8 @@ class CompressedLinear(PackedModule):
         in_features, out_features: as of nn.Linear.
         bias: parameter (out_features,) or None.
     """
+
+    multiplies: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -81,12 +83,14 @@ class CompressedLinear(PackedModule):
 
     def optimize(self) -> None:
         """See `PackedModule.optimize`."""
-        self.restore()
+        self._restore()
         rows, columns, device = self.out_features, self.in_features, self.device
         kind, self.kernel_note = kernel_for(self.scheme, rows, columns, device, self.scale_dtype)
         if kind is not None:
             few = few_limit(kind, self.numel, self.scale_dtype, device)
             self.use_kernel(kind.pack(*self.unpacked(), few))
+        else:
+            self._pass_on()
 
     def _product(self, input: Tensor, bias: Tensor | None) -> Tensor:
         if self.kernel is not None:

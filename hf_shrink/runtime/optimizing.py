@@ -18,8 +18,8 @@ def use_kernels(model: nn.Module) -> None:
     for module in model.modules():
         if not isinstance(module, CompressedLinear) or module.kernel is not None:
             continue
-        if holders[id(module.held)] > 1:
-            module.kernel_note = "its weight is shared with an embedding"
+        if holders[id(module.held)] > max(1, len(module.sharing)):
+            module.kernel_note = "its weight is shared by hand"
             continue
         lent = lent or _is_lent(module.held)
         module.optimize()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -45,7 +45,10 @@ class PackedModule(nn.Module):
         sparse: the weight was pruned before it was packed in this process: training it keeps its zeros.
         kernel: what holds and multiplies the weight; None while the buffers above do.
         kernel_note: the kernel's name, or why there is none.
+        sharing: all modules that hold this weight, the one that is saved first (`share`); empty where it is alone.
     """
+
+    multiplies: ClassVar[bool] = False  # whether kernels are for it
 
     weight_packed: Tensor
     weight_scale: Tensor
@@ -61,6 +64,7 @@ class PackedModule(nn.Module):
         self.sparse = False
         self.kernel: Kernel | None = None
         self.kernel_note = "not optimized"
+        self.sharing: tuple[PackedModule, ...] = ()
         self._rows, self._columns = rows, columns
         groups = scheme.scale_columns(columns)
         scale_shape = (1,) if scheme.strategy == "tensor" else (rows, groups)
@@ -107,28 +111,62 @@ class PackedModule(nn.Module):
         return self.weight_scale.dtype if self.kernel is None else self.kernel.scale_dtype
 
     def optimize(self) -> None:
-        """Hold the weight in the layout of the fastest kernel for its device; as a checkpoint does if there is none."""
+        """Hold the weight in the layout of the fastest kernel for its device; as a checkpoint does if there is none.
+
+        Modules that share it and are where it is hold the same.
+        """
         self.kernel_note = "its rows are looked up, not multiplied"
+        self._pass_on()
+        for module in self.sharing:
+            if module.multiplies and module.held is self.held:
+                return module.optimize()
 
     def use_kernel(self, kernel: Kernel) -> None:
         """Let a kernel hold the weight, which must be this module's, in place of the checkpoint's buffers."""
-        self.restore()
+        self._restore()
         for name in _IN_KERNEL:
             del self._buffers[name]
         self._hold(kernel)
+        self._pass_on()
 
     def restore(self) -> None:
         """Hold the weight as a checkpoint does again. Does nothing where it is held so."""
+        if self.kernel is not None:
+            self._restore()
+            self._pass_on()
+
+    def adopt(self, other: PackedModule) -> None:
+        """Hold the very tensors that another module of the same weight holds."""
+        self._let_kernel_go()
+        for name in CHECKPOINT_BUFFERS:
+            self._buffers.pop(name, None)
+            if name in other._buffers:
+                self.register_buffer(name, other._buffers[name])
+        if other.kernel is not None:
+            self._hold(other.kernel)
+        self.kernel_note = other.kernel_note
+
+    def _pass_on(self) -> None:
+        """Let the modules that share the weight hold it as this one does, those on other devices excepted."""
+        place = (self.device, self.scale_dtype)
+        for module in self.sharing:
+            if module is not self and (module.device, module.scale_dtype) == place:
+                module.adopt(self)
+
+    def _restore(self) -> None:
         if self.kernel is None:
             return
         checkpoint = {name: getattr(self, name) for name in CHECKPOINT_BUFFERS if hasattr(self, name)}
-        for name in self.kernel.tensors:
-            delattr(self, _PREFIX + name)
-        self.kernel = None
+        self._let_kernel_go()
         for name in CHECKPOINT_BUFFERS:
             self._buffers.pop(name, None)
         for name, tensor in checkpoint.items():
             self.register_buffer(name, tensor)
+
+    def _let_kernel_go(self) -> None:
+        for name in self.kernel.tensors if self.kernel is not None else ():
+            delattr(self, _PREFIX + name)
+        self.kernel = None
 
     def _hold(self, kernel: Kernel) -> None:
         for name, tensor in kernel.tensors.items():
@@ -178,6 +216,11 @@ class PackedModule(nn.Module):
             self.weight_zero_point = pack_zero_point(grid.zero_point, self.scheme).data
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        result = self._apply_alone(fn, recurse)
+        self._pass_on()
+        return result
+
+    def _apply_alone(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
         if self.kernel is None:
             return self._apply_to_buffers(fn, recurse)
         kernel = self.kernel
@@ -186,7 +229,7 @@ class PackedModule(nn.Module):
             result = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
             self._hold(kernel.with_tensors({name: getattr(self, _PREFIX + name) for name in kernel.tensors}))
             return result
-        self.restore()
+        self._restore()
         result = self._apply_to_buffers(fn, recurse)
         self.optimize()
         return result
@@ -215,8 +258,9 @@ class PackedModule(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         optimized = self.kernel is not None
-        self.restore()
+        self._restore()
         super()._load_from_state_dict(*args, **kwargs)
+        self._pass_on()
         if optimized:
             self.optimize()
 
@@ -224,6 +268,14 @@ class PackedModule(nn.Module):
         scheme = self.scheme
         size = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
         return f"{scheme.name}{size} {'symmetric' if scheme.symmetric else 'asymmetric'}"
+
+
+def share(*modules: PackedModule) -> None:
+    """Let modules hold one weight, the first one's, from now on: also after moves, casts, loading and copies."""
+    for module in modules:
+        module.sharing = modules
+        if module is not modules[0]:
+            module.adopt(modules[0])
 
 
 def count_parameters(model: nn.Module) -> int:

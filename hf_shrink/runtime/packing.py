@@ -97,6 +97,16 @@ def unpack_weight(
     return weight
 
 
+def scaled(values: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """As `unpack_weight`, from values (rows, columns) that are unpacked, in one go."""
+    rows, columns = values.shape
+    wide = torch.promote_types(dtype, scale.dtype)
+    grouped = values.view(rows, scheme.scale_columns(columns), scheme.group_size or columns).to(wide)
+    if zero_point is not None:
+        grouped -= _per_group(zero_point, rows).to(wide)
+    return (grouped * _per_group(scale, rows).to(wide)).to(dtype).view(rows, columns)
+
+
 def _per_group(stored: Tensor, rows: int) -> Tensor:
     """(rows, groups) or (1,) as (rows, groups, 1)."""
     return stored.view(-1, stored.shape[-1], 1).expand(rows, -1, -1)

@@ -69,13 +69,16 @@ class Opened:
 def open_model(model: nn.Module, rounding: bool) -> Opened:
     """Put trainable modules in the places of the packed Linears, and make norms and biases float32 parameters.
 
+    A head that shares its weight with an embedding stays as it is: the embedding would not follow.
+
     Args:
         rounding: also make the integers trainable.
     """
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asked:
         parameter.requires_grad_(False)
-    packed = {path: module for path, module in model.named_modules() if type(module) is CompressedLinear}
+    modules = {path: module for path, module in model.named_modules() if type(module) is CompressedLinear}
+    packed = {path: module for path, module in modules.items() if not module.sharing}
     linears = {path: TrainableLinear(module, rounding=rounding) for path, module in packed.items()}
     for path, linear in linears.items():
         model.set_submodule(path, linear)

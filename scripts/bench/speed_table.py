@@ -20,7 +20,7 @@ def show(results: Mapping[str, Any], summary: Mapping[str, Any], not_run: Mappin
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="Batch 1, medians [least, greatest]; memory over the process with its libraries imported")
+    table = Table(title="Batch 1; median (least, greatest) of the runs; memory over the process with its libraries")
     for heading in HEADINGS:
         table.add_column(heading, justify="left" if heading in ("variant", "targets") else "right")
     subject = None
@@ -63,7 +63,7 @@ def _spread(value: Mapping[str, float] | None, brief: bool = False) -> str:
     if value is None:
         return "-"
     median, low, high = (f"{v:.0f}" if v >= 100 else f"{v:.3g}" for v in (value["median"], value["low"], value["high"]))
-    return median if brief else f"{median} [{low}, {high}]"
+    return median if brief else f"{median} ({low}, {high})"
 
 
 def _megabytes(value: float | None) -> str:

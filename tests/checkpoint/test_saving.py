@@ -57,8 +57,9 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
 
 def test_a_tied_pair_is_written_once_also_after_a_move(tmp_path: Path) -> None:
     model = llama({"model.embed_tokens": W8, "lm_head": W8}, tie_word_embeddings=True)()
-    model._apply(torch.clone)  # as a move to another device does: shared buffers come out as two
-    assert model.lm_head.weight_packed is not model.model.embed_tokens.weight_packed
+    before = model.lm_head.weight_packed
+    model._apply(torch.clone)  # as a move to another device does
+    assert model.lm_head.weight_packed is model.model.embed_tokens.weight_packed is not before
     model.save_pretrained(tmp_path)
     assert not [name for name in load_file(tmp_path / "model.safetensors") if name.startswith("lm_head")]
     assert torch.equal(logits_of(AutoModelForCausalLM.from_pretrained(tmp_path)), logits_of(model))

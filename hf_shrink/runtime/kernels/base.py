@@ -56,12 +56,12 @@ class Kernel(ABC):
         """From a weight's integers (rows, columns) and their grid."""
 
     @abstractmethod
-    def values(self) -> Tensor:
-        """int8 (rows, columns): the integers that were packed."""
+    def values(self, rows: Tensor | None = None) -> Tensor:
+        """int8 (rows, columns): the integers that were packed, of all rows or those of the given numbers."""
 
     @abstractmethod
-    def scale(self) -> Tensor:
-        """The scales as they are stored, bit for bit."""
+    def scale(self, rows: Tensor | None = None) -> Tensor:
+        """The scales as they are stored, bit for bit: all of them, or those of some rows."""
 
     @abstractmethod
     def few_rows(self, tokens: Tensor) -> Tensor:

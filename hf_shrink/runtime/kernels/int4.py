@@ -10,8 +10,15 @@ from torch.nn import functional as F
 
 from hf_shrink.ops.grid import Grid
 from hf_shrink.runtime.kernels.base import Kernel
-from hf_shrink.runtime.kernels.nibbles import ROW_STEP, pack_nibbles, unpack_columns, unpack_nibbles
-from hf_shrink.runtime.kernels.scales import join_scale, split_scale
+from hf_shrink.runtime.kernels.nibbles import (
+    ROW_STEP,
+    gather_nibbles,
+    kernel_layout,
+    pack_nibbles,
+    unpack_columns,
+    unpack_nibbles,
+)
+from hf_shrink.runtime.kernels.scales import join_scale, some, split_scale
 from hf_shrink.scheme import Scheme
 
 GROUPS = (256, 128, 64, 32)  # what the kernel takes
@@ -43,6 +50,7 @@ class Int4(Kernel):
         self._group, self._weight, self._rest = group, tensors["weight"], tensors.get("rest")
         self._scales = tensors["scales"].view(torch.bfloat16)
         self._padded = len(self._weight) != rows
+        self._layout = kernel_layout()
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
@@ -68,15 +76,21 @@ class Int4(Kernel):
             tensors["rest"] = rest
         return cls(grid.scheme, rows, columns, grid.scale.dtype, few, tensors)
 
-    def values(self) -> Tensor:
-        return unpack_nibbles(self._weight)[: self.rows].view(torch.int8) - 8
+    def values(self, rows: Tensor | None = None) -> Tensor:
+        return self._nibbles(rows).view(torch.int8) - 8
 
-    def scale(self) -> Tensor:
-        near = self._near[:, : self.rows].T
-        near = near[:, :: near.shape[1] // self.scheme.scale_columns(self.columns)]
+    def scale(self, rows: Tensor | None = None) -> Tensor:
+        near = self._near[:, : self.rows] if rows is None else self._near[:, rows]
+        near = near.T[:, :: len(near) // self.scheme.scale_columns(self.columns)]
         if self.scheme.strategy == "tensor":
-            return join_scale(near[:1], self._rest, self.scale_dtype).view(1)
-        return join_scale(near, self._rest, self.scale_dtype).contiguous()
+            return join_scale(self._near[:1, 0], self._rest, self.scale_dtype).view(1)
+        return join_scale(near, some(self._rest, rows), self.scale_dtype).contiguous()
+
+    def _nibbles(self, rows: Tensor | None) -> Tensor:
+        """uint8 (rows, columns) of all rows or some."""
+        if rows is None:
+            return unpack_nibbles(self._weight)[: self.rows]
+        return gather_nibbles(self._weight, rows, self._layout)
 
     def few_rows(self, tokens: Tensor) -> Tensor:
         output = _multiply(tokens, self._weight, self._group, self._scales)
@@ -145,8 +159,8 @@ class TwoPlanes(Int4):
             tensors["rest"] = rest
         return cls(grid.scheme, rows, columns, grid.scale.dtype, few, tensors)
 
-    def values(self) -> Tensor:
-        high, low = unpack_nibbles(self._weight)[: self.rows].chunk(2, 1)
+    def values(self, rows: Tensor | None = None) -> Tensor:
+        high, low = self._nibbles(rows).chunk(2, 1)
         return ((high << 4 | low) ^ 128).view(torch.int8)
 
     def few_rows(self, tokens: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from hf_shrink.ops.grid import Grid
 from hf_shrink.runtime.kernels.base import Kernel
-from hf_shrink.runtime.kernels.scales import join_scale, split_scale
+from hf_shrink.runtime.kernels.scales import join_scale, some, split_scale
 from hf_shrink.scheme import Scheme
 
 _COLUMN_STEP = 32  # with other widths the kernel of torch 2.13 reads beyond its operands
@@ -47,13 +47,14 @@ class Int8(Kernel):
             tensors["rest"] = rest
         return cls(grid.scheme, values.shape[0], values.shape[1], grid.scale.dtype, few, tensors)
 
-    def values(self) -> Tensor:
-        return self._weight
+    def values(self, rows: Tensor | None = None) -> Tensor:
+        return self._weight if rows is None else self._weight[rows]
 
-    def scale(self) -> Tensor:
+    def scale(self, rows: Tensor | None = None) -> Tensor:
         if self.scheme.strategy == "tensor":
             return join_scale(self._scale[:1], self._rest, self.scale_dtype)
-        return join_scale(self._scale, self._rest, self.scale_dtype).view(-1, 1)
+        near, rest = some(self._scale, rows), some(self._rest, rows)
+        return join_scale(near, rest, self.scale_dtype).view(-1, 1)
 
     def few_rows(self, tokens: Tensor) -> Tensor:
         return _multiply(tokens, self._weight, self._scale)

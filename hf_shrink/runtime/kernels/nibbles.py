@@ -68,9 +68,9 @@ def _octets(octets: Tensor, halves: bool) -> Tensor:
     return torch.cat([low, high], -1) if halves else torch.stack([low, high], -1).flatten(-2)
 
 
-def gather_nibbles(packed: Tensor, rows: Tensor) -> Tensor:
+def gather_nibbles(packed: Tensor, rows: Tensor, layout: Layout | None = None) -> Tensor:
     """uint8 (len(rows), columns): single rows, without unpacking others."""
-    layout, columns = kernel_layout(), packed.shape[1] * 2
+    layout, columns = layout or kernel_layout(), packed.shape[1] * 2
     whole = len(packed) - len(packed) % layout.block
     flat = packed.flatten()
     width = torch.where(rows < whole, layout.block // 2, (len(packed) - whole) // 2)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import Tensor
 
@@ -30,3 +32,14 @@ def join_scale(near: Tensor, rest: Tensor | None, dtype: torch.dtype) -> Tensor:
     if dtype == torch.float16:
         return rest.view(torch.float16)
     return ((near.contiguous().view(torch.int16).to(torch.int32) << 16) + rest).view(torch.float32)
+
+
+@overload
+def some(held: Tensor, rows: Tensor | None) -> Tensor: ...
+@overload
+def some(held: None, rows: Tensor | None) -> None: ...
+@overload
+def some(held: Tensor | None, rows: Tensor | None) -> Tensor | None: ...
+def some(held: Tensor | None, rows: Tensor | None) -> Tensor | None:
+    """The given rows of what is held, if any; all of it without numbers."""
+    return held if held is None or rows is None else held[rows]
