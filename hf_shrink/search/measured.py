@@ -82,12 +82,15 @@ class Installed:
                 parameter.data = dense
             for path, weight in weights.items():
                 if path not in self._kept:
-                    parameter = self._model.get_parameter(path)
-                    self._kept[path] = parameter, parameter.data
+                    self._kept[path] = self._dense_of(self._model.get_parameter(path))
                 parameter, dense = self._kept[path]
                 parameter.data = weight.to(dense.device, dense.dtype)
             self._replaced[group] = set(weights)
             self._now[group] = option
+
+    def _dense_of(self, parameter: nn.Parameter) -> tuple[nn.Parameter, Tensor]:
+        """A parameter with its dense tensor, which under another path (a tied head) may be replaced already."""
+        return next((known for known in self._kept.values() if known[0] is parameter), (parameter, parameter.data))
 
     def __enter__(self) -> Installed:
         return self

@@ -156,3 +156,19 @@ def test_weights_are_rounded_refitted_and_masked(
     again = weights.weights(1, 2)[f"model.layers.0.{DOWN}.weight"]
     assert torch.equal(again, down)
     assert again.data_ptr() != down.data_ptr()
+
+
+def test_a_tied_weight_is_put_back() -> None:
+    """It is one parameter under two paths, both of which the option names."""
+    model = tiny_llama(tie_word_embeddings=True)
+    both = dict.fromkeys(("model.embed_tokens", "lm_head"), W4)
+    group = Group("embeddings", (Option("dense", Cost(2), 0.0), option("W4", Change(both))))
+    problem = Problem((group,), Cost(1), (), (), Plan("llama", method="gptq"), {"decoder": 4})
+    method = METHODS.build("gptq", {})
+    assert not isinstance(method, ModelMethod)
+    before = model.lm_head.weight.detach().clone()
+    weights = RoundedWeights(model, bind(model), problem, method, {}, Shelf())
+    measure = MeasuredAssignments(model, bind(model), problem, weights, batches(), 0)
+    rounded, dense = (measure.divergences((0,), [choice], 200)[0] for choice in ((1,), (0,)))
+    assert rounded > 0.01 and dense < 1e-6
+    assert torch.equal(model.lm_head.weight, before) and torch.equal(model.model.embed_tokens.weight, before)

@@ -10,6 +10,9 @@ from hf_shrink.runtime.kernels.int8 import Int8
 from hf_shrink.scheme import Scheme
 
 KERNELS: tuple[type[Kernel], ...] = (Int4, Int8, TwoPlanes)  # the first that takes a weight has it
+# Values of a weight that caches do not hold (output heads): there two planes of nibbles are faster than octets.
+_STREAMED = 1 << 24
+_FROM_MEMORY: tuple[type[Kernel], ...] = (Int4, TwoPlanes, Int8)
 
 __all__ = ["KERNELS", "Kernel", "kernel_for"]
 
@@ -23,7 +26,7 @@ def kernel_for(
     if scale_dtype == torch.float64:
         return None, "its scales are float64"
     reasons = []
-    for kernel in KERNELS:
+    for kernel in KERNELS if rows * columns < _STREAMED else _FROM_MEMORY:
         reason = kernel.refuses(scheme, rows, columns, device)
         if reason is None:
             return kernel, kernel.name
