@@ -32,7 +32,7 @@ BEYOND_CACHES = 96 << 20  # bytes of weights that are gone through in turn
 MOST_COPIES = 64
 CONTEXT = 64  # tokens in the KV cache when decoding is timed
 ROUNDS = 5
-FORMAT = 1
+FORMAT = 2
 
 Build = Callable[[int, int, Scheme | None, torch.dtype, torch.device], nn.Module]
 

@@ -201,6 +201,20 @@ def test_what_has_no_kernel_says_why():
     assert kernel_for(Scheme(4), 64, 1536, cpu, torch.float64)[0] is None
 
 
+@pytest.mark.parametrize("scheme", [Scheme(4, False, "group", 64), Scheme(8, True, "channel", None)], ids=str)
+def test_compiles_as_one_graph(scheme):
+    _, fast = optimized(scheme, rows=72, columns=128, dtype=torch.bfloat16)
+    torch._dynamo.reset()
+    compiled = torch.compile(fast, fullgraph=True, backend="aot_eager")
+    for tokens in (1, 300):
+        input = torch.randn(1, tokens, 128, dtype=torch.bfloat16)
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(input), fast(input))
+    input = torch.randn(1, 3, 128, dtype=torch.bfloat16, requires_grad=True)
+    compiled(input).sum().backward()
+    assert input.grad.abs().sum() > 0
+
+
 def test_what_comes_from_memory_is_held_in_planes():
     scheme, device = Scheme(8, True, "channel", None), torch.device("cpu")
     assert kernel_for(scheme, 49152, 576, device, torch.bfloat16)[1] == "int4 twice"

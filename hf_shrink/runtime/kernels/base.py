@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_shrink.ops.grid import Grid
+from hf_shrink.ops.precision import multiplies_bfloat16
 from hf_shrink.runtime.kernels.blocks import blockwise_linear
 from hf_shrink.scheme import Scheme
 
@@ -24,6 +25,7 @@ class Kernel(ABC):
         scheme, rows, columns: of the weight.
         scale_dtype: of the scales as they are stored.
         few: up to so many rows of input the kernel multiplies; above, blocks of the weight are unpacked (`blocks.py`).
+        bfloat16_native: whether the device multiplies bfloat16 natively.
         tensors: what is held. None is of a floating dtype, so that casts of the module leave them alone.
     """
 
@@ -36,6 +38,7 @@ class Kernel(ABC):
         self.scheme, self.rows, self.columns = scheme, rows, columns
         self.scale_dtype, self.few, self.tensors = scale_dtype, few, tensors
         self._few_values = few * columns
+        self.bfloat16_native = multiplies_bfloat16(tensors["weight"].device)
 
     def with_tensors(self, tensors: dict[str, Tensor]) -> Self:
         """The same kernel on other tensors: copies, or moved ones."""

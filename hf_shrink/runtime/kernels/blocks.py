@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hf_shrink.ops.precision import multiplies_bfloat16
-
 if TYPE_CHECKING:
     from hf_shrink.runtime.kernels.base import Kernel
 
@@ -25,16 +23,13 @@ def blockwise_linear(kernel: Kernel, input: Tensor, bias: Tensor | None) -> Tens
     Computed in float32 or float64 at least, in bfloat16 for inputs of that dtype where it is native: what a Linear
     with the dense weight would give.
     """
-    fast = input.dtype == torch.bfloat16 and multiplies_bfloat16(input.device)
+    fast = input.dtype == torch.bfloat16 and kernel.bfloat16_native
     compute = input.dtype if fast else torch.promote_types(input.dtype, torch.float32)
     tokens = input.reshape(-1, kernel.columns).to(compute)
-    output = tokens.new_empty(len(tokens), kernel.rows)
-    if len(tokens):
-        for start, stop in _row_blocks(kernel):
-            torch.mm(tokens, kernel.unpacked(start, stop, compute), out=output[:, start:stop])
-    output = output.to(input.dtype)
+    parts = [tokens @ kernel.unpacked(start, stop, compute) for start, stop in _row_blocks(kernel)]
+    output = (parts[0] if len(parts) == 1 else torch.cat(parts, 1)).to(input.dtype)
     if bias is not None:
-        output += bias
+        output = output + bias.to(input.dtype)
     return output.view((*input.shape[:-1], kernel.rows))
 
 

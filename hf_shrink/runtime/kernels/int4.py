@@ -97,7 +97,7 @@ class Int4(Kernel):
         return output[:, : self.rows].contiguous() if self._padded else output
 
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        values = unpack_columns(self._weight, start, stop)
+        values = unpack_columns(self._weight, self._layout, start, stop)
         return self._scaled(values, 8, self._zero(start, start + values.shape[1]), start, stop, dtype)
 
     @property
@@ -167,7 +167,7 @@ class TwoPlanes(Int4):
         return super().few_rows(torch.cat([tokens, tokens], 1))
 
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        high, low = unpack_columns(self._weight, start, stop).chunk(2)
+        high, low = unpack_columns(self._weight, self._layout, start, stop).chunk(2)
         values = low.add_(high, alpha=16)
         return self._scaled(values, 136, self._zero(start, start + values.shape[1]), start, stop, dtype)
 

@@ -98,9 +98,9 @@ def kernel_layout() -> Layout:
     )
 
 
-def unpack_columns(packed: Tensor, start: int, stop: int) -> Tensor:
+def unpack_columns(packed: Tensor, layout: Layout, start: int, stop: int) -> Tensor:
     """float32 (columns, n): values of the rows from `start`, a multiple of 64, to `stop`, made whole sixteens."""
-    layout, columns = kernel_layout(), packed.shape[1] * 2
+    columns = packed.shape[1] * 2
     end = min(stop + -stop % ROW_STEP, len(packed))
     whole = end - end % layout.block
     values = torch.empty(columns, end - start)
