@@ -11,5 +11,12 @@ class ProgressCallback(Protocol):
     def __call__(self, what: str, done: int, total: int, note: str = "") -> None: ...
 
 
+def working_on(progress: ProgressCallback, what: str, rows: int = 0) -> None:
+    """Say what of the current part is in work, and how many rows of matrices that will be, to whoever shows it."""
+    show = getattr(progress, "working_on", None)
+    if show is not None:
+        show(what, rows)
+
+
 def quiet(what: str, done: int, total: int, note: str = "") -> None:
     """Says nothing."""

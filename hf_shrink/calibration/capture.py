@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.calibration.routing import routed
 from hf_shrink.errors import ArchitectureError, CalibrationError
+from hf_shrink.residence import Room, States, residence_of
 
 
 class _Stop(Exception):
@@ -44,15 +45,25 @@ class Captured:
         contexts: the same of what a decoder's cross attention reads; empty for stacks that are not such a decoder.
     """
 
-    hidden: list[Tensor] = field(default_factory=list)
+    hidden: States = field(default_factory=States)
     calls: list[list[Call]] = field(default_factory=list)
     links: list[dict[str, tuple[int, int]]] = field(default_factory=list)
     masks: list[Tensor | None] = field(default_factory=list)
     contexts: list[Tensor | None] = field(default_factory=list)
 
 
-def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Mapping[str, Any]]) -> Captured:
+def capture(
+    model: nn.Module,
+    blocks: Sequence[nn.Module],
+    batches: Sequence[Mapping[str, Any]],
+    dtype: torch.dtype | None = None,
+    room: Room | None = None,
+) -> Captured:
     """Record the calls of `blocks` for every batch of model inputs.
+
+    Args:
+        dtype: of the hidden states; None: the model's.
+        room: what they may take of memory; None: what the model's residence allows, or no limit.
 
     Raises:
         CalibrationError: no batches, or the model never reaches its blocks with this input.
@@ -60,7 +71,8 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Map
     """
     if not batches:
         raise CalibrationError("there is no calibration data")
-    found = Captured()
+    residence = residence_of(model)
+    found = Captured(States(room) if residence is None else States(residence.room, residence.folder))
     probe = _Probe(blocks)
     _run(model, blocks, batches[0], probe.stand_in)
     probe.check()
@@ -71,7 +83,7 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Map
         def stand_in(index: int, real: Callable[..., Any], args: Any, kwargs: Any, calls: list[Call] = calls) -> Any:
             hidden, call = split_hidden(args, kwargs)
             if index == 0:
-                found.hidden.append(hidden)
+                found.hidden.append(hidden if dtype is None else hidden.to(dtype))
             calls.append(call)
             if index == len(blocks) - 1:
                 raise _Stop
@@ -81,12 +93,13 @@ def capture(model: nn.Module, blocks: Sequence[nn.Module], batches: Sequence[Map
         if len(calls) != len(blocks):
             raise CalibrationError(f"the model ran {len(calls)} of its {len(blocks)} blocks on this calibration data")
         found.calls.append(calls)
-        length = found.hidden[-1].shape[1]
+        hidden = found.hidden[len(found.hidden) - 1]
+        length = hidden.shape[1]
         if _is_decoder(model, blocks):
-            found.masks.append(_padding(batch.get("decoder_attention_mask"), found.hidden[-1], length))
-            found.contexts.append(_padding(batch.get("attention_mask"), found.hidden[-1]))
+            found.masks.append(_padding(batch.get("decoder_attention_mask"), hidden, length))
+            found.contexts.append(_padding(batch.get("attention_mask"), hidden))
         else:
-            found.masks.append(_padding(batch.get("attention_mask"), found.hidden[-1], length))
+            found.masks.append(_padding(batch.get("attention_mask"), hidden, length))
     return found
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from hf_shrink.calibration.shelf import Shelf
+from hf_shrink.calibration.shelf import IN_MEMORY
 from hf_shrink.calibration.stages import StagedRun
 from hf_shrink.calibration.walk import StackWalk
+from hf_shrink.residence import Room
 
 HELD_OUT = 8  # one batch in so many is kept to check corrections with
 ENOUGH = 12  # tokens a column of the widest matrix, with which drift is measured well
@@ -51,14 +52,11 @@ class DenseStream:
         self._measured = self.held_out | frozenset(range(0, count - held, 1 if measure_all else sparing))
         followed = range(count) if everything else sorted(self._measured)
         self._place = {batch: place for place, batch in enumerate(followed)}
-        self.walk = StackWalk(model, blocks, [batches[batch] for batch in followed], **settings)
-        self._shelf = Shelf()
+        self.walk = StackWalk(model, blocks, [batches[batch] for batch in followed], room=Room(IN_MEMORY), **settings)
 
     def advance(self) -> None:
         """Run the current block, which must still be dense, on every batch followed."""
-        self._give_back_all()
         self.walk.advance()
-        self._put_away_all()
 
     @contextmanager
     def following(
@@ -71,14 +69,13 @@ class DenseStream:
         twin = copy.deepcopy(block)
         names = {id(module): name for name, module in block.named_modules()}
         copies = {path: twin.get_submodule(names[id(module)]) for path, module in matrices.items()}
-        self._give_back_all()
         self.walk.stand_in(twin)
-        with StagedRun(copies, stages, len(self._place), self.walk.call, copies.__getitem__, twin) as run:
+        with self.walk.staged(copies, stages, copies.__getitem__, twin) as run:
             yield Follower(self, run)
             for place in self._place.values():
                 self.walk.take(place, run.finish(place))
+        self.walk.stand_in(block)  # the twin is over
         self.walk.step()
-        self._put_away_all()
 
     def measured_place(self, batch: int) -> int | None:
         """Where a batch of the compressed walk is in `walk`; None when its drift is not measured."""
@@ -86,20 +83,7 @@ class DenseStream:
 
     def target(self, batch: int) -> Tensor:
         """The last dense block's output for a batch of the compressed walk, (batch, sequence, width)."""
-        self._shelf.give_back(self._place[batch])
         return self.walk.hidden[self._place[batch]]
-
-    def put_away(self, batch: int) -> None:
-        """Nobody reads the batch's target for a while."""
-        self._shelf.take(self._place[batch], [self.walk.hidden[self._place[batch]]])
-
-    def _give_back_all(self) -> None:
-        for place in self._place.values():
-            self._shelf.give_back(place)
-
-    def _put_away_all(self) -> None:
-        for place, hidden in enumerate(self.walk.hidden):
-            self._shelf.take(place, [hidden])
 
 
 class Follower:

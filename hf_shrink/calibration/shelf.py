@@ -6,10 +6,13 @@ import ctypes
 import os
 import tempfile
 from collections.abc import Sequence
+from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
+
+from hf_shrink.residence import Room
 
 IN_MEMORY = 64 << 20  # bytes that stay in memory; what is over goes to the file
 SMALLEST = 1 << 20  # bytes; less is not worth a system call
@@ -19,12 +22,16 @@ class Shelf:
     """Takes the bytes of CPU tensors into an unnamed temporary file, and gives them back into the same tensors.
 
     A tensor object and everything that holds it stay as they are; only its storage is empty meanwhile, so that it must
-    not be read before `give_back`. The file lies in the system's temporary folder and vanishes with the shelf.
+    not be read before `give_back`. The file vanishes with the shelf.
+
+    Args:
+        room: what may stay in memory, shared with others; None: IN_MEMORY.
+        folder: of the file; None: the system's for temporary files.
     """
 
-    def __init__(self, in_memory: int = IN_MEMORY) -> None:
-        self._room = in_memory
-        self._file = tempfile.TemporaryFile()  # noqa: SIM115 - lives as long as the shelf
+    def __init__(self, room: Room | None = None, folder: Path | None = None) -> None:
+        self._room = Room(IN_MEMORY) if room is None else room
+        self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the shelf
         self._inside: dict[int, int] = {}  # owner -> bytes that it has in memory
         self._outside: dict[int, list[tuple[torch.UntypedStorage, int, int]]] = {}
         self._free: dict[int, list[int]] = {}
@@ -41,14 +48,14 @@ class Shelf:
             return
         storages = [storage for tensor in tensors if (storage := _own_storage(tensor)) is not None]
         size = sum(storage.nbytes() for storage in storages)
-        if sum(self._inside.values()) + size <= self._room:
+        if self._room.take(size):
             self._inside[owner] = size
         else:
             self._outside[owner] = [self._write(storage) for storage in storages]
 
     def give_back(self, owner: int) -> None:
         """Fill an owner's tensors again. Does nothing for an owner without any here."""
-        self._inside.pop(owner, None)
+        self._room.give(self._inside.pop(owner, 0))
         for storage, place, size in self._outside.pop(owner, []):
             storage.resize_(size)
             done, content = 0, _bytes_of(storage)
@@ -76,6 +83,8 @@ class Shelf:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        for owner in [*self._inside]:
+            self.give_back(owner)
         self._file.close()
 
 

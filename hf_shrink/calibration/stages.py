@@ -116,6 +116,7 @@ class StagedRun:
         current: the module that is at a path now.
         block: whose forward `run` runs. What its modules were given on the way, and is still held somewhere on the
             way, is put on a shelf while the batch rests, since nobody reads it then.
+        shelf: that one; None: one of its own.
     """
 
     def __init__(
@@ -126,10 +127,12 @@ class StagedRun:
         run: Run,
         current: Callable[[str], nn.Module],
         block: nn.Module | None = None,
+        shelf: Shelf | None = None,
     ) -> None:
         self._passages = [_Passage(batch, run) for batch in range(batches)]
         self._contexts = ExitStack()
         self._setting = (matrices, stages, current, block)
+        self._shelf = Shelf() if shelf is None else shelf
 
     def __enter__(self) -> StagedRun:
         matrices, stages, current, block = self._setting
@@ -138,7 +141,7 @@ class StagedRun:
         self._contexts.enter_context(torch.no_grad())
         self._contexts.enter_context(_waiting(matrices, stages, current))
         self._contexts.enter_context(_noting_inputs(block))
-        self._shelf = self._contexts.enter_context(Shelf())
+        self._contexts.enter_context(self._shelf)
         self._contexts.callback(self._end)
         return self
 

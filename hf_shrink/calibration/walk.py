@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from hf_shrink.calibration.capture import Call, capture, first_output, run_with_outputs
+from hf_shrink.calibration.arguments import Arguments
+from hf_shrink.calibration.capture import capture, first_output, run_with_outputs
 from hf_shrink.calibration.collect import Collector, LastInputSeen
 from hf_shrink.calibration.experts import ExpertTokens, refuse_starved
-from hf_shrink.calibration.memory import release_free_memory
 from hf_shrink.calibration.padding import without_padding
 from hf_shrink.calibration.passed import Passed
+from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.calibration.stages import StagedRun, find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.precision import fast_precision
+from hf_shrink.residence import Room, residence_of
+from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.experts import Watch, watching
 
 if TYPE_CHECKING:
@@ -46,6 +49,7 @@ class StackWalk:
         padded: whether `attention_mask` is about this stack's tokens (False in a tower: it is about the text's).
         starved_experts: "error", or "rtn": their matrices get no statistics.
         fast: blocks may multiply in bfloat16 where that is native. Hidden states and statistics stay in float32.
+        room: as of `capture`.
     """
 
     def __init__(
@@ -57,32 +61,38 @@ class StackWalk:
         padded: bool = True,
         starved_experts: Literal["error", "rtn"] = "error",
         fast: bool = False,
+        room: Room | None = None,
     ) -> None:
-        found = capture(model, blocks, batches)
+        found = capture(model, blocks, batches, compute_dtype, room)
         self._blocks = list(blocks)
         self._batches = batches
         self._dtype = compute_dtype
-        self._calls = found.calls
-        self._links = found.links
+        self._arguments = Arguments(found.calls, found.links, compute_dtype)
         self._masks = found.masks if padded else [None] * len(found.masks)
         self._contexts = found.contexts
         # What each batch's current call hands to the block besides the hidden states.
         self._given: list[list[Tensor]] = [[] for _ in batches]
-        self.hidden = [h.to(compute_dtype) for h in found.hidden]
+        self.hidden = found.hidden
+        residence = residence_of(model)
+        self._shelf: dict[str, Any] = {} if residence is None else {"room": residence.room, "folder": residence.folder}
         self._fast = fast
         self.position = 0
         self.reference: Tensor | None = None
         self.starved: dict[str, int] = {}
         self._refuses_starved = starved_experts == "error"
         self._experts = ExpertTokens(model)
-        self._handed: list[dict[tuple[int, int], Any]] = [{} for _ in batches]
+
+    @property
+    def handed(self) -> list[dict[tuple[int, int], Any]]:
+        """For each batch, what blocks so far hand to later ones, by block and place in its output."""
+        return self._arguments.handed
 
     @property
     def tokens(self) -> int:
         """Tokens that pass through the stack, padding not counted."""
         return sum(
-            int(mask.sum()) if mask is not None else hidden.shape[:-1].numel()
-            for hidden, mask in zip(self.hidden, self._masks, strict=True)
+            int(mask.sum()) if mask is not None else self.hidden.kind(batch).shape[:-1].numel()
+            for batch, mask in enumerate(self._masks)
         )
 
     def call(self, batch: int) -> Any:
@@ -92,12 +102,13 @@ class StackWalk:
 
     def run(self, batch: int) -> Any:
         """As `call`, with gradients where they are enabled."""
-        args, kwargs = self._arguments(batch)
+        args, kwargs = self._arguments.of(batch, self.position)
         self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
-        precise = nullcontext() if not self._fast else fast_precision(self.hidden[batch].device, cached=False)
+        hidden = self.hidden[batch]
+        precise = nullcontext() if not self._fast else fast_precision(hidden.device, cached=False)
         with watching(self._masks[batch]) as watch, precise:
             self._experts.watches[batch] = watch
-            return self._blocks[self.position](self.hidden[batch], *args, **kwargs)
+            return self._blocks[self.position](hidden, *args, **kwargs)
 
     def mask(self, batch: int) -> Tensor | None:
         """bool (batch, sequence) of the real tokens; None when nothing is padded."""
@@ -176,7 +187,7 @@ class StackWalk:
         found = find_stages(matrices, self.call, self._experts.phase)
         # A waiting batch holds about three more tensors like its hidden states. Decided by sizes alone, never by what
         # memory there is, since the two ways to walk do not give the same bytes.
-        if found is None or len(self.hidden) * (found.largest + 3 * self.hidden[0].nbytes) > MOST_WAITING:
+        if found is None or len(self.hidden) * (found.largest + 3 * self.hidden.kind(0).nbytes) > MOST_WAITING:
             return None
         stages = found.stages
         before = first_output(found.output) if self.reference is None else self.reference
@@ -212,7 +223,7 @@ class StackWalk:
         with ExitStack() as stack:
             # Before the block's modules are made to wait, which a copy of them must not.
             follower = None if dense is None else stack.enter_context(dense.following(block, matrices, stages))
-            own = stack.enter_context(StagedRun(matrices, stages, len(self.hidden), self.call, current, block))
+            own = stack.enter_context(self.staged(matrices, stages, current, block))
             for stage in range(len(stages)):
                 for batch in range(len(self.hidden)):
                     x = own.reach(batch, stage)
@@ -230,6 +241,16 @@ class StackWalk:
             self.step()
         return Passed(before, first)
 
+    def staged(
+        self,
+        matrices: Mapping[str, nn.Module],
+        stages: Sequence[Sequence[str]],
+        current: Callable[[str], nn.Module],
+        block: nn.Module,
+    ) -> StagedRun:
+        """All batches on their way through the current block; what waits keeps to the walk's limit of memory."""
+        return StagedRun(matrices, stages, len(self.hidden), self.call, current, block, Shelf(**self._shelf))
+
     def take(self, batch: int, output: Any) -> Any:
         """Make a block's output the batch's hidden states; returns it."""
         hidden = first_output(output)
@@ -238,11 +259,7 @@ class StackWalk:
                 f"NaN or Inf in the output of block {self.position}; check the weights and the calibration data"
             )
         self.hidden[batch] = hidden.to(self._dtype)
-        for links in self._links:
-            for block, place in links.values():
-                if block == self.position:
-                    self._handed[batch][block, place] = output[place]
-        self._calls[batch][self.position] = Call((), {})
+        self._arguments.done(batch, self.position, output)
         return output
 
     def stand_in(self, block: nn.Module) -> None:
@@ -253,6 +270,12 @@ class StackWalk:
         """Go on to the next block, once `take` was called for every batch."""
         self.position += 1
         self.reference = None
+
+    def go_to(self, position: int, starved: Mapping[str, int]) -> None:
+        """Be in front of another block, whose inputs `hidden` already is."""
+        self._arguments.forget(range(self.position, position))
+        self.position, self.reference = position, None
+        self.starved.update(starved)
 
     def statistics_after(self, model: nn.Module, matrices: Mapping[str, nn.Module]) -> dict[str, InputStatistics]:
         """Second moments of the inputs of matrices that come after the stack, once every block was advanced."""
@@ -274,21 +297,3 @@ class StackWalk:
             return without_padding(x, self._masks[batch])
 
         return real
-
-    def _arguments(self, batch: int) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        call = self._calls[batch][self.position]
-        args, kwargs = list(call.args), dict(call.kwargs)
-        named: Any
-        for named, link in self._links[self.position].items():
-            if isinstance(named, int):
-                args[named] = self._handed[batch][link]
-            else:
-                kwargs[named] = self._handed[batch][link]
-        return tuple(self._cast(a) for a in args), {k: self._cast(v) for k, v in kwargs.items()}
-
-    def _cast(self, value: Any) -> Any:
-        if isinstance(value, Tensor) and value.is_floating_point():
-            return value.to(self._dtype)
-        if isinstance(value, tuple):
-            return tuple(self._cast(v) for v in value)
-        return value

@@ -61,6 +61,13 @@ class OutputFolder:
         if not any((self.path / name).is_file() for name in (CONFIG_NAME, RECORD_NAME)):
             raise CheckpointError(f"{self.path} holds something that is not a model; it is not overwritten: empty it")
 
+    def put(self, partial: Path) -> None:
+        """Let a finished folder beside the target take its place. Raises CheckpointError when it appeared meanwhile."""
+        partial.chmod(0o777 & ~_umask())
+        _flush(partial)
+        self.check()
+        _put(partial, self.path)
+
     def __enter__(self) -> Path:
         self.check()
         try:
@@ -69,7 +76,6 @@ class OutputFolder:
         except OSError as error:
             raise CheckpointError(f"cannot write beside {self.path}: {error}; give another output folder") from error
         self._partial = Path(partial)
-        self._partial.chmod(0o777 & ~_umask())
         return self._partial
 
     def __exit__(
@@ -78,9 +84,7 @@ class OutputFolder:
         assert self._partial is not None
         try:
             if kind is None:
-                _flush(self._partial)
-                self.check()
-                _put(self._partial, self.path)
+                self.put(self._partial)
         finally:
             shutil.rmtree(self._partial, ignore_errors=True)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
@@ -19,7 +18,9 @@ from transformers.utils.hub import cached_file
 from hf_shrink.checkpoint.format import PRUNED_METHOD
 from hf_shrink.checkpoint.shards import find_shards, read_json
 from hf_shrink.errors import CheckpointError
+from hf_shrink.residence import residence_of
 
+AT_ONCE = 1 << 24  # elements that are looked at in one go
 PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -96,19 +97,25 @@ def _check_dense(name: str, config: dict[str, Any]) -> None:
             raise CheckpointError(f"{name} is quantized already ({method}); give the dense model that it was made from")
 
 
-def check_finite(tensors: Iterable[tuple[str, Tensor]], where: str = "the model") -> None:
+def check_finite(model: nn.Module, where: str = "the model") -> None:
     """Raises CheckpointError naming the first floating-point tensor that holds NaN or Inf."""
-    for name, tensor in tensors:
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+    residence = residence_of(model)
+    for name, tensor in model.state_dict().items():
+        if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+            continue
+        if not all(bool(torch.isfinite(part).all()) for part in torch.split(tensor.detach().reshape(-1), AT_ONCE)):
             raise CheckpointError(f"{name} of {where} holds NaN or Inf; the model is damaged: get a sound copy of it")
+        if residence is not None:
+            residence.glanced_at(tensor)
 
 
-def load_source_model(source: Source, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+def load_source_model(source: Source, dtype: torch.dtype | str = "auto", *, check: bool = True) -> PreTrainedModel:
     """The model in the class that it was saved from, in eval mode, every weight from the checkpoint and finite.
 
     Args:
         source: from `open_source`.
         dtype: of the weights; "auto" keeps what is stored.
+        check: False: do not read the weights to see whether they are finite.
 
     Raises:
         CheckpointError: the class is not one of transformers', or the weights do not fit it.
@@ -125,8 +132,9 @@ def load_source_model(source: Source, dtype: torch.dtype | str = "auto") -> PreT
             f"{source.name} lacks {min(info['missing_keys'])} of its own class {type(model).__name__}, which would be "
             "random; download or save the model again"
         )
-    check_finite(model.state_dict().items(), source.name)
     loaded: PreTrainedModel = model.eval()
+    if check:
+        check_finite(loaded, source.name)
     return loaded
 
 

@@ -43,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"hf-shrink: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("hf-shrink: interrupted; nothing was left half-written", file=sys.stderr)
+        print(
+            "hf-shrink: interrupted; nothing was left half-written, and a run goes on when it is started again",
+            file=sys.stderr,
+        )
         return 1
     except (OSError, RuntimeError, MemoryError) as error:
         print(f"hf-shrink: failed while running: {type(error).__name__}: {one_line(error)}", file=sys.stderr)

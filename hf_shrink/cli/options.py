@@ -40,6 +40,15 @@ def add_common(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quiet", action="store_true", help="no progress")
 
 
+def add_memory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--max-memory",
+        metavar="SIZE",
+        default="4GB",
+        help="activations beyond it go to a file, and weights stay there unless all fit in half of it (default: 4GB)",
+    )
+
+
 def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe with the command line's changes, or the plan in a JSON file."""
     from dataclasses import replace

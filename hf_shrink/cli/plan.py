@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_shrink.cli.options import Commands, add_recipe, add_source, check_folder, recipe_of
+from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, recipe_of
 
 
 def add(commands: Commands) -> None:
@@ -23,6 +23,7 @@ def add(commands: Commands) -> None:
         "--json", metavar="FILE", help="write the plan, which run takes as --recipe; of a sweep all points"
     )
     parser.add_argument("--figure", metavar="FILE", help="draw the plan, or the points of a sweep, as .html or .png")
+    add_memory(parser)
     parser.set_defaults(command=command)
 
 
@@ -31,33 +32,30 @@ def _budgets(text: str) -> list[str]:
 
 
 def command(options: argparse.Namespace) -> None:
-    from hf_shrink.checkpoint.source import load_processing, load_source_model, open_source
-    from hf_shrink.reporting import silence
+    from hf_shrink.pipeline import open_checkpoint
 
     recipe = recipe_of(options)
     for file in filter(None, (options.json, options.figure)):
         check_folder(file)
-    with silence():
-        source = open_source(options.source)
-        model, processing = load_source_model(source), load_processing(source)
-    settings = {
-        "tokenizer": processing,
-        "calibration": options.calibration,
-        "seed": options.seed,
-        "progress": not options.quiet,
-    }
-    if options.sweep:
-        _sweep(options, model, recipe, settings)
-    else:
-        _one(options, model, recipe, settings)
+    with open_checkpoint(options.source, options.max_memory) as (model, processing):
+        settings = {
+            "tokenizer": processing,
+            "calibration": options.calibration,
+            "seed": options.seed,
+            "progress": not options.quiet,
+        }
+        (_sweep if options.sweep else _one)(options, model, recipe, settings)
 
 
 def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[str, Any]) -> None:
     from hf_shrink.pipeline import make_plan
+    from hf_shrink.pipeline.estimating import estimate
     from hf_shrink.pipeline.planning import find_binding
     from hf_shrink.plan import Plan
+    from hf_shrink.recipe import CalibrationSpec
     from hf_shrink.reporting.plan_chart import write_plan_map
     from hf_shrink.reporting.plan_table import print_plan
+    from hf_shrink.residence import bytes_of
 
     plan = recipe if isinstance(recipe, Plan) else make_plan(model, recipe, **settings)
     binding = find_binding(model)
@@ -65,6 +63,8 @@ def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[st
         print_plan(plan, binding)
     # The table has what is kept of each block, which the summary says in its indented lines.
     print("\n".join(line for line in plan.summary().splitlines() if binding is None or not line.startswith("  ")))
+    spec = CalibrationSpec() if isinstance(recipe, Plan) else recipe.calibration
+    print(estimate(model, plan, spec.samples * spec.length, bytes_of(options.max_memory)).summary())
     if options.json:
         plan.to_json(options.json)
     if options.figure and binding is not None:

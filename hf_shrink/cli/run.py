@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from hf_shrink.cli.options import Commands, add_recipe, add_source, one_line, recipe_of
+from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, one_line, recipe_of
 
 
 def add(commands: Commands) -> None:
@@ -17,6 +17,14 @@ def add(commands: Commands) -> None:
     parser.add_argument(
         "--evaluation", metavar="SPEC", help="what to measure on: 'self', a data recipe, a file, or 'none'"
     )
+    add_memory(parser)
+    parser.add_argument(
+        "--resume",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="go on from what an interrupted run with this output has finished (default), or delete that",
+    )
+    parser.add_argument("--log-file", metavar="FILE", help="write progress there, a line now and then, not to stderr")
     parser.set_defaults(command=command)
 
 
@@ -24,6 +32,8 @@ def command(options: argparse.Namespace) -> None:
     from hf_shrink.pipeline import shrink_checkpoint
     from hf_shrink.reporting import print_table
 
+    if options.log_file:
+        check_folder(options.log_file)
     report = shrink_checkpoint(
         options.source,
         options.output,
@@ -31,7 +41,9 @@ def command(options: argparse.Namespace) -> None:
         calibration=options.calibration,
         seed=options.seed,
         overwrite=options.overwrite,
-        progress=not options.quiet,
+        resume=options.resume,
+        max_memory=options.max_memory,
+        progress=options.log_file or not options.quiet,
     )
     print_table(report, title=f"{options.source} -> {options.output}")
     for note in report.notes:

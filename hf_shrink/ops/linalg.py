@@ -47,8 +47,10 @@ def damped_inverse_factor(moment: Tensor, damping: float, order: Tensor | None =
     # Of the matrix with its order reversed, Cholesky gives moment = R R^T with R upper triangular, and U = R^-1.
     backwards = order.flip(0)
     lower, used = damped_cholesky(moment[backwards][:, backwards], damping)
-    identity = torch.eye(len(lower), dtype=lower.dtype, device=lower.device)
-    upper = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+    flipped = lower.flip(0, 1)
+    del lower  # the largest inputs are tens of thousands wide: what is not needed any more goes at once
+    identity = torch.eye(len(flipped), dtype=flipped.dtype, device=flipped.device)
+    upper = torch.linalg.solve_triangular(flipped, identity, upper=True)
     return InverseFactor(upper, used, order)
 
 
@@ -59,15 +61,16 @@ def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
         CalibrationError: as `damped_inverse_factor`.
     """
     check_finite(moment)
-    double = moment.double()
+    double = moment.to(torch.float64, copy=True)
     mean = double.diagonal().mean()
     if mean == 0:  # no input was ever non-zero: every channel counts alike
         return torch.eye(len(double), dtype=double.dtype, device=double.device), damping
-    damped = double.clone()
+    del moment
+    diagonal = double.diagonal().clone()
     used = damping
     while used <= LARGEST_DAMPING:
-        damped.diagonal().copy_(double.diagonal() + used * mean)
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        double.diagonal().copy_(diagonal + used * mean)
+        lower, failed = torch.linalg.cholesky_ex(double)
         if not failed:
             return lower, used
         used = max(used * 10, 1e-6)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 from hf_shrink.ops.grid import Grid, dequantize
@@ -35,3 +37,17 @@ class QuantizedWeight:
     def rows(self, start: int, stop: int) -> QuantizedWeight:
         """Rows `start` to `stop`: one Linear of several that were stacked and solved as one."""
         return replace(self, values=self.values[start:stop], grid=self.grid.rows(start, stop))
+
+    @classmethod
+    def stacked(cls, parts: Sequence[QuantizedWeight], sizes: Sequence[float]) -> QuantizedWeight:
+        """One weight of parts of its rows. `sizes`: the sums of squares that their errors are relative to."""
+        first = parts[0].grid
+        zero_points = [part.grid.zero_point for part in parts if part.grid.zero_point is not None]
+        grid = Grid(
+            first.scheme,
+            torch.cat([part.grid.scale for part in parts]),
+            torch.cat(zero_points) if zero_points else None,
+        )
+        lost = sum(part.error * size for part, size in zip(parts, sizes, strict=True))
+        notes = tuple(dict.fromkeys(note for part in parts for note in part.notes))
+        return cls(torch.cat([part.values for part in parts]), grid, lost / max(sum(sizes), 1e-30), notes)

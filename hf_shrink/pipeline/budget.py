@@ -24,6 +24,7 @@ from hf_shrink.pruning.samples import choose
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.recipe import Budget, QuantizeStep, Recipe, SearchSpec
 from hf_shrink.recipe.effort import expand
+from hf_shrink.residence import Room
 from hf_shrink.search.blank import blank_sensitivity
 from hf_shrink.search.choose import Chosen, choose_assignment
 from hf_shrink.search.fingerprint import sensitivity_of
@@ -189,7 +190,7 @@ class Searching:
     def weights(self, problem: Problem) -> RoundedWeights:
         """What options make of the weights; one for all budgets on the same options."""
         if self._weights is None or self._weights[0] is not problem:
-            shelf = Shelf(IN_MEMORY)
+            shelf = Shelf(Room(IN_MEMORY))
             statistics = input_statistics(
                 self.model,
                 self.binding.stacks,

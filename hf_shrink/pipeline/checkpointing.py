@@ -1,33 +1,42 @@
-"""`shrink_checkpoint`: from a folder or Hub id to an output folder with everything in it."""
+"""`shrink_checkpoint`: from a folder or Hub id to an output folder with everything in it, one block at a time."""
 
 from __future__ import annotations
 
 import copy
 import os
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
-from hf_shrink.checkpoint.folder import OutputFolder, copy_side_files
-from hf_shrink.checkpoint.inference import optimize_for_inference
-from hf_shrink.checkpoint.record import ShrinkRecord
+from hf_shrink.checkpoint.fingerprint import digest, fingerprint
+from hf_shrink.checkpoint.folder import copy_side_files
+from hf_shrink.checkpoint.record import RECORD_NAME, current_versions, read_record
+from hf_shrink.checkpoint.run_folder import RunFolder
 from hf_shrink.checkpoint.save import bind as bind_save
-from hf_shrink.checkpoint.source import Source, load_processing, load_source_model, open_source
-from hf_shrink.evaluation import compare_decode_speed, evaluate_model, for_report, greedy_completion, stored_bytes
+from hf_shrink.checkpoint.source import Source, load_processing, open_source
+from hf_shrink.checkpoint.streamed import load_streamed
+from hf_shrink.evaluation import stored_bytes
+from hf_shrink.pipeline.keeping import JournalKeeper, Keeper
+from hf_shrink.pipeline.measuring import measure
 from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, load_recipe
 from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.plan import Plan
-from hf_shrink.recipe import EvaluationSpec
+from hf_shrink.recipe import EvaluationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting import write_report
-from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.reporting.progress import Progress, showing, silence
+from hf_shrink.residence import bytes_of
 
-SPEED_TOKENS = 16  # of the prompt and decoded, a run: enough for a figure, not for a wait
-PROMPT = "The most important thing to know about the sea is"
+MAX_MEMORY = "4GB"
 
 
 def shrink_checkpoint(
@@ -39,95 +48,113 @@ def shrink_checkpoint(
     calibration: Any = None,
     seed: int = 0,
     overwrite: bool = False,
-    progress: bool = True,
+    resume: bool = True,
+    max_memory: int | str = MAX_MEMORY,
+    progress: bool | str | os.PathLike[str] = True,
 ) -> ShrinkReport:
     """Shrink a saved model into a new folder: weights, config, tokenizer, card, report, plots.
 
-    The folder is written beside its final place and renamed when it is whole. The result is measured against the dense
-    model as the recipe's `evaluation` says, on data that overlaps neither in seed nor in text with the calibration.
+    The weights are those that `shrink` gives, byte for byte, but one block of the model is in memory at a time. The
+    folder is written beside its final place and renamed when it is whole. A run that was cut off goes on after the last
+    block that it finished when it is started again in the same way. The result is measured against the dense model as
+    the recipe's `evaluation` says, on data that overlaps neither in seed nor in text with the calibration.
 
     Args:
         source: folder or Hub id of a dense model in safetensors.
         output_dir: must not exist, or be empty, unless `overwrite`.
-        recipe, calibration, seed, progress: as in `shrink`.
+        recipe, calibration, seed: as in `shrink`.
+        progress: show progress bars, or the path of a file that gets a line now and then instead.
         tokenizer: in place of the source's own tokenizer or processor; rewritten in place where the recipe prunes the
             vocabulary.
+        resume: go on from what an earlier run with this output left; False: delete that.
+        max_memory: bytes, or such as "4GB": what activations may take of memory before they go to a file, and weights
+            where all of them fit in half of it. Changes no result.
 
     Raises:
-        CheckpointError: the source cannot be read or the output cannot be written.
+        CheckpointError: the source cannot be read or the output cannot be written; what an earlier run left is of
+            another recipe, seed or source.
         RecipeError, ArchitectureError, CalibrationError: as in `shrink`.
     """
+    since = time.perf_counter()
     asked = recipe if isinstance(recipe, Plan) else load_recipe(recipe)
     spec = EvaluationSpec() if isinstance(asked, Plan) else asked.evaluation
+    memory = bytes_of(max_memory)
     found = open_source(source)
-    with OutputFolder(output_dir, overwrite=overwrite) as folder, silence():
+    with RunFolder(output_dir, overwrite, resume) as run, silence(), showing(progress) as show:
         processing = tokenizer if tokenizer is not None else load_processing(found)
-        model = load_source_model(found)
-        show = Progress(quiet=not progress)
-        job = Job(model, asked, processing, calibration, seed, progress)
+        model = None if found.shards else load_streamed(found, run.scratch, memory)  # of the Hub: fetched first
+        journal = run.journal(_key(found, asked, tokenizer, calibration, seed))
+        if run.whole:
+            return read_record(run.target / RECORD_NAME).report
+        model = load_streamed(found, run.scratch, memory) if model is None else model
+        keeper = JournalKeeper(journal, run.finished, lambda: time.perf_counter() - since, memory, show.say)
+        job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
         with evaluating(model):
-            held_out = _held_out(spec, model, processing, seed, show)
+            held_out = _held_out(spec, model, processing, seed, show, keeper)
             job.exclude = held_out.texts(processing) if held_out is not None and spec.data != "self" else None
             before = copy.deepcopy(processing)  # its tokens, where the run takes some out
             record = replace(job.run(job.data()), source=found.name)
         bind_save(model, record)
-        model.save_pretrained(folder)
-        source_card = copy_side_files(found, folder, tokens=record.tokenizer is None)
+        model.save_pretrained(run.output)
+        source_card = copy_side_files(found, run.output, tokens=record.tokenizer is None)
         record.report.bytes_before = _source_bytes(found, record.report.bytes_before)
-        record.report.bytes_after = stored_bytes(folder)
+        record.report.bytes_after = stored_bytes(run.output)
         if held_out is not None:
-            _measure(found, model, held_out, spec, (processing, before), record, show)
-        show.close()
-        write_report(folder, record, source_card=source_card)
-        record.write(Path(folder))
+            dense = load_streamed(found, run.scratch / "dense", memory, check=False)
+            measure(dense, model, held_out, spec, (processing, before), record, show)
+            del dense
+        write_report(run.output, record, source_card=source_card)
+        record.write(run.output)
     return record.report
 
 
+@contextmanager
+def open_checkpoint(
+    source: str | os.PathLike[str], max_memory: int | str = MAX_MEMORY
+) -> Iterator[tuple[PreTrainedModel, Any]]:
+    """A saved model of which one block is in memory at a time, to make plans of, and its tokenizer or processor.
+
+    Arguments and errors as in `shrink_checkpoint`.
+    """
+    found = open_source(source)
+    with tempfile.TemporaryDirectory() as scratch:
+        with silence():
+            processing, model = load_processing(found), load_streamed(found, Path(scratch), bytes_of(max_memory))
+        yield model, processing
+
+
+def _key(found: Source, asked: Recipe | Plan, tokenizer: Any, calibration: Any, seed: int) -> dict[str, Any]:
+    """What decides a run's result, as JSON values."""
+    text = getattr(getattr(tokenizer_of(tokenizer), "backend_tokenizer", None), "to_str", lambda: None)()
+    data = asked.calibration.data if calibration is None and isinstance(asked, Recipe) else calibration
+    name = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+    return {
+        "source": fingerprint(found),
+        "recipe": asked.to_dict() if isinstance(asked, Recipe) else {"plan": asked.to_json()},
+        "seed": seed,
+        "tokenizer": text,
+        "calibration": name,
+        "calibration file": digest(Path(name)) if name is not None and Path(name).is_file() else None,
+        "versions": current_versions(),
+        "threads": torch.get_num_threads(),
+    }
+
+
 def _held_out(
-    spec: EvaluationSpec, model: PreTrainedModel, processing: Any, seed: int, show: Progress
+    spec: EvaluationSpec, model: PreTrainedModel, processing: Any, seed: int, show: Progress, keeper: Keeper
 ) -> CalibrationData | None:
     """What the result will be measured on, made before the model changes; None when nothing is to be measured."""
     if not spec.metrics:
         return None
-    return calibration_batches(spec, model=model, tokenizer=processing, seed=seed, purpose="evaluation", progress=show)
+
+    def make() -> CalibrationData:
+        return calibration_batches(
+            spec, model=model, tokenizer=processing, seed=seed, purpose="evaluation", progress=show
+        )
+
+    return keeper.data("evaluation", make, named=True)
 
 
 def _source_bytes(source: Source, loaded: int) -> int:
     """Bytes of the source's weights on disk where they are at hand, else as loaded."""
     return sum(shard.stat().st_size for shard in source.shards) or loaded
-
-
-def _measure(
-    source: Source,
-    model: PreTrainedModel,
-    held_out: CalibrationData,
-    spec: EvaluationSpec,
-    processing: tuple[Any, Any],
-    record: ShrinkRecord,
-    show: Progress,
-) -> None:
-    """Quality and speed beside the dense model, into the record's report. `processing`: after the run, and before."""
-    dense = load_source_model(source)
-    optimize_for_inference(model.eval())
-    result = evaluate_model(
-        model,
-        held_out,
-        baseline=dense,
-        metrics=spec.metrics,
-        tokenizer=processing[0],
-        baseline_tokenizer=processing[1] if record.tokenizer is not None else None,
-        progress=show,
-    )
-    show("comparing speed", 0, 1)
-    speed = compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS)
-    show("comparing speed", 1, 1)
-    record.report.evaluation = for_report(result, speed)
-    writer, dense_writer = map(tokenizer_of, processing)
-    if dense.can_generate() and not dense.config.is_encoder_decoder and writer is not None:
-        show("comparing completions", 0, 2)
-        record.report.completions = {
-            "prompt": PROMPT,
-            "dense": greedy_completion(dense, dense_writer, PROMPT),
-            "compressed": greedy_completion(model, writer, PROMPT),
-        }
-        show("comparing completions", 2, 2)

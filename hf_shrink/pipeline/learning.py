@@ -38,7 +38,6 @@ class _Problem:
         if mask is not None and mask.shape == target.shape[:2]:
             lost, added = lost[mask], added[mask]
         found = lost.square().sum() / added.square().sum().clamp_min(1e-30)
-        self._dense.put_away(batch)
         return found
 
 

@@ -14,9 +14,12 @@ from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.pipeline.tied import weight_holders
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod, QuantizedWeight
+from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.embedding import CompressedEmbedding
 from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.runtime.packed import PackedModule, share
+
+AT_ONCE = 1 << 24  # elements of a weight without statistics that are solved at a time
 
 
 @dataclass(frozen=True)
@@ -45,14 +48,16 @@ def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: Quantization
     """
     notes: list[str] = []
     for group in _groups(tasks, method):
-        weights = [_weight(task) for task in group]
         first = group[0]
         solver = method if first.statistics is not None or not method.needs_statistics else _data_free()
-        solved = _solve(solver, torch.cat(weights), first)
+        if len(group) == 1 and first.statistics is None and first.scheme.strategy != "tensor":
+            solved = _solve_by_rows(solver, first)
+        else:
+            solved = _solve(solver, torch.cat([_weight(task) for task in group]), first)
         notes += [f"{first.path}: {note}" for note in solved.notes]
         start = 0
-        for task, weight in zip(group, weights, strict=True):
-            stop = start + weight.shape[0]
+        for task in group:
+            stop = start + _dense(task.module).shape[0]
             part = solved.rows(start, stop) if len(group) > 1 else solved
             holders = {path: _packed(module, part) for path, module in _sharing(model, task)}
             for path, holder in holders.items():
@@ -60,7 +65,23 @@ def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: Quantization
             if len(holders) > 1:
                 share(*holders.values())
             start = stop
+        release_free_memory()
     return notes
+
+
+def _solve_by_rows(method: QuantizationMethod, task: Task) -> QuantizedWeight:
+    """As `_solve`, without statistics: rows are independent, so an embedding larger than all else goes in slices."""
+    weight = _dense(task.module)
+    step = max(1, AT_ONCE // weight.shape[1])
+    if len(weight) <= step:
+        return _solve(method, _weight(task), task)
+    parts, sizes = [], []
+    for start in range(0, len(weight), step):
+        rows = slice(start, start + step)
+        part = _weight(task, rows)
+        parts.append(_solve(method, part, task))
+        sizes.append(float(part.square().sum(dtype=torch.float64)))
+    return replace(QuantizedWeight.stacked(parts, sizes), sparse=task.sparse)
 
 
 def _solve(method: QuantizationMethod, weight: Tensor, task: Task) -> QuantizedWeight:
@@ -90,11 +111,16 @@ def _groups(tasks: Sequence[Task], method: QuantizationMethod) -> list[list[Task
     return list(groups.values())
 
 
-def _weight(task: Task) -> Tensor:
-    """float32 (out, in). Raises CalibrationError naming the module when it is not finite."""
-    weight = matrix(task.module) if is_matrix(task.module) else task.module.weight
+def _dense(module: nn.Module) -> Tensor:
+    """The weight (out, in) as it is stored."""
+    weight = matrix(module) if is_matrix(module) else module.weight
     assert isinstance(weight, Tensor)
-    dense = weight.detach().to(torch.float32)
+    return weight.detach()
+
+
+def _weight(task: Task, rows: slice = slice(None)) -> Tensor:
+    """float32 (out, in) of some rows. Raises CalibrationError naming the module when it is not finite."""
+    dense = _dense(task.module)[rows].to(torch.float32)
     if not torch.isfinite(dense).all():
         raise CalibrationError(f"NaN or Inf in {task.path}.weight; the checkpoint is damaged")
     return dense

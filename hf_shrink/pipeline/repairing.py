@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -23,6 +23,7 @@ from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.repair import Errors, best_change
 from hf_shrink.report import ShrinkReport
+from hf_shrink.residence import rest
 from hf_shrink.surgery import check_plan, without_blocks
 
 HELD_OUT = 8  # every so many sequences one is held out
@@ -139,18 +140,20 @@ class _Repair:
                 if place < start:
                     with fast_precision(device):
                         _together(dense, pruned)
-                    continue
-                with fast_precision(device):
-                    for _ in range(1 + len(gap)):
-                        dense.advance()
-                with _without_parts(stack, plan, [block.index]):
-                    self._refit(block, plan.blocks.get(block.index, BlockPlan()), dense.hidden, pruned, held_out)
-                    with fast_precision(device):  # anew: autocast keeps weights that it has cast until it ends
-                        pruned.advance()
+                else:
+                    with fast_precision(device):
+                        for _ in range(1 + len(gap)):
+                            dense.advance()
+                    with _without_parts(stack, plan, [block.index]):
+                        self._refit(block, plan.blocks.get(block.index, BlockPlan()), dense.hidden, pruned, held_out)
+                        with fast_precision(device):  # anew: autocast keeps weights that it has cast until it ends
+                            pruned.advance()
+            for done in (block, *gap):
+                rest(done.module)
             self._progress("repairing blocks", place + 1, len(kept))
 
     def _refit(
-        self, block: BoundBlock, plan: BlockPlan, targets: Sequence[Tensor], walk: StackWalk, held_out: Sequence[Tensor]
+        self, block: BoundBlock, plan: BlockPlan, targets: Iterable[Tensor], walk: StackWalk, held_out: Sequence[Tensor]
     ) -> None:
         """Refit the block's last writing matrix; `walk` is in front of the block, whose removed parts are out."""
         writer = _writer(block, plan)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -26,6 +27,7 @@ from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.budget import Searching
+from hf_shrink.pipeline.keeping import NOTHING_KEPT, Keeper
 from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
 from hf_shrink.pipeline.recipes import (
     DEFAULT_RECIPE,
@@ -42,6 +44,7 @@ from hf_shrink.plan import Plan
 from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.residence import residence_of, rest
 from hf_shrink.runtime.packed import PackedModule, count_parameters
 from hf_shrink.tuning import Teacher, Tuning, regrouped, tune
 
@@ -82,7 +85,7 @@ def shrink(
         ArchitectureError: the model's structure does not allow a step.
         CalibrationError: the data is missing or too short, or numbers are not finite.
     """
-    job = Job(model, recipe, tokenizer, calibration, seed, progress)
+    job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
     with silence(), evaluating(model):
         record = job.run(job.data())
     if isinstance(model, PreTrainedModel):
@@ -102,20 +105,28 @@ def make_plan(
     progress: bool = True,
 ) -> Plan:
     """What `shrink` would do, without doing it. Arguments and errors as in `shrink`."""
-    job = Job(model, recipe, tokenizer, calibration, seed, progress)
+    job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
     with silence(), evaluating(model):
         return job.plan(job.data()).plan
 
 
-def check_dense(model: nn.Module) -> None:
-    """Raises RecipeError for a model that is quantized already, CheckpointError for weights that are not finite."""
+def check_not_quantized(model: nn.Module) -> None:
+    """Raises RecipeError for a model that is quantized already."""
     block = getattr(getattr(model, "config", None), "quantization_config", None)
     if block is None and any(isinstance(m, PackedModule) for m in model.modules()):
         block = {"quant_method": "hf_shrink"}
     if block is not None:
         method = block.get("quant_method") if isinstance(block, dict) else getattr(block, "quant_method", None)
         raise RecipeError(f"this model is quantized already ({getattr(method, 'value', method)}); load the dense model")
-    check_finite(model.state_dict().items())
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """The model's weights in another dtype, in place and block by block."""
+    residence = residence_of(model)
+    for block in residence.blocks if residence is not None else ():
+        block.to(dtype)
+        rest(block)
+    model.to(dtype)
 
 
 @contextmanager
@@ -139,8 +150,9 @@ class Job:
     tokenizer: Any
     calibration: Any
     seed: int
-    progress: bool
+    show: Progress
     exclude: Sequence[str] | None = None
+    keeper: Keeper = NOTHING_KEPT
 
     def __post_init__(self) -> None:
         self.recipe: Recipe | None = None if isinstance(self.asked, Plan) else load_recipe(self.asked)
@@ -151,9 +163,10 @@ class Job:
             plan_method(self.asked)
             plan_transforms(self.asked)
             plan_weights_method(self.asked)
-        check_dense(self.model)
+        check_not_quantized(self.model)
+        if residence_of(self.model) is None:  # else that was done when it was opened
+            check_finite(self.model)
         check_type(self.model)
-        self.show = Progress(quiet=not self.progress)
         if self.recipe is not None and self.recipe.budget is not None:
             # Before there is any data, which can take minutes to make.
             with silence(), evaluating(self.model):
@@ -177,7 +190,8 @@ class Job:
                 "only transformers models can be calibrated; for this module use method: rtn to quantize, magnitude to "
                 "prune weights"
             )
-        return calibration_batches(
+        make = functools.partial(
+            calibration_batches,
             spec,
             source=self.calibration,
             model=self.model,
@@ -186,6 +200,7 @@ class Job:
             exclude=self.exclude,
             progress=self.show,
         )
+        return self.keeper.data("calibration", make, named=self.calibration is None)
 
     def plan(self, data: CalibrationData) -> Planned:
         if isinstance(self.asked, Plan):
@@ -215,27 +230,31 @@ class Job:
 
     def run(self, data: CalibrationData) -> ShrinkRecord:
         """Plan and apply; returns the record of it."""
-        started = time.perf_counter()
+        started = time.perf_counter() - self.keeper.elapsed
         model = self.model
         report = ShrinkReport(parameters_before=count_parameters(model), bytes_before=unique_bytes(model))
         report.notes += data.notes
         report.seed = self.seed
         if data.batches:
             report.calibration = {"description": data.description, **data.details}
-        planned = self.plan(data)
+        planned = self.keeper.planned(lambda: self.plan(data))
         report.seconds["plan"] = time.perf_counter() - started
         report.notes += planned.notes
+        self.keeper.begin(model, planned.plan, data.batches)
         data, tokenizer = self._with_fewer_tokens(planned.plan, data)
         if self.recipe is not None and self.recipe.dtype != "keep":
-            model.to(getattr(torch, self.recipe.dtype))
+            _cast(model, getattr(torch, self.recipe.dtype))
         tuning = Tuning.from_options(planned.plan.tune)
         teacher = self._teacher(tuning, data)
         method = plan_method(planned.plan)
-        apply_plan(model, find_binding(model), planned.plan, method, data.batches, report, self.show, self.seed)
+        binding = find_binding(model)
+        apply_plan(model, binding, planned.plan, method, data.batches, report, self.show, self.seed, keeper=self.keeper)
         if tuning is not None and teacher is not None:
             assert isinstance(model, PreTrainedModel)
             since = time.perf_counter()
-            report.notes += tune(model, teacher, tuning, self.seed, self.show)
+            residence = residence_of(model)
+            with nullcontext() if residence is None else residence.awake():
+                report.notes += tune(model, teacher, tuning, self.seed, self.show)
             report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)

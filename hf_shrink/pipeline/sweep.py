@@ -19,7 +19,7 @@ from hf_shrink.pipeline.recipes import BUDGET_RECIPE, RecipeLike, load_recipe
 from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.recipe import Budget
 from hf_shrink.recipe.budget import budget_data
-from hf_shrink.reporting.progress import silence
+from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.search.levers import paid, paid_in_all, uniform
 from hf_shrink.search.measured import MeasuredAssignments
 from hf_shrink.search.options import Assignment, Problem
@@ -58,7 +58,7 @@ def make_front(
     resources = {key for _, budget in asked for key in ("bytes", "memory", "decode", "prefill") if getattr(budget, key)}
     if len(resources) != 1:
         raise RecipeError(f"a sweep is over one resource, not over {' and '.join(sorted(resources)) or 'none'}")
-    job = Job(model, replace(loaded, budget=asked[0][1]), tokenizer, calibration, seed, progress)
+    job = Job(model, replace(loaded, budget=asked[0][1]), tokenizer, calibration, seed, Progress(quiet=not progress))
     assert job.recipe is not None
     with silence(), evaluating(model):
         for _, budget in asked:

@@ -20,6 +20,7 @@ from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.linalg import refit_towards
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.refit import DAMPING, LONGEST
+from hf_shrink.residence import forget, rest, twin
 from hf_shrink.surgery.hidden import Slice
 
 ROWS = 8192  # of a matrix that are refitted at a time
@@ -37,7 +38,7 @@ class DenseCopy:
     ) -> None:
         modules = [block.module for block in stack.blocks]
         self.walk = StackWalk(model, modules, batches)
-        self.blocks = copy.deepcopy(modules)
+        self.blocks = [twin(module) for module in modules]
         last = stream.readers[-1]
         self.norm = copy.deepcopy(model.get_submodule(last.norm))
         self.heads = {} if stream.tied else {path: matrix(model.get_submodule(path)).clone() for path in last.matrices}
@@ -74,7 +75,8 @@ def refit_stream(
                 skipped.append(block.path)
                 for one in (dense.walk, walk):
                     one.advance()
-        before.to("meta")  # nobody needs it any more
+        forget(before, block.module)
+        rest(block.module)
     progress("refitting the residual stream", len(stack.blocks), len(stack.blocks))
     _refit_heads(model, stream.readers[-1], dense, walk)
     return [f"{path} was not refitted: its matrices do not run one after the other" for path in skipped]
@@ -99,11 +101,11 @@ def _refit_block(
     if found is None or [sorted(stage) for stage in found.stages] != expected:
         return False
 
-    def twin(path: str) -> nn.Module:
+    def dense_one(path: str) -> nn.Module:
         return before.get_submodule(path.removeprefix(block.path + "."))
 
     entering = list(dense.hidden)
-    middle = _through(dense, twin(readers[1].norm))
+    middle = _through(dense, dense_one(readers[1].norm))
     streams = [[how.stream(h) for h in middle], [how.stream(h) for h in dense.hidden]]  # after attention, after MLP
     inside: list[Tensor] = list(walk.hidden)  # the cut stream in front of the part that runs
 
@@ -124,12 +126,12 @@ def _refit_block(
                     if stage == 2:
                         inside[batch] = latest[0]
                     missing = streams[part][batch] - inside[batch] - _bias(model.get_submodule(writers[part]))
-                    target = twin(readers[part].norm)(source[batch]) if reads else missing
+                    target = dense_one(readers[part].norm)(source[batch]) if reads else missing
                     real = walk.real_tokens(batch)
                     sums.add(real(given), real(target))
                     run.rest(batch)
                 for path in found.stages[stage]:
-                    through = matrix(twin(path)).float() if reads else None
+                    through = matrix(dense_one(path)).float() if reads else None
                     _refit(model.get_submodule(path), sums, through)
             for batch in range(len(walk.hidden)):
                 walk.take(batch, run.finish(batch))

@@ -16,6 +16,7 @@ from hf_shrink.errors import CalibrationError
 from hf_shrink.pruning.predicting import Predictor
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
+from hf_shrink.residence import rest
 
 TOKENS = 1024
 PREDICTIONS = 512  # of them are compared
@@ -70,6 +71,8 @@ class Trials:
         number = None if block is None else self._numbers[block]
         with _changed(changes):
             total = sum(self._divergence(number, sample) for sample in range(len(self._samples)))
+        for changed in self._blocks.values() if number is None else (self._blocks[number],):
+            rest(changed)
         return max(total / sum(len(reference.kept.values) for reference in self._dense), LEAST)
 
     def _divergence(self, number: int | None, sample: int) -> float:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, TextIO
 
 from tqdm import tqdm
+
+from hf_shrink.residence import peak_memory
 
 # Seconds between two lines of one task where there is no terminal to redraw a bar on.
 LINE_EVERY = 15.0
@@ -20,10 +23,15 @@ class Progress:
 
     A task begins when `what` changes and ends when `done` reaches `total`. Use it as a context manager, or `close()`
     it, so that an interrupted bar leaves the terminal in order.
+
+    Args:
+        quiet: say nothing.
+        file: in place of stderr.
     """
 
     def __init__(self, quiet: bool = False, file: TextIO | None = None) -> None:
         self._file = file if file is not None else sys.stderr
+        self._working_on, self._rows, self._first = "", 0, 0
         self._bars = not quiet and self._file.isatty()
         self._lines = not quiet and not self._bars
         self._bar: Any = None
@@ -35,12 +43,36 @@ class Progress:
         if what != self._what:
             self.close()
             self._what, self._started, self._printed = what, time.monotonic(), time.monotonic()
+            self._working_on, self._rows, self._first = "", 0, done
         if self._bars:
             self._draw(what, done, total, note)
         elif self._lines:
             self._print(what, done, total, note)
         if done >= total:
             self.close()
+
+    def working_on(self, what: str, rows: int = 0) -> None:
+        """Say what of the current part is in work, and how many rows of matrices that will be."""
+        self._working_on = what
+        self._rows += rows
+        if self._bar is not None:
+            self._bar.set_postfix_str(", ".join(self._details(time.monotonic() - self._started)))
+
+    def _details(self, gone: float) -> list[str]:
+        """What is in work, how fast, and the most memory so far; nothing for tasks that do not say."""
+        if not self._working_on:
+            return []
+        return [
+            self._working_on,
+            f"{self._rows / max(gone, 1e-9):.0f} rows/s",
+            f"peak {peak_memory() / 1e9:.1f} GB",
+        ]
+
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        if self._bars or self._lines:
+            self.close()
+            print(line, file=self._file, flush=True)
 
     def close(self) -> None:
         """End the current task."""
@@ -66,10 +98,21 @@ class Progress:
         if done >= total or now - self._printed >= LINE_EVERY:
             self._printed = now
             gone = now - self._started
-            left = gone / done * (total - done) if done else 0.0
-            rest = f", about {left / 60:.0f} min left" if left >= 60 else ""
+            since = done - self._first if self._first < done else done  # a run may go on in the middle
+            left = gone / since * (total - done) if since else 0.0
+            rest = [f"about {left / 60:.0f} min left"] if left >= 60 else []
+            words = ", ".join([f"{gone:.0f} s", *rest, *self._details(gone)])
             said = f", {note}" if note else ""
-            print(f"{what}: {done}/{total} ({gone:.0f} s{rest}){said}", file=self._file, flush=True)
+            print(f"{what}: {done}/{total} ({words}){said}", file=self._file, flush=True)
+
+
+@contextmanager
+def showing(progress: bool | str | os.PathLike[str]) -> Iterator[Progress]:
+    """Progress on stderr, none (False), or lines appended to a file."""
+    with ExitStack() as stack:
+        named = not isinstance(progress, bool)
+        file = stack.enter_context(open(progress, "a", encoding="utf-8")) if named else None
+        yield stack.enter_context(Progress(quiet=progress is False, file=file))
 
 
 @contextmanager

@@ -203,17 +203,17 @@ class PackedModule(nn.Module):
             return unpack_weight(packed, scale, zero_point, self.scheme, self._columns, self.weight_dtype)
 
     def _fill(self, quantized: QuantizedWeight) -> None:
-        """Take over a method's result."""
+        """Take over a method's result; `.data`, because a view keeps all that it is a view of in memory."""
         self.sparse = quantized.sparse
         grid, bits = quantized.grid, self.scheme.bits
         if self.scheme.packed:
-            self.weight_packed = pack(quantized.values, bits)
+            self.weight_packed = pack(quantized.values, bits).data
             self.weight_shape = torch.tensor([self._rows, self._columns], device=quantized.values.device)
         else:
-            self.weight_packed = quantized.values.contiguous()
-        self.weight_scale = grid.scale.reshape(self.weight_scale.shape).contiguous()
+            self.weight_packed = quantized.values.contiguous().data
+        self.weight_scale = grid.scale.reshape(self.weight_scale.shape).contiguous().data
         if grid.zero_point is not None:
-            self.weight_zero_point = pack_zero_point(grid.zero_point, self.scheme)
+            self.weight_zero_point = pack_zero_point(grid.zero_point, self.scheme).data
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
         result = self._apply_alone(fn, recurse)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.architectures.linears import matrix, set_matrix
 from hf_shrink.architectures.residual import Reader, ResidualStream
+from hf_shrink.residence import rest_at
 from hf_shrink.surgery.depth import stack_configs
 from hf_shrink.surgery.sizes import build_skeleton
 
@@ -85,6 +86,7 @@ def slice_stream(model: PreTrainedModel, stack: BoundStack, stream: ResidualStre
                 for path in reader.matrices:
                     module = model.get_submodule(path)
                     set_matrix(module, matrix(module).double() @ reading(model, stream, reader, how), None)
+                    rest_at(model, path)
             weight = how.last if heads and how.last is not None else 1.0
             _narrow_norm(norm, how.basis.shape[1], weight - stream.offset)
         for path in stream.writers:
@@ -92,6 +94,7 @@ def slice_stream(model: PreTrainedModel, stack: BoundStack, stream: ResidualStre
             bias = module.bias.data if isinstance(module.bias, nn.Parameter) else None
             moved = None if bias is None else (bias.double() @ into.to(bias.device)).to(bias.dtype)
             set_matrix(module, into.T.to(matrix(module).device) @ matrix(module).double(), moved)
+            rest_at(model, path)
         _narrow_embedding(model, stream, embedded)
     for key, value in width_keys(stack, stream, how.basis.shape[1]).items():
         for config in stack_configs(model, stack):

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from hf_shrink.architectures.feeds import Feed, NormSource
 from hf_shrink.architectures.linears import matrix
 from hf_shrink.architectures.residual import ResidualStream
+from hf_shrink.residence import rest_at
 
 ROWS = 4096  # of a matrix that are rotated at a time, in float64
 
@@ -71,12 +72,14 @@ def fold_rotation(model: nn.Module, stream: ResidualStream, rotation: Tensor) ->
             gain = norm.weight.data.double() + stream.offset
             for path in reader.matrices:
                 _multiply(matrix(model.get_submodule(path)), gain[:, None] * rotation.to(gain.device))
+                rest_at(model, path)
             norm.weight.data = torch.full_like(norm.weight.data, 1 - stream.offset)
         for path in stream.writers:
             module = model.get_submodule(path)
             _multiply(matrix(module).t(), rotation)
             if isinstance(module.bias, nn.Parameter):
                 _multiply(module.bias.data[None], rotation)
+            rest_at(model, path)
         embedding = model.get_submodule(stream.embedding).weight
         assert isinstance(embedding, nn.Parameter)
         _multiply(embedding.data, rotation)

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import functools
-
 import pytest
 import torch
 from tiny import tiny_llama
 from torch import nn
 
-from hf_shrink.calibration import dense_stream, shelf, stages
+from hf_shrink.calibration import dense_stream, shelf
 from hf_shrink.calibration.capture import first_output
 from hf_shrink.calibration.dense_stream import ENOUGH, DenseStream
 from hf_shrink.calibration.statistics import InputStatistics
@@ -46,8 +44,8 @@ def dense_outputs(
 def test_dense_states_stay_those_of_the_dense_model(on_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if on_file:
         monkeypatch.setattr(shelf, "SMALLEST", 1)
-        for user in (stages, dense_stream):
-            monkeypatch.setattr(user, "Shelf", functools.partial(shelf.Shelf, 0))
+        for user in (shelf, dense_stream):
+            monkeypatch.setattr(user, "IN_MEMORY", 0)
     data = batches()
     expected = dense_outputs(data)
     model = tiny_llama()
@@ -69,7 +67,6 @@ def test_dense_states_stay_those_of_the_dense_model(on_file: bool, monkeypatch: 
         assert walk.advance_in_stages(paths, solve, model.get_submodule, dense=dense) is not None
         for batch in range(len(data)):
             torch.testing.assert_close(dense.target(batch), expected[index][batch])
-            dense.put_away(batch)
     first = inputs["model.layers.0.self_attn.q_proj"].drift
     assert first is not None and float(first.measured.cross.abs().max()) == 0  # both streams begin with the embeddings
     later = inputs["model.layers.0.mlp.down_proj"].drift

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from hf_shrink.calibration.shelf import SMALLEST, Shelf
+from hf_shrink.residence import Room
 
 
 def large(seed: int) -> torch.Tensor:
@@ -15,7 +16,7 @@ def test_what_fits_stays_and_the_rest_waits_in_the_file() -> None:
     tensors = [large(seed) for seed in range(4)]
     copies = [tensor.clone() for tensor in tensors]
     views = [tensor.view(-1, 1) for tensor in tensors]
-    with Shelf(in_memory=2 * SMALLEST + 64) as shelf:
+    with Shelf(Room(2 * SMALLEST + 64)) as shelf:
         for owner, tensor in enumerate(tensors):
             shelf.take(owner, [tensor])
             shelf.take(owner, [tensor])  # taking twice is taking once
@@ -36,7 +37,7 @@ def test_what_fits_stays_and_the_rest_waits_in_the_file() -> None:
 def test_views_and_small_tensors_are_left_alone() -> None:
     whole = torch.randn(4, SMALLEST)
     small = torch.randn(8)
-    with Shelf(in_memory=0) as shelf:
+    with Shelf(Room(0)) as shelf:
         shelf.take(0, [whole[1], small])
         assert shelf.in_file == 0
         assert whole.untyped_storage().nbytes() == whole.nbytes

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ import torch
 from tiny import tiny_llama
 from torch import nn
 
-from hf_shrink.calibration import shelf, stages
+from hf_shrink.calibration import shelf
 from hf_shrink.calibration.stages import find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
@@ -90,7 +89,7 @@ def test_waiting_in_a_file_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> N
     hidden = []
     for room in (1 << 30, 0):
         monkeypatch.setattr(shelf, "SMALLEST", 1)
-        monkeypatch.setattr(stages, "Shelf", functools.partial(shelf.Shelf, room))
+        monkeypatch.setattr(shelf, "IN_MEMORY", room)
         model = tiny_llama()
         walk, matrices = walk_of(model, data)
         walk.advance_in_stages(

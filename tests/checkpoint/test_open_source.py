@@ -197,7 +197,9 @@ def test_a_weight_that_is_not_finite_is_named(value: float, copied: Path) -> Non
 
 
 def test_integers_are_finite() -> None:
-    check_finite([("a", torch.tensor([1, 2])), ("b", torch.tensor([1.0]))])
+    module = torch.nn.Linear(2, 2)
+    module.register_buffer("whole", torch.tensor([1, 2]))
+    check_finite(module)
 
 
 def test_no_code_from_a_checkpoint_is_run(copied: Path) -> None:

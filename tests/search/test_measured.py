@@ -15,6 +15,7 @@ from hf_shrink.calibration.predictions import divergence, keep, predictions_of
 from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.plan import BlockPlan, Plan, Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod
+from hf_shrink.residence import Room
 from hf_shrink.search.measured import MeasuredAssignments
 from hf_shrink.search.options import Change, Cost, Group, Option, Problem
 from hf_shrink.search.replacements import RoundedWeights, input_statistics
@@ -71,7 +72,7 @@ def measured() -> tuple[MeasuredAssignments, RoundedWeights, Problem, torch.nn.M
     assert not isinstance(method, ModelMethod)
     paths = {path for block in binding.blocks for path in block.roles}
     with torch.no_grad():
-        shelf = Shelf(in_memory=0)
+        shelf = Shelf(Room(0))
         statistics = input_statistics(model, binding.stacks, paths, batches(), shelf)
         weights = RoundedWeights(model, binding, problem, method, statistics, shelf)
         return MeasuredAssignments(model, binding, problem, weights, batches(), 0), weights, problem, model

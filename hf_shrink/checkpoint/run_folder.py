@@ -1,0 +1,102 @@
+"""Where a run works: beside its output, under a name that a second attempt finds again."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from hf_shrink.checkpoint.folder import OutputFolder
+from hf_shrink.checkpoint.journal import NAME, WRITTEN, Journal, written
+from hf_shrink.checkpoint.record import RECORD_NAME
+from hf_shrink.errors import CheckpointError
+
+
+class RunFolder:
+    """A temporary sibling of the output folder, which appears, or is replaced, when everything is written.
+
+    When the body raises, the sibling is removed, unless its journal says that something is finished: then it stays,
+    and the next run with the same output goes on from there.
+
+    Attributes:
+        folder: the sibling.
+        output: becomes the output folder.
+        scratch: for what is of no use to another process; empty at the beginning.
+        finished: for what the journal speaks of.
+        whole: an earlier process had put the output into its place, and was cut off while it tidied up.
+
+    Args:
+        path, overwrite: as of `OutputFolder`.
+        resume: go on from an earlier run; else what is left of it is deleted.
+
+    Raises:
+        CheckpointError: on entry as `OutputFolder`, and while another process works on the same output.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False, resume: bool = True) -> None:
+        self._target = OutputFolder(path, overwrite)
+        self._resume = resume
+        place = self._target.path
+        self.folder = place.parent / f".{place.name}.partial-run"
+        self.output, self.scratch = self.folder / "output", self.folder / "scratch"
+        self.finished = self.folder / "finished"
+        self._lock = FileLock(place.parent / f".{place.name}.lock", blocking=False)
+        self._journal: Journal | None = None
+        self.whole = False
+
+    def __enter__(self) -> RunFolder:
+        left = self._resume and not self.output.exists() and written(self.folder)
+        self.whole = left and (self._target.path / RECORD_NAME).is_file()
+        if not self.whole:
+            self._target.check()
+        place = self._target.path
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
+        except Timeout as error:
+            raise CheckpointError(f"another process is writing {place}; wait for it, or give another folder") from error
+        except OSError as error:
+            raise CheckpointError(f"cannot write beside {place}: {error}; give another output folder") from error
+        if self.whole:
+            return self
+        if not self._resume or not (self.folder / NAME).is_file():
+            shutil.rmtree(self.folder, ignore_errors=True)
+        for old in (self.output, self.scratch):
+            shutil.rmtree(old, ignore_errors=True)
+        for new in (self.output, self.scratch, self.finished):
+            new.mkdir(parents=True, exist_ok=True)
+        return self
+
+    @property
+    def target(self) -> Path:
+        """The output folder in its place."""
+        return self._target.path
+
+    def journal(self, key: Mapping[str, Any]) -> Journal:
+        """The run's journal. Raises CheckpointError where it is another run's, which then stays as it is."""
+        self._journal = Journal.open(self.folder, key)
+        return self._journal
+
+    @property
+    def _worth_keeping(self) -> bool:
+        left = (self.folder / NAME).is_file()
+        return left and (self._journal is None or bool(self._journal.entries))
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None and not self.whole:
+                if self._journal is not None:
+                    self._journal.add(**{WRITTEN: True})
+                self._target.put(self.output)
+            if kind is None or not self._worth_keeping:
+                shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+            self._lock.release()

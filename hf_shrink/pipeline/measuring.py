@@ -1,0 +1,64 @@
+"""Quality and speed of a shrunken model beside the dense one, into its report."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from hf_shrink.calibration.data import CalibrationData
+from hf_shrink.calibration.inputs import tokenizer_of
+from hf_shrink.checkpoint.inference import optimize_for_inference
+from hf_shrink.checkpoint.record import ShrinkRecord
+from hf_shrink.evaluation import compare_decode_speed, evaluate_model, for_report, greedy_completion
+from hf_shrink.recipe import EvaluationSpec
+from hf_shrink.reporting.progress import Progress
+from hf_shrink.residence import residence_of
+
+SPEED_TOKENS = 16  # of the prompt and decoded, a run: enough for a figure, not for a wait
+PROMPT = "The most important thing to know about the sea is"
+
+
+def measure(
+    dense: PreTrainedModel,
+    model: PreTrainedModel,
+    held_out: CalibrationData,
+    spec: EvaluationSpec,
+    processing: tuple[Any, Any],
+    record: ShrinkRecord,
+    show: Progress,
+) -> None:
+    """Measure `model` beside `dense`. `processing`: after the run, and before."""
+    model.eval()
+    rests = any((residence := residence_of(m)) is not None and residence.rests for m in (dense, model))
+    if not rests:
+        optimize_for_inference(model)
+    result = evaluate_model(
+        model,
+        held_out,
+        baseline=dense,
+        metrics=spec.metrics,
+        tokenizer=processing[0],
+        baseline_tokenizer=processing[1] if record.tokenizer is not None else None,
+        progress=show,
+    )
+    speed = None
+    if rests:
+        record.report.notes.append(
+            "speed was not measured, and no text was written: the dense model is larger than half of max_memory, and "
+            "reading it from the disk for every token says nothing; see `hf-shrink bench`"
+        )
+    else:
+        show("comparing speed", 0, 1)
+        speed = compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS)
+        show("comparing speed", 1, 1)
+    record.report.evaluation = for_report(result, speed)
+    writer, dense_writer = map(tokenizer_of, processing)
+    if speed is not None and dense.can_generate() and not dense.config.is_encoder_decoder and writer is not None:
+        show("comparing completions", 0, 2)
+        record.report.completions = {
+            "prompt": PROMPT,
+            "dense": greedy_completion(dense, dense_writer, PROMPT),
+            "compressed": greedy_completion(model, writer, PROMPT),
+        }
+        show("comparing completions", 2, 2)

@@ -1,0 +1,23 @@
+"""Where the weights and activations of a model are that is larger than memory."""
+
+from hf_shrink.residence.files import flush_folder, map_tensors, write_tensors
+from hf_shrink.residence.pages import peak_memory
+from hf_shrink.residence.residence import OUTSIDE, Residence, forget, residence_of, rest, rest_at, twin
+from hf_shrink.residence.room import Room, States, bytes_of
+
+__all__ = [
+    "OUTSIDE",
+    "Residence",
+    "Room",
+    "States",
+    "bytes_of",
+    "flush_folder",
+    "forget",
+    "map_tensors",
+    "peak_memory",
+    "residence_of",
+    "rest",
+    "rest_at",
+    "twin",
+    "write_tensors",
+]
