@@ -20,7 +20,7 @@ from hf_shrink.architectures import bind
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation import evaluate_model
-from hf_shrink.pipeline import applying
+from hf_shrink.pipeline import running
 from hf_shrink.runtime.linear import CompressedLinear
 
 NAMES = ["llava", "llava_tied", "qwen2_vl", "qwen2_vl_tied", "qwen2_5_vl"]
@@ -175,14 +175,14 @@ def test_a_target_of_its_own_quantizes_the_tower(name: str) -> None:
 def test_towers_then_projector_then_text_then_head(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     dense, batches = CASES[name].build(), batches_for(name)
     order: list[str] = []
-    real = applying.solve_and_pack
+    real = running.solve_and_pack
 
     def noted(model: Any, tasks: Any, method: Any) -> list[str]:
         assert all(task.statistics is not None for task in tasks)
         order.extend(task.path for task in tasks)
         return real(model, tasks, method)
 
-    monkeypatch.setattr(applying, "solve_and_pack", noted)
+    monkeypatch.setattr(running, "solve_and_pack", noted)
     overrides = {f"re:.*{TOWER[name]}.*": {"scheme": "W4A16"}, f"re:.*{PROJECTOR[name]}.*": {}, "lm_head": {}}
     model = shrunk(dense, recipe(overrides=overrides), batches)
     (tower,) = bind(dense).towers
