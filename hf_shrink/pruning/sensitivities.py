@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.capture import model_inputs
+from hf_shrink.calibration.frozen import frozen
 from hf_shrink.calibration.labels import Labels, log_loss
 from hf_shrink.calibration.rerunning import rerunning_blocks
 from hf_shrink.calibration.targets import Batch, kind_of
@@ -53,7 +54,7 @@ def mask_gradients(
         raise CalibrationError("scores by gradients need calibration data")
     found: dict[str, list[Tensor]] = {path: [] for path in readers}
     chosen, generator = choose(batches, tokens, seed), torch.Generator().manual_seed(seed)
-    with _frozen(model), torch.enable_grad(), rerunning_blocks(blocks, float32=True):
+    with frozen(model), torch.enable_grad(), rerunning_blocks(blocks, float32=True):
         for done, batch in enumerate(chosen):
             progress("reading gradients", done, len(chosen))
             for path, sums in _of_batch(model, readers, batch, labels, generator).items():
@@ -123,16 +124,3 @@ def _probed(readers: Mapping[str, nn.Module], anchor: Tensor, sink: Callable[[st
         for path, module in readers.items():
             stack.callback(module.register_forward_pre_hook(hook(path)).remove)
         yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient meanwhile."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)

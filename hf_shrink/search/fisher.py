@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.capture import model_inputs
+from hf_shrink.calibration.frozen import frozen
 from hf_shrink.calibration.labels import log_loss
 from hf_shrink.calibration.rerunning import rerunning_blocks
 from hf_shrink.calibration.targets import Batch, kind_of, targets_of
@@ -70,7 +71,7 @@ def output_gradients(
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, OutputGradients] = {}
     predictions = 0
-    with _frozen(model), torch.enable_grad(), rerunning_blocks(blocks, float32=True):
+    with frozen(model), torch.enable_grad(), rerunning_blocks(blocks, float32=True):
         for done, batch in enumerate(batches):
             progress("reading gradients", done, len(batches))
             for path, gradients in _of_batch(model, matrices, batch, generator).items():
@@ -141,16 +142,3 @@ def _probed(matrices: Mapping[str, nn.Module], anchor: Tensor, sink: Callable[[s
         for path, module in matrices.items():
             stack.callback(module.register_forward_hook(hook(path)).remove)
         yield
-
-
-@contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
-    """No parameter wants a gradient meanwhile."""
-    asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in asked:
-        parameter.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for parameter in asked:
-            parameter.requires_grad_(True)
