@@ -32,6 +32,10 @@ class Record(Protocol):
     def report(self) -> ShrinkReport:
         """What came of it."""
 
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of the packages that made it."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,10 +50,21 @@ class Row:
 
 METRIC_ROWS = {
     "perplexity": ("Perplexity", "e to the mean negative log-likelihood of a token; lower is better"),
+    "bits_per_byte": ("Bits per byte", "negative log-likelihood in bits over the bytes of the text; lower is better"),
     "kl_divergence": ("KL divergence", "mean over positions of KL(dense || compressed) in nats; 0 for a perfect copy"),
     "top1_agreement": ("Top-1 agreement", "share of positions where both models rank the same output first"),
+    "flip_rate": ("Flip rate", "share of answers that are right in one model and wrong in the other; 0 for a copy"),
+    "accuracy": ("Accuracy", "share of right answers; higher is better"),
+    "exact_match": ("Exact match", "share of answers that are the reference to the letter; higher is better"),
+    "f1": ("F1", "harmonic mean of precision and recall; higher is better"),
+    "wer": ("Word error rate", "words to change over words of the reference; lower is better"),
     "cosine": ("Cosine agreement", "mean cosine between the last hidden states of both models; 1 for a perfect copy"),
 }
+
+
+def metric_row(key: str) -> tuple[str, str]:
+    """A metric's name for people, and what it is; the name alone of one that is not known here."""
+    return METRIC_ROWS.get(key, (key.replace("_", " ").capitalize(), ""))
 
 
 def rows(report: ShrinkReport) -> list[Row]:
@@ -66,25 +81,58 @@ def rows(report: ShrinkReport) -> list[Row]:
         found.append(Row("Parameters", count(before), count(after), change, hint))
     speed = report.evaluation.get("speed")
     if speed:
-        name = "Decoding" if speed["unit"] == "tokens/s" else "Forward"
-        dense, compressed = (f"{speed[key]:.3g} {speed['unit']}" for key in ("dense", "compressed"))
-        hint = "batch 1, median, both models in turn on the machine that made this report"
-        found.append(Row(name, dense, compressed, f"{speed['compressed'] / speed['dense']:.2f}x", hint))
+        dense, compressed = (f"{figure(speed[key])} {speed['unit']}" for key in ("dense", "compressed"))
+        found.append(Row(speed_name(speed), dense, compressed, f"{speedup(speed):.2f}x", SPEED_HINT))
     return found + _metric_rows(report.evaluation)
+
+
+SPEED_HINT = (
+    "batch 1, median of runs in turn on the machine that made this report, the compressed model with the kernels that "
+    "import hf_shrink brings"
+)
+
+
+def speed_name(speed: Mapping[str, Any]) -> str:
+    """What was timed."""
+    return "Decoding" if speed["unit"] == "tokens/s" else "Forward"
+
+
+def speedup(speed: Mapping[str, Any]) -> float:
+    """How many times as fast the compressed model is."""
+    return number(speed["compressed"]) / number(speed["dense"])
 
 
 def _metric_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     found = []
     dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
-    for key, (name, hint) in METRIC_ROWS.items():
-        if key not in compressed and key not in dense:
-            continue
+    known = [key for key in METRIC_ROWS if key in compressed or key in dense]
+    for key in dict.fromkeys((*known, *compressed)):
+        name, hint = metric_row(key)
         change = ""
         excess = evaluation.get("excess_loss")
         if key == "perplexity" and excess is not None:
             change = f"excess loss {figure(excess)} nats"
         found.append(Row(name, figure(dense.get(key)), figure(compressed.get(key)), change, hint))
     return found
+
+
+def headline(report: ShrinkReport) -> str:
+    """The result in a line: size, speed and quality, as far as they were measured; empty where nothing was."""
+    parts = []
+    if report.bytes_before and report.bytes_after:
+        before, after = size(report.bytes_before), size(report.bytes_after)
+        parts.append(f"{after} from {before} ({report.compression:.2f}x smaller)")
+    evaluation = report.evaluation
+    if evaluation.get("speed"):
+        speed = evaluation["speed"]
+        parts.append(f"{speed_name(speed).lower()} {speedup(speed):.2f}x as fast")
+    dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
+    for key in dict.fromkeys((*METRIC_ROWS, *compressed)):
+        if key in compressed:
+            was = f" from {number(dense[key]):.4g}" if key in dense else ""
+            parts.append(f"{metric_row(key)[0].lower()} {number(compressed[key]):.4g}{was}")
+            break
+    return ", ".join(parts)
 
 
 def figure(value: Any) -> str:
@@ -141,41 +189,10 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
 
 def skipped(evaluation: Mapping[str, Any]) -> list[str]:
     """Why a metric that was asked for is missing."""
-    return [f"{METRIC_ROWS.get(k, (k,))[0]} is not given: {why}." for k, why in evaluation.get("skipped", {}).items()]
+    return [f"{metric_row(k)[0]} is not given: {why}." for k, why in evaluation.get("skipped", {}).items()]
 
 
 def display_name(record: Record) -> str:
     """A name for titles: the source's last part and the recipe's name."""
     last = re.split(r"[/\\]", record.source.rstrip("/\\"))[-1] or "model"
     return f"{last}-{record.recipe.get('name', 'shrunk')}"
-
-
-@dataclass(frozen=True)
-class BitGrid:
-    """Bits of the quantized weights: `bits[i][j]` of role i in block j, None where that weight is not quantized."""
-
-    stack: str
-    blocks: tuple[int, ...]
-    roles: tuple[str, ...]
-    bits: tuple[tuple[int | None, ...], ...]
-
-
-def bit_grids(plan: Plan) -> list[BitGrid]:
-    """One grid a stack, from the module paths alone: stack path, block number, path inside the block."""
-    found: dict[str, dict[tuple[str, int], int]] = {}
-    for path, weight_bits in plan.bits.items():
-        match = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", path)
-        if match:
-            found.setdefault(match[1], {})[match[3], int(match[2])] = weight_bits
-    grids = []
-    for stack, cells in found.items():
-        blocks = tuple(sorted({block for _, block in cells}))
-        roles = tuple(dict.fromkeys(role for role, _ in cells))
-        bits = tuple(tuple(cells.get((role, block)) for block in blocks) for role in roles)
-        grids.append(BitGrid(stack, blocks, roles, bits))
-    return grids
-
-
-def bits_outside_blocks(plan: Plan) -> dict[str, int]:
-    """Bits by path of the quantized weights that belong to no block, such as embeddings."""
-    return {path: bits for path, bits in plan.bits.items() if not re.fullmatch(r".+?\.\d+\..+", path)}

@@ -1,0 +1,90 @@
+"""The first thing that one sees of a report: size, speed and quality as large figures, dense beside compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from html import escape
+from typing import Any
+
+from hf_shrink.report import ShrinkReport
+from hf_shrink.reporting.figures import METRIC_ROWS, figure, metric_row, number, size, speed_name, speedup
+
+MOST_METRICS = 2
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One figure.
+
+    Attributes:
+        unit: of the figure; empty where it has none.
+        dense: of the dense model, in words; empty where it has none.
+        change: what became of it, in words.
+        bars: the dense model's figure and the compressed one's as lengths from 0 to 1, where lengths say something.
+    """
+
+    name: str
+    figure: str
+    dense: str
+    change: str
+    unit: str = ""
+    bars: tuple[float, float] | None = None
+
+
+def tiles(report: ShrinkReport) -> list[Tile]:
+    """What was measured, the most important first."""
+    found = []
+    if report.bytes_before and report.bytes_after:
+        before, after = report.bytes_before, report.bytes_after
+        change = f"{report.compression:.2f}x smaller"
+        amount, unit = size(after).split(" ")
+        found.append(Tile("Size", amount, size(before), change, unit, _lengths(before, after)))
+    speed = report.evaluation.get("speed")
+    if speed:
+        dense, compressed = number(speed["dense"]), number(speed["compressed"])
+        change = f"{speedup(speed):.2f}x as fast"
+        lengths = _lengths(dense, compressed)
+        found.append(Tile(speed_name(speed), f"{compressed:.3g}", f"{dense:.3g}", change, speed["unit"], lengths))
+    return found + _quality(report.evaluation)
+
+
+def tiles_html(report: ShrinkReport) -> str:
+    """As a list of names and figures."""
+    return f'<dl class="tiles">{"".join(map(_tile, tiles(report)))}</dl>' if tiles(report) else ""
+
+
+def _quality(evaluation: Mapping[str, Any]) -> list[Tile]:
+    dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
+    found: list[Tile] = []
+    for key in dict.fromkeys((*METRIC_ROWS, *compressed)):
+        if key not in compressed or len(found) == MOST_METRICS:
+            continue
+        value, change = number(compressed[key]), ""
+        if key == "perplexity" and evaluation.get("excess_loss") is not None:
+            change = f"excess loss {number(evaluation['excess_loss']):.3g} nats"
+        elif isinstance(compressed[key], Mapping) and compressed[key].get("low") is not None:
+            change = f"95%: {compressed[key]['low']:.3g} to {compressed[key]['high']:.3g}"
+        was = figure(number(dense[key])) if key in dense else ""
+        found.append(Tile(metric_row(key)[0], f"{value:.4g}", was, change))
+    return found
+
+
+def _tile(tile: Tile) -> str:
+    dense = f'<span class="dense">dense {escape(tile.dense)}</span>' if tile.dense else ""
+    change = f'<span class="change">{escape(tile.change)}</span>' if tile.change else ""
+    bars = ""
+    if tile.bars is not None:
+        kinds = zip(("bar was", "bar"), tile.bars, strict=True)
+        bars = "".join(
+            f'<span class="{kind}" aria-hidden="true"><i style="width:{100 * length:.1f}%"></i></span>'
+            for kind, length in kinds
+        )
+    name, value = escape(tile.name), escape(tile.figure)
+    value += f' <span class="unit">{escape(tile.unit)}</span>' if tile.unit else ""
+    return f'<div><dt>{name}</dt><dd class="figure">{value}</dd><dd>{dense}{change}{bars}</dd></div>'
+
+
+def _lengths(dense: float, compressed: float) -> tuple[float, float]:
+    largest = max(dense, compressed)
+    return dense / largest, compressed / largest
