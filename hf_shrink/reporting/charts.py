@@ -14,6 +14,7 @@ from itertools import pairwise
 HEIGHT = 190  # of a chart, px
 TOP, BOTTOM = 18, 24  # above the highest and below the lowest value, px
 LEFT, RIGHT = 9.0, 99.5  # percent: where values start, after the figures of the axis, and where they end
+NAMES = 14.0  # percent at the right end that names of series take
 
 
 @dataclass(frozen=True)
@@ -58,19 +59,24 @@ def bar_chart(values: Mapping[str, float], text: str, kind: str = "main") -> str
             f'width="{0.76 * step:.2f}%" height="{HEIGHT - BOTTOM - y:.1f}">'
             f"{_tip(f'{name}: {value:.3g}')}</rect>"
         )
-    return _svg(text, parts + _names(list(values)))
+    return _svg(text, parts + _names(list(values), step))
 
 
 def dot_chart(columns: Sequence[str], series: Mapping[str, tuple[str, Sequence[float]]], text: str) -> str:
-    """Dots above each column, on a logarithmic axis; values that are not positive are left out.
+    """Dots above each column, on a logarithmic axis, each series named at its end; values that are not positive are
+    left out.
 
     Args:
         series: by name, the class of its dots and a value a column.
     """
     positive = [value for _, values in series.values() for value in values if value > 0]
     axis = Axis.logarithmic(min(positive), max(positive))
-    step = (RIGHT - LEFT) / len(columns)
+    step = (RIGHT - NAMES - LEFT) / len(columns)
     parts = _lines(axis)
+    lowest: float = 0
+    for last, name in sorted((axis.y(v[-1]), name) for name, (_, v) in series.items() if v[-1] > 0):
+        lowest = max(lowest + 13, last + 4)  # names do not lie on one another
+        parts.append(_text(LEFT + step * len(columns) + 1, lowest, name.split()[0], "start", "name"))
     for name, (kind, values) in series.items():
         for place, (column, value) in enumerate(zip(columns, values, strict=True)):
             if value > 0:
@@ -78,7 +84,7 @@ def dot_chart(columns: Sequence[str], series: Mapping[str, tuple[str, Sequence[f
                     f'<circle class="{kind} dot" cx="{LEFT + step * (place + 0.5):.2f}%" cy="{axis.y(value):.1f}" '
                     f'r="4">{_tip(f"{column}, {name}: {value:.3g}")}</circle>'
                 )
-    return _svg(text, parts + _names(columns))
+    return _svg(text, parts + _names(columns, step))
 
 
 @dataclass(frozen=True)
@@ -141,9 +147,9 @@ def _lines(axis: Axis) -> list[str]:
     return parts
 
 
-def _names(names: Sequence[str]) -> list[str]:
-    """Of the columns, below; of many only some."""
-    step, every = (RIGHT - LEFT) / len(names), max(1, math.ceil(len(names) / 10))
+def _names(names: Sequence[str], step: float) -> list[str]:
+    """Of the columns, below; of many only some. `step`: percent between them."""
+    every = max(1, math.ceil(len(names) / 10))
     return [
         _text(LEFT + step * (place + 0.5), HEIGHT - 8, name, "middle")
         for place, name in enumerate(names)

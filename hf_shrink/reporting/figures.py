@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -50,15 +50,25 @@ class Row:
 
 METRIC_ROWS = {
     "perplexity": ("Perplexity", "e to the mean negative log-likelihood of a token; lower is better"),
+    "excess_loss": ("Excess loss", "nats a token more than the dense model's loss on the same text; 0 for a copy"),
     "bits_per_byte": ("Bits per byte", "negative log-likelihood in bits over the bytes of the text; lower is better"),
+    "accuracy": ("Accuracy", "share of right answers; higher is better"),
+    "f1": ("F1", "mean over classes of the harmonic mean of precision and recall; higher is better"),
+    "entity_f1": ("Entity F1", "harmonic mean of precision and recall of whole entities; higher is better"),
+    "exact_match": ("Exact match", "share of answers that are the reference to the letter; higher is better"),
+    "answer_f1": ("Answer F1", "words that answer and reference share, precision and recall; higher is better"),
+    "rouge_l": ("ROUGE-L", "longest common run of words with the reference; higher is better"),
+    "wer": ("Word error rate", "words to change over words of the reference; lower is better"),
+    "rank_correlation": ("Rank correlation", "of scores with people's; higher is better"),
+    "ndcg_at10": ("nDCG at 10", "discounted gain of the first ten found, of what is possible; higher is better"),
+    "recall_at10": ("Recall at 10", "share of what there is to find among the first ten; higher is better"),
     "kl_divergence": ("KL divergence", "mean over positions of KL(dense || compressed) in nats; 0 for a perfect copy"),
     "top1_agreement": ("Top-1 agreement", "share of positions where both models rank the same output first"),
     "flip_rate": ("Flip rate", "share of answers that are right in one model and wrong in the other; 0 for a copy"),
-    "accuracy": ("Accuracy", "share of right answers; higher is better"),
-    "exact_match": ("Exact match", "share of answers that are the reference to the letter; higher is better"),
-    "f1": ("F1", "harmonic mean of precision and recall; higher is better"),
-    "wer": ("Word error rate", "words to change over words of the reference; lower is better"),
+    "score_agreement": ("Score agreement", "rank correlation of both models' scores; 1 for a perfect copy"),
     "cosine": ("Cosine agreement", "mean cosine between the last hidden states of both models; 1 for a perfect copy"),
+    "attribution_fidelity": ("Attribution fidelity", "how far both models decide for the same inputs; 1 for a copy"),
+    "attention_fidelity": ("Attention fidelity", "how far both models look at the same places; 1 for a perfect copy"),
 }
 
 
@@ -104,16 +114,33 @@ def speedup(speed: Mapping[str, Any]) -> float:
 
 def _metric_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     found = []
-    dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
-    known = [key for key in METRIC_ROWS if key in compressed or key in dense]
-    for key in dict.fromkeys((*known, *compressed)):
+    dense, compressed = evaluation.get("dense", {}), dict(evaluation.get("compressed", {}))
+    if evaluation.get("excess_loss") is not None:
+        compressed["excess_loss"] = evaluation["excess_loss"]
+    for key in in_order({**compressed, **dense}):
         name, hint = metric_row(key)
         change = ""
-        excess = evaluation.get("excess_loss")
-        if key == "perplexity" and excess is not None:
-            change = f"excess loss {figure(excess)} nats"
+        if key == "perplexity" and key in dense and key in compressed:
+            change = f"{100 * (number(compressed[key]) / number(dense[key]) - 1):+.1f}%"
         found.append(Row(name, figure(dense.get(key)), figure(compressed.get(key)), change, hint))
+    return found + _group_rows(evaluation.get("groups", {}))
+
+
+def _group_rows(groups: Mapping[str, Any]) -> list[Row]:
+    """Of each metric the group that fares worst."""
+    found = []
+    for key, said in groups.items():
+        worst = said["by_group"][said["worst"]]
+        sides = (figure(worst.get(side)) for side in ("baseline", "model"))
+        hint = f"the worst of {len(said['by_group'])} groups, {worst['rows']} rows"
+        found.append(Row(f"{metric_row(key)[0]}, group {said['worst']}", *sides, "", hint))
     return found
+
+
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """The order in which metrics are shown: those known here first."""
+    there = list(metrics)
+    return [key for key in METRIC_ROWS if key in there] + [key for key in there if key not in METRIC_ROWS]
 
 
 def headline(report: ShrinkReport) -> str:
@@ -127,11 +154,11 @@ def headline(report: ShrinkReport) -> str:
         speed = evaluation["speed"]
         parts.append(f"{speed_name(speed).lower()} {speedup(speed):.2f}x as fast")
     dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
-    for key in dict.fromkeys((*METRIC_ROWS, *compressed)):
-        if key in compressed:
-            was = f" from {number(dense[key]):.4g}" if key in dense else ""
-            parts.append(f"{metric_row(key)[0].lower()} {number(compressed[key]):.4g}{was}")
-            break
+    for key in in_order(compressed)[:1]:
+        was = f" from {number(dense[key]):.4g}" if key in dense else ""
+        name = metric_row(key)[0]
+        name = name[0].lower() + name[1:] if name[1:2].islower() else name  # not of KL, F1
+        parts.append(f"{name} {number(compressed[key]):.4g}{was}")
     return ", ".join(parts)
 
 
@@ -180,7 +207,9 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
     if evaluation.get("sequences"):
         parts.append(f"{evaluation['sequences']} sequences")
     if evaluation.get("context"):
-        parts.append(f"context {evaluation['context']}, windows independent")
+        stride = evaluation.get("stride")
+        windows = "windows independent" if stride is None else f"windows {stride} tokens apart"
+        parts.append(f"context {evaluation['context']}, {windows}")
     sentence = ", ".join(parts) + "."
     if any(isinstance(v, Mapping) and v.get("low") is not None for v in evaluation["compressed"].values()):
         sentence += " Brackets hold the 95% bootstrap interval over sequences."

@@ -8,7 +8,7 @@ from html import escape
 from typing import Any
 
 from hf_shrink.report import ShrinkReport
-from hf_shrink.reporting.figures import METRIC_ROWS, figure, metric_row, number, size, speed_name, speedup
+from hf_shrink.reporting.figures import figure, in_order, metric_row, number, size, speed_name, speedup
 
 MOST_METRICS = 2
 
@@ -19,14 +19,14 @@ class Tile:
 
     Attributes:
         unit: of the figure; empty where it has none.
-        dense: of the dense model, in words; empty where it has none.
+        aside: the dense model's figure, or the interval, in words; empty where there is neither.
         change: what became of it, in words.
         bars: the dense model's figure and the compressed one's as lengths from 0 to 1, where lengths say something.
     """
 
     name: str
     figure: str
-    dense: str
+    aside: str
     change: str
     unit: str = ""
     bars: tuple[float, float] | None = None
@@ -39,13 +39,13 @@ def tiles(report: ShrinkReport) -> list[Tile]:
         before, after = report.bytes_before, report.bytes_after
         change = f"{report.compression:.2f}x smaller"
         amount, unit = size(after).split(" ")
-        found.append(Tile("Size", amount, size(before), change, unit, _lengths(before, after)))
+        found.append(Tile("Size", amount, f"dense {size(before)}", change, unit, _lengths(before, after)))
     speed = report.evaluation.get("speed")
     if speed:
         dense, compressed = number(speed["dense"]), number(speed["compressed"])
         change = f"{speedup(speed):.2f}x as fast"
         lengths = _lengths(dense, compressed)
-        found.append(Tile(speed_name(speed), f"{compressed:.3g}", f"{dense:.3g}", change, speed["unit"], lengths))
+        found.append(Tile(speed_name(speed), f"{compressed:.3g}", f"dense {dense:.3g}", change, speed["unit"], lengths))
     return found + _quality(report.evaluation)
 
 
@@ -57,21 +57,22 @@ def tiles_html(report: ShrinkReport) -> str:
 def _quality(evaluation: Mapping[str, Any]) -> list[Tile]:
     dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
     found: list[Tile] = []
-    for key in dict.fromkeys((*METRIC_ROWS, *compressed)):
-        if key not in compressed or len(found) == MOST_METRICS:
-            continue
-        value, change = number(compressed[key]), ""
+    for key in in_order(compressed)[:MOST_METRICS]:
+        value, change, aside = (
+            number(compressed[key]),
+            "",
+            f"dense {figure(number(dense[key]))}" if key in dense else "",
+        )
         if key == "perplexity" and evaluation.get("excess_loss") is not None:
             change = f"excess loss {number(evaluation['excess_loss']):.3g} nats"
-        elif isinstance(compressed[key], Mapping) and compressed[key].get("low") is not None:
-            change = f"95%: {compressed[key]['low']:.3g} to {compressed[key]['high']:.3g}"
-        was = figure(number(dense[key])) if key in dense else ""
-        found.append(Tile(metric_row(key)[0], f"{value:.4g}", was, change))
+        elif key not in dense and isinstance(compressed[key], Mapping) and compressed[key].get("low") is not None:
+            aside = f"95%: {compressed[key]['low']:.3g} to {compressed[key]['high']:.3g}"
+        found.append(Tile(metric_row(key)[0], f"{value:.4g}", aside, change))
     return found
 
 
 def _tile(tile: Tile) -> str:
-    dense = f'<span class="dense">dense {escape(tile.dense)}</span>' if tile.dense else ""
+    aside = f'<span class="dense">{escape(tile.aside)}</span>' if tile.aside else ""
     change = f'<span class="change">{escape(tile.change)}</span>' if tile.change else ""
     bars = ""
     if tile.bars is not None:
@@ -82,7 +83,7 @@ def _tile(tile: Tile) -> str:
         )
     name, value = escape(tile.name), escape(tile.figure)
     value += f' <span class="unit">{escape(tile.unit)}</span>' if tile.unit else ""
-    return f'<div><dt>{name}</dt><dd class="figure">{value}</dd><dd>{dense}{change}{bars}</dd></div>'
+    return f'<div><dt>{name}</dt><dd class="figure">{value}</dd><dd>{aside}{change}{bars}</dd></div>'
 
 
 def _lengths(dense: float, compressed: float) -> tuple[float, float]:

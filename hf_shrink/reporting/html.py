@@ -57,7 +57,6 @@ def _results(report: ShrinkReport) -> str:
     return "".join(
         [
             tiles_html(report),
-            "<h3>In figures</h3>",
             scrolling(figures, "Dense beside compressed"),
             *notes,
             folded("What the figures mean", f'<dl class="meanings">{meanings}</dl>'),

@@ -38,8 +38,8 @@ header {{ padding-top: 2.5rem; }}
 h1 {{ font-size: clamp(1.5rem, 1.1rem + 1.8vw, 2.125rem); line-height: 1.2; margin: .25rem 0 .75rem;
   overflow-wrap: anywhere; letter-spacing: -.01em; }}
 .lede {{ font-size: 1.125rem; margin: 0; max-width: 44rem; overflow-wrap: anywhere; }}
-nav ul {{ max-width: none; list-style: none; display: flex; flex-wrap: wrap; gap: .25rem 1.25rem; padding: .75rem 0; margin: 1.25rem 0 0;
-  border-block: 1px solid var(--line); font-size: .9375rem; }}
+nav ul {{ max-width: none; list-style: none; display: flex; flex-wrap: wrap; gap: 0 1.25rem; padding: .75rem 0;
+  margin: 1.25rem 0 0; border-block: 1px solid var(--line); font-size: .9375rem; }}
 nav a {{ display: inline-block; padding: .2rem 0; text-decoration: none; }}
 nav a:hover {{ text-decoration: underline; }}
 section {{ margin-top: 3rem; }}
@@ -52,7 +52,7 @@ footer {{ margin-top: 4rem; padding-block: 1.5rem; color: var(--soft); font-size
 .hidden {{ position: absolute; width: 1px; height: 1px; margin: -1px; overflow: hidden; clip-path: inset(50%);
   white-space: nowrap; }}
 
-.tiles {{ display: grid; gap: 1rem; margin: 1.5rem 0 0; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }}
+.tiles {{ display: grid; gap: 1rem; margin: 1.5rem 0; grid-template-columns: repeat(auto-fit, minmax(13rem, 1fr)); }}
 .tiles > div {{ border: 1px solid var(--line); border-radius: 10px; padding: 1rem 1.125rem; }}
 .tiles dt {{ color: var(--soft); font-size: .9375rem; }}
 .tiles dd {{ margin: 0; }}
@@ -121,8 +121,9 @@ code {{ overflow-wrap: anywhere; }}
   .tiles {{ grid-template-columns: 1fr 1fr; gap: .75rem; }}
   .tiles > div {{ padding: .75rem .875rem; }}
   .figure {{ font-size: 1.375rem; }}
-  th, td {{ padding-left: .75rem; }}
-  .interval {{ display: block; white-space: normal; }}
+  .wide {{ font-size: .875rem; }} .wide thead th {{ font-size: .8125rem; }}
+  th, td {{ padding-left: .625rem; }}
+  .interval {{ display: block; font-size: .75rem; }}
   section {{ margin-top: 2.25rem; }}
 }}
 @media print {{ nav, .skip {{ display: none; }} section {{ break-inside: avoid; }} }}

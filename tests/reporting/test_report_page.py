@@ -82,7 +82,17 @@ def test_every_ink_can_be_read_on_its_colour():
 def test_figures_and_user_text_are_shown_as_they_are():
     html = report_html(full_record(), remarks=["no plots"])
     text = Page(html).text
-    for expected in ("13 [11.7, 14.3]", "4.00x smaller", "1.50x", "-16.7%", "8,176", "<b>note & more</b>", "no plots"):
+    for expected in (
+        "13 [11.7, 14.3]",
+        "4.00x smaller",
+        "1.50x",
+        "-16.7%",
+        "+8.3%",
+        "Excess loss - 0.08 [0.072, 0.088]",
+        "8,176",
+        "<b>note & more</b>",
+        "no plots",
+    ):
         assert expected in text
     assert "The <tide>" in text and "<tide>" not in html
 
@@ -92,7 +102,7 @@ def test_the_headline_has_size_speed_and_quality():
     said = "120 kB from 480 kB (4.00x smaller), decoding 1.50x as fast, perplexity 13 from 12"
     assert f"Made from owner/tiny-llama : {said}." in text
     assert "Size 120 kB dense 480 kB 4.00x smaller" in text
-    assert "Perplexity 13 dense 12 excess loss 0.08 nats" in text
+    assert "Perplexity 13 dense 12 excess loss 0.08 nats KL divergence 0.08 95%: 0.072 to 0.088" in text
 
 
 def test_the_map_has_a_cell_for_every_role_and_block():
