@@ -131,9 +131,9 @@ def _group_rows(groups: Mapping[str, Any]) -> list[Row]:
     found = []
     for key, said in groups.items():
         worst = said["by_group"][said["worst"]]
-        sides = (figure(worst.get(side)) for side in ("baseline", "model"))
+        dense, compressed = (figure(worst.get(side)) for side in ("baseline", "model"))
         hint = f"the worst of {len(said['by_group'])} groups, {worst['rows']} rows"
-        found.append(Row(f"{metric_row(key)[0]}, group {said['worst']}", *sides, "", hint))
+        found.append(Row(f"{metric_row(key)[0]}, group {said['worst']}", dense, compressed, "", hint))
     return found
 
 
