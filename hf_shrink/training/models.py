@@ -22,7 +22,7 @@ def unwrapped(model: nn.Module) -> nn.Module:
 
 
 def bare(model: nn.Module) -> PreTrainedModel:
-    """The transformers model itself. Raises ArchitectureError where there is none, or adapters that cannot be merged."""
+    """The transformers model itself. Raises ArchitectureError without one, or for adapters that cannot be merged."""
     inner = unwrapped(model)
     if is_peft(inner):
         from peft.tuners.tuners_utils import BaseTuner
