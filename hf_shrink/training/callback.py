@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -51,6 +52,7 @@ class ShrinkCallback(TrainerCallback):
         start, end: the fractions of all optimizer steps between which masks change.
         every: optimizer steps between two changes; None: about 50 changes.
         portable: in place of the recipe's `portable`: only what stock transformers can load (see `shrink`).
+        calibration, tokenizer, seed: as for `shrink`, for a quantize step that is to start from data; pruning needs none.
 
     Raises:
         RecipeError: the recipe cannot be carried out while training.
@@ -65,10 +67,14 @@ class ShrinkCallback(TrainerCallback):
         end: float = 0.7,
         every: int | None = None,
         portable: bool = False,
+        calibration: Any = None,
+        tokenizer: Any = None,
+        seed: int = 0,
     ) -> None:
         self.recipe = None if recipe is None else replace(read_recipe(recipe), portable=portable)
         self.schedule = Schedule(start, end, every)
-        self.parts: list[Part] = build_parts(self.recipe)
+        self._build = partial(build_parts, self.recipe, calibration, tokenizer, seed)
+        self.parts: list[Part] = self._build()
         self._model: nn.Module | None = None  # the bare one that the parts are attached to
         self._window: Window | None = None
         self._steps: tuple[int, float] = (0, 0.0)  # optimizer steps and seconds, where this process began
@@ -121,7 +127,7 @@ class ShrinkCallback(TrainerCallback):
             if sharded:
                 raise ShrinkError("FSDP has spread the model already; give ShrinkCallback to Trainer(callbacks=[...])")
             if self._model is not None:
-                self.parts = build_parts(self.recipe)
+                self.parts = self._build()
             self._attach(model)
             _recompile(args)  # what was compiled does not know the hooks
         if self._finished:

@@ -66,17 +66,19 @@ class SaveWhole:
                 "the weights are spread over processes, which save_pretrained alone cannot gather; use "
                 "trainer.save_model()"
             )
-        whole = whole_copy(self.model, state_dict)
+        whole = whole_copy(self.model, self.parts, state_dict)
         make_real(whole, self.parts, self.record())
         save_model(whole, save_directory, **kwargs)
 
 
-def whole_copy(model: PreTrainedModel, state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
+def whole_copy(model: PreTrainedModel, parts: Sequence[Part], state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
     """A model like the one given, on the CPU, with the weights of `state_dict`."""
     kind = next(k for k in type(model).__mro__ if not issubclass(k, FSDPModule))
     with no_init_weights():
         whole: PreTrainedModel = kind(copy.deepcopy(model.config))
     same_family(model, whole)
+    for part in parts:
+        part.attach_copy(whole)
     dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
     if len(dtypes) == 1:
         whole.to(dtypes.pop())

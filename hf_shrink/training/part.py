@@ -33,6 +33,11 @@ class Part(Protocol):
         """
         ...
 
+    def attach_copy(self, model: PreTrainedModel) -> None:
+        """A new model, like the one that was attached to, is about to get the trained weights (FSDP; `finish`
+        follows): give it the parameters that are in the state dict."""
+        ...
+
     def begin(self, model: PreTrainedModel, window: Window) -> None:
         """Training begins, from its first step or (then `load` follows) from a checkpoint. The model is on its device,
         and has the weights of the checkpoint. May be called again, when the Trainer starts over with smaller batches.

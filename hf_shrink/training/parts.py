@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from hf_shrink.errors import RecipeError
-from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
+from hf_shrink.recipe import PruneStep, Recipe
 from hf_shrink.training.part import Part
 
 
-def build_parts(recipe: Recipe | None) -> list[Part]:
+def build_parts(recipe: Recipe | None, calibration: Any, tokenizer: Any, seed: int) -> list[Part]:
     """A part for every step of the recipe, in its order; for no recipe the zeros that the model has are kept.
+
+    Args:
+        calibration, tokenizer, seed: as for `shrink`, for a quantize step that is to start from data.
 
     Raises:
         RecipeError: a step, a method or an option that training does not know.
@@ -29,7 +34,8 @@ def build_parts(recipe: Recipe | None) -> list[Part]:
             "heads and channels are cut when training ends, so that zeros and scales of the same training would have "
             "been chosen for uncut weights; train with the width step first, and then the small model with the others"
         )
-    return [_quantize(s, recipe) if isinstance(s, QuantizeStep) else _prune(s, recipe) for s in recipe.steps]
+    parts = [_prune(step, recipe) for step in recipe.steps if isinstance(step, PruneStep)]
+    return parts + [_quantize(recipe, calibration, tokenizer, seed)] if recipe.quantize is not None else parts
 
 
 def _prune(step: PruneStep, recipe: Recipe) -> Part:
@@ -47,7 +53,7 @@ def _prune(step: PruneStep, recipe: Recipe) -> Part:
     )
 
 
-def _quantize(step: QuantizeStep, recipe: Recipe) -> Part:
+def _quantize(recipe: Recipe, calibration: Any, tokenizer: Any, seed: int) -> Part:
     raise RecipeError(
         "quantization-aware training is not there yet; train with the prune steps, and run `shrink` with the "
         "quantize step afterwards"

@@ -62,6 +62,9 @@ class GradualWeights:
         chosen = self._chosen()  # raises what the end would raise
         self._refs = {path: self._refs[path] for path in chosen.amounts}
 
+    def attach_copy(self, model: PreTrainedModel) -> None:
+        pass
+
     def begin(self, model: PreTrainedModel, window: Window) -> None:
         check_whole(model)
         self._window = window

@@ -82,6 +82,9 @@ class GradualWidth:
         self._model = model
         self._allocation = self._allocate(1.0)  # raises what the end would raise
 
+    def attach_copy(self, model: PreTrainedModel) -> None:
+        pass
+
     def begin(self, model: PreTrainedModel, window: Window) -> None:
         if self._score is None and is_sharded(model):
             raise ShrinkError(

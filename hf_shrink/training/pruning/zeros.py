@@ -28,6 +28,9 @@ class KeepZeros:
         check_no_adapters(model)
         keep_zeros(model).close()
 
+    def attach_copy(self, model: PreTrainedModel) -> None:
+        pass
+
     def begin(self, model: PreTrainedModel, window: Window) -> None:
         check_whole(model)
         if self._keeper is not None:
