@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_shrink.checkpoint.record import ShrinkRecord
@@ -24,6 +24,9 @@ from hf_shrink.training.part import Part
 from hf_shrink.training.parts import build_parts
 from hf_shrink.training.schedule import Schedule, Window
 from hf_shrink.training.state import checkpoint_folder, read_state, write_state
+
+if TYPE_CHECKING:
+    from transformers import Trainer
 
 logger = logging.get_logger(__name__)
 PREFIX = "shrink_"  # of what is logged
@@ -52,7 +55,7 @@ class ShrinkCallback(TrainerCallback):
         start, end: the fractions of all optimizer steps between which masks change.
         every: optimizer steps between two changes; None: about 50 changes.
         portable: in place of the recipe's `portable`: only what stock transformers can load (see `shrink`).
-        calibration, tokenizer, seed: as for `shrink`, for a quantize step that is to start from data; pruning needs none.
+        calibration, tokenizer, seed: as for `shrink`, where a quantize step is to start from data; pruning needs none.
 
     Raises:
         RecipeError: the recipe cannot be carried out while training.

@@ -34,8 +34,8 @@ def build_parts(recipe: Recipe | None, calibration: Any, tokenizer: Any, seed: i
             "heads and channels are cut when training ends, so that zeros and scales of the same training would have "
             "been chosen for uncut weights; train with the width step first, and then the small model with the others"
         )
-    parts = [_prune(step, recipe) for step in recipe.steps if isinstance(step, PruneStep)]
-    return parts + [_quantize(recipe, calibration, tokenizer, seed)] if recipe.quantize is not None else parts
+    parts: list[Part] = [_prune(step, recipe) for step in recipe.steps if isinstance(step, PruneStep)]
+    return parts if recipe.quantize is None else [*parts, _quantize(recipe, calibration, tokenizer, seed)]
 
 
 def _prune(step: PruneStep, recipe: Recipe) -> Part:
