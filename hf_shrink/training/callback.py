@@ -97,6 +97,7 @@ class ShrinkCallback(TrainerCallback):
         if self._model is None:
             if trainer.optimizer is not None:
                 self._refuse_late()
+            assert trainer.model is not None
             self._attach(trainer.model)
         return self
 

@@ -73,9 +73,9 @@ class SaveWhole:
 
 def whole_copy(model: PreTrainedModel, parts: Sequence[Part], state_dict: Mapping[str, Tensor]) -> PreTrainedModel:
     """A model like the one given, on the CPU, with the weights of `state_dict`."""
-    kind = next(k for k in type(model).__mro__ if not issubclass(k, FSDPModule))
+    kind: Any = next(k for k in type(model).__mro__ if not issubclass(k, FSDPModule))
     with no_init_weights():
-        whole: PreTrainedModel = kind(copy.deepcopy(model.config))
+        whole: Any = kind(copy.deepcopy(model.config))
     same_family(model, whole)
     for part in parts:
         part.attach_copy(whole)
@@ -91,4 +91,5 @@ def whole_copy(model: PreTrainedModel, parts: Sequence[Part], state_dict: Mappin
             f"{found.unexpected_keys[:3]}; please report this"
         )
     whole.tie_weights()
-    return whole.eval()
+    made: PreTrainedModel = whole.eval()
+    return made

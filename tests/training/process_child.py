@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tiny import tiny_llama
-from trained import language, trainer, width
+from training.trained import language, trainer, width
 
 from hf_shrink import ShrinkCallback
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama
-from trained import TASKS, image, language, outputs, tiny_vit, trainer, weights, width
+from training.trained import TASKS, image, language, outputs, tiny_vit, trainer, weights, width
 from transformers import TrainerCallback
 
 import hf_shrink

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama
-from trained import language, outputs, trainer, width
+from training.trained import language, outputs, trainer, width
 
 from hf_shrink import ShrinkCallback
 
@@ -24,7 +24,7 @@ def run(kind: str, folder: Path, processes: int) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    paths = os.pathsep.join([str(CHILD.parents[2]), str(CHILD.parents[1]), str(CHILD.parent)])
+    paths = os.pathsep.join([str(CHILD.parents[2]), str(CHILD.parents[1])])
     shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "PYTHONPATH": paths}
     children = [
         subprocess.Popen(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from tiny import tiny_llama
 from torch import Tensor
-from trained import language, trainer, weights, width
+from training.trained import language, trainer, weights, width
 from transformers import TrainerCallback
 
 from hf_shrink import CheckpointError, ShrinkCallback, prune_weights

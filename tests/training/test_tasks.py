@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from trained import TASKS, outputs, trainer, width
+from training.trained import TASKS, outputs, trainer, width
 from transformers import TrainerCallback
 
 from hf_shrink import ShrinkCallback

@@ -45,7 +45,7 @@ class Collected:
         Args:
             kept: bool (all units,), those that are not masked at present.
         """
-        parts = zip(self._running.double().cpu().split(self._sizes), kept.split(self._sizes), strict=True)
+        parts = zip(torch.split(self._running.double().cpu(), self._sizes), torch.split(kept, self._sizes), strict=True)
         if self._score is None:
             return [torch.ones(size, dtype=torch.float64) for size in self._sizes]
         costs = [(self._score.costs(part), there) for part, there in parts]

@@ -126,12 +126,12 @@ class GradualWidth:
             for handle in self._handles:
                 handle.remove()
         plans: dict[str, dict[int, BlockPlan]] = {}
-        for (stack, block, kind), units in self._units.items():
+        for (stack, index, kind), units in self._units.items():
             kept = units.gate.mask.bool().cpu()
             if not kept.all():
                 own = plans.setdefault(stack, {})
                 change: dict[str, Any] = {FIELDS[kind]: tuple(kept.nonzero()[:, 0].tolist())}
-                own[block] = replace(own.get(block, BlockPlan()), **change)
+                own[index] = replace(own.get(index, BlockPlan()), **change)
         binding = bind(model)
         stacks = {
             name: StackPlan(tuple(range(len(binding.stack(name).blocks))), blocks) for name, blocks in plans.items()
@@ -148,7 +148,7 @@ class GradualWidth:
         return {"kept": self._kept(), "counts": counts, **self._collected.tensors()}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        parts = tensors["kept"].split([len(units.gate.mask) for units in self._units.values()])
+        parts = torch.split(tensors["kept"], [len(units.gate.mask) for units in self._units.values()])
         for units, kept in zip(self._units.values(), parts, strict=True):
             units.gate.close(kept)
         self._collected.load(tensors)
