@@ -148,6 +148,9 @@ class ShrinkCallback(TrainerCallback):
             found = read_state(checkpoint_folder(args, state), self._described(), len(self.parts))
             for part, tensors in zip(self.parts, found, strict=True):
                 part.load(tensors)
+        else:
+            for part in self.parts:
+                part.after_step(0)
         self._steps = state.global_step, time.perf_counter()
         self._forget_best(state)
 

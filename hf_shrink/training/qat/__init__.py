@@ -2,7 +2,3 @@
 
 The scales are learned with the weights (LSQ, Esser et al., arXiv 1902.08153).
 """
-
-from hf_shrink.training.qat.part import QuantizationTraining
-
-__all__ = ["QuantizationTraining"]

@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.utils import is_peft_available
 
 from hf_shrink.errors import RecipeError
@@ -70,8 +69,7 @@ def _merged_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         output: Tensor = type(self).forward(self, x, *args, **kwargs)
         return output
     weight = merged_weight(self)
-    rows = weight if isinstance(base, nn.Linear) else weight.t()
-    return F.linear(quantizer.inputs(x), quantizer(rows), base.bias)
+    return quantizer.linear(x, weight if isinstance(base, nn.Linear) else weight.t(), base.bias)
 
 
 def weight_now(module: nn.Module, layer: nn.Module | None) -> Tensor:

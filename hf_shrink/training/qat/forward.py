@@ -46,7 +46,7 @@ def attach(module: nn.Module, quantizer: WeightQuantizer, path: str, *, owner: b
         module.add_module(NAME, quantizer)
     else:
         vars(module)[NAME] = quantizer  # an attribute and no child, so that a state dict has it once
-    module.forward = MethodType(_forward_of(module), module)  # type: ignore[method-assign]
+    module.forward = MethodType(_forward_of(module), module)
 
 
 def detach(module: nn.Module) -> None:
@@ -68,12 +68,12 @@ def _forward_of(module: nn.Module) -> Callable[..., Tensor]:
 
 def _linear(self: Any, input: Tensor) -> Tensor:
     quantizer: WeightQuantizer = self.weight_quantizer
-    return F.linear(quantizer.inputs(input), quantizer(self.weight), self.bias)
+    return quantizer.linear(input, self.weight, self.bias)
 
 
 def _transposed(self: Any, input: Tensor) -> Tensor:
     quantizer: WeightQuantizer = self.weight_quantizer
-    return F.linear(quantizer.inputs(input), quantizer(self.weight.t()), self.bias)
+    return quantizer.linear(input, self.weight.t(), self.bias)
 
 
 def _embedding(self: Any, input: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Learned step size quantization (LSQ, Esser et al., arXiv 1902.08153), and rounded inputs, as autograd functions.
+"""Learned step size quantization (LSQ, Esser et al., arXiv 1902.08153) as an autograd function.
 
 A weight w is computed with as (q - zero_point) * s, q = clamp(round(w / s) + zero_point): exactly what would be stored.
 The step s is learned: its gradient is that of the rounding error inside the range of the integers and of the clamped
@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from hf_shrink.ops.grid import Grid, dequantize, integer_range, quantize, stored_scale
-from hf_shrink.runtime.int8 import quantize_tokens
 from hf_shrink.scheme import Scheme
 
 
@@ -56,12 +55,6 @@ def idle(weight: Tensor, step: Tensor) -> Tensor:
     """The weight as it is, with a gradient of zero to `step`: DDP waits for the gradient of every parameter."""
     same: Tensor = _Idle.apply(weight, step)  # type: ignore[no-untyped-call]
     return same
-
-
-def round_inputs(input: Tensor, *, symmetric: bool) -> Tensor:
-    """The input (..., features) as W8A8 rounds it, token by token; gradients pass through."""
-    rounded: Tensor = _RoundInputs.apply(input, symmetric)  # type: ignore[no-untyped-call]
-    return rounded
 
 
 class _FakeQuantize(torch.autograd.Function):
@@ -111,13 +104,3 @@ class _Idle(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (step,) = ctx.saved_tensors
         return gradient, torch.zeros_like(step)
-
-
-class _RoundInputs(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, input: Tensor, symmetric: bool) -> Tensor:
-        return quantize_tokens(input, symmetric).rounded()
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient, None

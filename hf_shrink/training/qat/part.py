@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -87,8 +87,9 @@ class QuantizationTraining:
     def finish(self, model: PreTrainedModel, record: ShrinkRecord) -> None:
         plan = self._planned.plan
         pack_trained(model, plan.schemes, sparse=self._recipe.prune("weights") is not None)
-        quantized = {"schemes": plan.schemes, "method": plan.method, "options": plan.options, "effort": plan.effort}
-        record.plan = replace(record.plan, **quantized)
+        record.plan = replace(
+            record.plan, schemes=plan.schemes, method=plan.method, options=plan.options, effort=plan.effort
+        )
         found = f"by {plan.method} on calibration data" if self._batches else "without data"
         note = f"weights were rounded from step {self._start} on, with learned scales that were first found {found}"
         record.report.notes += [*self._planned.notes, note]
@@ -109,7 +110,7 @@ class QuantizationTraining:
         active = all(quantizer.active for quantizer in self._quantizers.values())
         return {"effective_bits": self._packed_bits if active else self._dense_bits}
 
-    def _calibration_batches(self, model: PreTrainedModel) -> list[Mapping[str, Any]]:
+    def _calibration_batches(self, model: PreTrainedModel) -> Sequence[Mapping[str, Any]]:
         if self._calibration is None or not solving_method(self._planned.plan).needs_statistics:
             return []
         return calibration_batches(

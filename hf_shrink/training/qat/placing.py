@@ -31,7 +31,8 @@ def place_quantizers(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> d
         assert isinstance(weight, nn.Parameter)
         first = id(weight) not in of_weight
         if first:
-            quantizer = WeightQuantizer(scheme, *rows_of(module).shape, weight.dtype, weight.device)
+            rows, columns = rows_of(module).shape
+            quantizer = WeightQuantizer(scheme, rows, columns, weight.dtype, weight.device)
             of_weight[id(weight)] = placed[path] = quantizer
         attach(module, of_weight[id(weight)], path, owner=first)
     return placed

@@ -6,11 +6,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from hf_shrink.ops.grid import Grid, quantize
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.scheme import Scheme
-from hf_shrink.training.qat.lsq import fake_quantize, idle, round_inputs, step_grid
+from hf_shrink.training.qat.int8 import rounded_linear
+from hf_shrink.training.qat.lsq import fake_quantize, idle, step_grid
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Start:
         correction = None
         if elsewhere.any():
             correction = torch.where(elsewhere, found.dequantized() - weight.float(), 0.0)
-        return cls(found.grid, float(weight.float().square().mean().sqrt()) or 1.0, correction)
+        size = float(weight.detach().float().square().mean().sqrt())
+        return cls(found.grid, size or 1.0, correction)
 
 
 class WeightQuantizer(nn.Module):
@@ -94,11 +97,12 @@ class WeightQuantizer(nn.Module):
             return idle(weight, self.step)
         return fake_quantize(weight, self.step, self.unit, self.zero_point, self.scheme, self.scale_dtype)
 
-    def inputs(self, input: Tensor) -> Tensor:
-        """The input of the Linear as its product will see it: W8A8 rounds it."""
+    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x W^T + b as the packed module will compute it: W8A8 rounds x too."""
+        fake = self(weight)
         if not self.active or self.scheme.activation_bits == 16:
-            return input
-        return round_inputs(input, symmetric=self.scheme.activation_symmetric)
+            return F.linear(input, fake, bias)
+        return rounded_linear(input, fake, bias, self.quantized(weight))
 
     def quantized(self, weight: Tensor, *, sparse: bool = False) -> QuantizedWeight:
         """The weight as it is computed with now, to be packed: bit for bit what `forward` gives.

@@ -21,7 +21,8 @@ def effective_bits(model: nn.Module, schemes: Mapping[str, Scheme]) -> float:
         module = model.get_submodule(path)
         weight = module.weight
         assert isinstance(weight, nn.Parameter)
-        packed[id(weight)] = scheme.stored_bytes(*rows_of(module).shape, weight.element_size())
+        rows, columns = rows_of(module).shape
+        packed[id(weight)] = scheme.stored_bytes(rows, columns, weight.element_size())
     parameters = list(model.parameters())
     taken = sum(packed.get(id(p), p.numel() * p.element_size()) for p in parameters)
     return 8 * taken / max(sum(p.numel() for p in parameters), 1)

@@ -10,9 +10,12 @@ from quantization_cases import SCHEMES
 from torch import Tensor
 
 from hf_shrink.ops.grid import dequantize, quantize, search_grid
+from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime.int8 import quantize_tokens
-from hf_shrink.training.qat.lsq import fake_quantize, gradient_scale, idle, round_inputs
+from hf_shrink.runtime.linear import CompressedLinear
+from hf_shrink.training.qat.int8 import rounded_linear
+from hf_shrink.training.qat.lsq import fake_quantize, gradient_scale, idle
 
 ROWS, COLUMNS = 5, 32
 
@@ -103,10 +106,19 @@ def test_an_idle_weight_is_itself_and_gives_its_step_a_gradient_of_zero() -> Non
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_rounded_inputs_are_those_of_w8a8_and_pass_gradients_through(symmetric: bool) -> None:
-    x = torch.randn(2, 3, 16, requires_grad=True)
-    rounded = round_inputs(x, symmetric=symmetric)
-    assert torch.equal(rounded, quantize_tokens(x, symmetric).rounded()) and not torch.equal(rounded, x)
-    upstream = torch.randn_like(x)
-    (rounded * upstream).sum().backward()
-    assert torch.equal(x.grad, upstream)
+def test_the_product_of_w8a8_is_the_packed_modules_and_its_gradients_those_of_rounded_factors(symmetric: bool) -> None:
+    scheme = Scheme(8, True, "channel", None, "int", 8, symmetric)
+    x, bias = torch.randn(2, 3, COLUMNS, requires_grad=True), torch.randn(ROWS, requires_grad=True)
+    weight, upstream = torch.randn(ROWS, COLUMNS), torch.randn(2, 3, ROWS)
+    grid = search_grid(weight, scheme, None, torch.float32)
+    stored = QuantizedWeight(quantize(weight, grid), grid, 0.0)
+    fake = stored.dequantized().requires_grad_()
+    found = rounded_linear(x, fake, bias, stored)
+    assert torch.equal(found, CompressedLinear.from_quantized(stored, bias)(x))
+    (found * upstream).sum().backward()
+    rounded = quantize_tokens(x, symmetric).rounded().double()
+    assert not torch.equal(rounded, x.detach().double())
+    torch.testing.assert_close(x.grad.double(), upstream.double() @ fake.detach().double(), rtol=1e-5, atol=1e-5)
+    expected = torch.einsum("abo,abi->oi", upstream.double(), rounded)
+    torch.testing.assert_close(fake.grad.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(bias.grad, upstream.sum((0, 1)))
