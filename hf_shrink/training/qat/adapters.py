@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils import is_peft_available
+from transformers.utils.import_utils import is_peft_available
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.training.qat.quantizer import WeightQuantizer
@@ -48,7 +48,7 @@ def attach_adapted(layer: nn.Module, path: str) -> None:
             f"{path}: {reason}, which no rounded weight can hold; train it for few bits with plain LoRA without "
             "dropout, or without adapters"
         )
-    layer.forward = MethodType(_merged_forward, layer)  # type: ignore[method-assign]
+    layer.forward = MethodType(_merged_forward, layer)
 
 
 def merged_weight(layer: Any) -> Tensor:
