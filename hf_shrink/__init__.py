@@ -3,7 +3,10 @@
 `import hf_shrink` also teaches `from_pretrained` to load the checkpoints that stock transformers cannot.
 """
 
-from importlib import metadata
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
@@ -29,12 +32,25 @@ from hf_shrink.recipe import Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.optimizing import kernel_summary
 
+if TYPE_CHECKING:
+    from hf_shrink.training.callback import ShrinkCallback
+
 try:
     __version__ = metadata.version("hf_shrink")
 except metadata.PackageNotFoundError:  # run from a source tree
     __version__ = "unknown"
 
 _register()
+
+# What needs transformers' Trainer, which takes seconds to import: by name, the module that has it.
+_LAZY = {"ShrinkCallback": "hf_shrink.training.callback"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
 
 __all__ = [
     "ArchitectureError",
@@ -47,6 +63,7 @@ __all__ = [
     "PushInterrupted",
     "Recipe",
     "RecipeError",
+    "ShrinkCallback",
     "ShrinkError",
     "ShrinkReport",
     "bench_checkpoint",
