@@ -34,10 +34,15 @@ def packed(dtype: torch.dtype, kernels: bool):
 def test_outputs_are_what_they_are_without_and_weights_are_unpacked_once(monkeypatch, dtype, kernels):
     model = packed(dtype, kernels)
     linears = [module for module in model.modules() if isinstance(module, CompressedLinear)]
-    unpacked, real = [], copies._unpacked
-    monkeypatch.setattr(copies, "_unpacked", lambda linear, dtype: unpacked.append(linear) or real(linear, dtype))
     with torch.no_grad():
         many, few = model(IDS).logits, model(IDS[:1, :30]).logits
+        unpacked: list[int] = []
+        if kernels:
+            real = copies._unpacked
+            monkeypatch.setattr(copies, "_unpacked", lambda *args: unpacked.append(1) or real(*args))
+        else:
+            whole = CompressedLinear._unpack
+            monkeypatch.setattr(CompressedLinear, "_unpack", lambda *args: unpacked.append(1) or whole(*args))
         with dense_copies([model]):
             first = model(IDS).logits
             again = model(IDS).logits
@@ -48,7 +53,7 @@ def test_outputs_are_what_they_are_without_and_weights_are_unpacked_once(monkeyp
         assert torch.equal(first, many)
     error = {torch.float32: 1e-5, torch.bfloat16: 0.02}[dtype]
     assert (first - many).abs().max() <= error * many.abs().max()
-    assert not any("forward" in vars(module) for module in model.modules())
+    assert not any("forward" in vars(linear) or linear.kept_dense is not None for linear in linears)
 
 
 def test_only_what_fits_is_copied_and_gradients_go_the_usual_way():
