@@ -20,7 +20,7 @@ HEADING = "## How it was made smaller"
 def keep_card(trainer: Trainer) -> None:
     """Let every model card that this trainer writes say what its model's own card says. Once is enough."""
     if not isinstance(trainer.create_model_card, KeptCard):
-        trainer.create_model_card = KeptCard(trainer)
+        vars(trainer)["create_model_card"] = KeptCard(trainer)
 
 
 class KeptCard:
@@ -32,7 +32,7 @@ class KeptCard:
 
     def __call__(self, *args: Any, **kwargs: Any) -> None:
         """As the trainer's own, with its arguments. `save_model` has put the model's own card into the folder."""
-        folder = Path(self.trainer.args.output_dir)
+        folder = Path(str(self.trainer.args.output_dir))
         card, record = folder / CARD_NAME, folder / RECORD_NAME
         first = self.trainer.is_world_process_zero() and card.is_file() and record.is_file()
         own = card.read_text(encoding="utf-8") if first else None
