@@ -1,8 +1,8 @@
 """Four-bit values in the layout of torch's int4 kernel for CUDA (tinygemm), and back.
 
 `_convert_weight_to_int4pack` makes tiles of 8 rows and 16 columns, as the tensor cores' m16n8k16 product wants its
-second operand. A word of 32 bits holds, for one row, four values of each of two neighbouring tiles; 2, 4 or 8 tiles lie side
-by side in a super tile: int32 (rows / 8, columns / (16 tiles), 32 lanes, tiles / 2).
+second operand. A word of 32 bits holds, for one row, four values of each of two neighbouring tiles; 2, 4 or 8 tiles lie
+side by side in a super tile: int32 (rows / 8, columns / (16 tiles), 32 lanes, tiles / 2).
 """
 
 from __future__ import annotations
