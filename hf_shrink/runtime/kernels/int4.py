@@ -12,6 +12,7 @@ from hf_shrink.ops.grid import Grid
 from hf_shrink.runtime.kernels.base import Kernel
 from hf_shrink.runtime.kernels.nibbles import (
     ROW_STEP,
+    Layout,
     gather_nibbles,
     kernel_layout,
     pack_nibbles,
@@ -50,6 +51,7 @@ class Int4(Kernel):
         self._group, self._weight, self._rest = group, tensors["weight"], tensors.get("rest")
         self._scales = tensors["scales"].view(torch.bfloat16)
         self._padded = self._scales.shape[1] != rows
+        self._layout = self._blocks()  # not when it is needed: that may be inside a compiled graph
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
@@ -94,6 +96,11 @@ class Int4(Kernel):
     # What the device decides: how nibbles lie, and who multiplies them.
 
     @classmethod
+    def _blocks(cls) -> Layout | None:
+        """How rows lie in the kernel's blocks, where that is not the same everywhere."""
+        return kernel_layout()
+
+    @classmethod
     def _held(cls, nibbles: Tensor) -> Tensor:
         """In the kernel's layout, from 0 to 15 (whole sixteens, columns)."""
         return pack_nibbles(nibbles)
@@ -102,11 +109,12 @@ class Int4(Kernel):
         """uint8 (rows, columns) of all rows or some."""
         if rows is None:
             return unpack_nibbles(self._weight)[: self.rows]
-        return gather_nibbles(self._weight, rows)
+        return gather_nibbles(self._weight, rows, self._layout)
 
     def _columns(self, start: int, stop: int) -> Tensor:
         """float32 (columns, n), to be written to: of the rows from `start`, a multiple of 64, to `stop` or beyond."""
-        return unpack_columns(self._weight, kernel_layout(), start, stop)
+        assert self._layout is not None
+        return unpack_columns(self._weight, self._layout, start, stop)
 
     def _multiply(self, tokens: Tensor) -> Tensor:
         """bfloat16 (n, rows made whole sixteens)."""

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from hf_shrink.runtime.kernels.int4 import Int4, TwoPlanes
+from hf_shrink.runtime.kernels.nibbles import Layout
 from hf_shrink.runtime.kernels.tiles import (
     MOST_ROWS,
     ROWS,
@@ -34,6 +35,10 @@ class _Tiled(Int4):
         if rows > MOST_ROWS:
             return f"takes up to {MOST_ROWS} rows"
         return super().refuses(scheme, rows, columns, device)
+
+    @classmethod
+    def _blocks(cls) -> Layout | None:
+        return None
 
     @classmethod
     def _held(cls, nibbles: Tensor) -> Tensor:
