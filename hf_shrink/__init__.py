@@ -10,9 +10,18 @@ from typing import TYPE_CHECKING, Any
 
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
+from hf_shrink.checkpoint.push import push_shrunk_to_hub
 from hf_shrink.checkpoint.quantizers import LoadingConfig
 from hf_shrink.checkpoint.quantizers import register as _register
-from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
+from hf_shrink.errors import (
+    ArchitectureError,
+    CalibrationError,
+    CheckpointError,
+    HubError,
+    PushInterrupted,
+    RecipeError,
+    ShrinkError,
+)
 from hf_shrink.evaluation import bench_checkpoint, evaluate_model
 from hf_shrink.front import Front
 from hf_shrink.pipeline import make_front, make_plan, prune_weights, shrink, shrink_checkpoint
@@ -48,8 +57,10 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "Front",
+    "HubError",
     "LoadingConfig",
     "Plan",
+    "PushInterrupted",
     "Recipe",
     "RecipeError",
     "ShrinkCallback",
@@ -64,6 +75,7 @@ __all__ = [
     "make_plan",
     "optimize_for_inference",
     "prune_weights",
+    "push_shrunk_to_hub",
     "register_importance",
     "save_module",
     "shrink",

@@ -18,6 +18,7 @@ from hf_shrink.errors import ShrinkError
 from hf_shrink.pipeline.recipes import RecipeLike, read_recipe
 from hf_shrink.plan import Plan
 from hf_shrink.report import ShrinkReport
+from hf_shrink.training.card import keep_card
 from hf_shrink.training.finishing import SaveWhole, make_real
 from hf_shrink.training.models import bare, is_peft, is_sharded, unwrapped
 from hf_shrink.training.part import Part
@@ -33,7 +34,7 @@ PREFIX = "shrink_"  # of what is logged
 
 
 class ShrinkCallback(TrainerCallback):
-    """Prunes a model while a `Trainer` (or one derived from it, as TRL's) fine-tunes it.
+    """Prunes a model, or trains it for few bits, while a `Trainer` (or one derived from it, as TRL's) fine-tunes it.
 
         trainer = Trainer(model, args, train_dataset=..., callbacks=[ShrinkCallback("prune20", end=0.6)])
         trainer.train()
@@ -44,18 +45,23 @@ class ShrinkCallback(TrainerCallback):
     before the schedule ends: resume it. A checkpoint of the training holds the uncut model, and its scores and masks in
     hf_shrink_state.safetensors; resuming needs no flag.
 
+    Under a quantize step the model computes with its weights as they will be stored, from `start` on (with a prune
+    step in front of it from `end` on), and learns their scales with them (LSQ, Esser et al., arXiv 1902.08153). What
+    is packed in the end is exactly what was trained.
+
     Under FSDP the model in memory stays masked, and `trainer.save_model()` writes a cut copy. Adapters (PEFT) are
     merged when training ends.
 
     Args:
         recipe: a built-in name, the path of a YAML file, a mapping, or a `Recipe`, as for `shrink`; steps prune `width`
-            or `weights`. Methods that look at gradients (`taylor`, `fisher`, `movement`) take those of the training;
-            `calibration`, `evaluation` and `refit` are not used: what is kept is trained. None: nothing more is pruned,
-            and the zeros that the model has are kept.
-        start, end: the fractions of all optimizer steps between which masks change.
+            or `weights`, or quantize to integers. Pruning methods that look at gradients (`taylor`, `fisher`,
+            `movement`) take those of the training; the recipe's `calibration`, `evaluation` and `refit` are not used:
+            what is kept is trained. None: nothing more is pruned, and the zeros that the model has are kept.
+        start, end: the fractions of all optimizer steps between which masks change, and rounding begins.
         every: optimizer steps between two changes; None: about 50 changes.
         portable: in place of the recipe's `portable`: only what stock transformers can load (see `shrink`).
-        calibration, tokenizer, seed: as for `shrink`, where a quantize step is to start from data; pruning needs none.
+        calibration, tokenizer, seed: as for `shrink`, for a quantize step whose method wants statistics, such as gptq:
+            it then chooses where the scales start. Without them they start where they fit the weights best.
 
     Raises:
         RecipeError: the recipe cannot be carried out while training.
@@ -82,18 +88,22 @@ class ShrinkCallback(TrainerCallback):
         self._window: Window | None = None
         self._steps: tuple[int, float] = (0, 0.0)  # optimizer steps and seconds, where this process began
         self._finished = False
+        self._card_kept = False
 
     def attach(self, trainer: Trainer) -> ShrinkCallback:
         """Join a trainer that exists already, before it trains.
 
         Unlike `callbacks=[...]` this puts the callback before the reporting integrations, so that not only the progress
-        bar and the log history but they too get its figures.
+        bar and the log history but they too get its figures. And the model card that the trainer writes, as for
+        `trainer.push_to_hub()`, keeps the compressed model's sections and metadata.
 
         Raises:
             ShrinkError: the trainer has made its optimizer already, and the recipe needs parameters of its own.
         """
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(other for other in callbacks if other is not self)]
+        keep_card(trainer)
+        self._card_kept = True
         if self._model is None:
             if trainer.optimizer is not None:
                 self._refuse_late()
@@ -148,6 +158,9 @@ class ShrinkCallback(TrainerCallback):
             found = read_state(checkpoint_folder(args, state), self._described(), len(self.parts))
             for part, tensors in zip(self.parts, found, strict=True):
                 part.load(tensors)
+        else:
+            for part in self.parts:
+                part.after_step(0)
         self._steps = state.global_step, time.perf_counter()
         self._forget_best(state)
 
@@ -182,6 +195,12 @@ class ShrinkCallback(TrainerCallback):
         if args.should_save and folder.is_dir():
             write_state(folder, [part.tensors() for part in self.parts], self._described())
         self._forget_best(state)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._finished and not self._card_kept:
+            logger.warning("the model card does not say how it was made smaller: call ShrinkCallback.attach(trainer)")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

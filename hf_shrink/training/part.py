@@ -59,7 +59,7 @@ class Part(Protocol):
         ...
 
     def after_step(self, step: int) -> None:
-        """The optimizer has made this step."""
+        """The optimizer has made this step; 0: training is about to begin, and from no checkpoint."""
         ...
 
     def finish(self, model: PreTrainedModel, record: ShrinkRecord) -> None:

@@ -54,7 +54,6 @@ def _prune(step: PruneStep, recipe: Recipe) -> Part:
 
 
 def _quantize(recipe: Recipe, calibration: Any, tokenizer: Any, seed: int) -> Part:
-    raise RecipeError(
-        "quantization-aware training is not there yet; train with the prune steps, and run `shrink` with the "
-        "quantize step afterwards"
-    )
+    from hf_shrink.training.qat.part import QuantizationTraining
+
+    return QuantizationTraining(recipe, calibration=calibration, tokenizer=tokenizer, seed=seed)
