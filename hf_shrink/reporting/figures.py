@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -69,6 +69,9 @@ METRIC_ROWS = {
     "cosine": ("Cosine agreement", "mean cosine between the last hidden states of both models; 1 for a perfect copy"),
     "attribution_fidelity": ("Attribution fidelity", "how far both models decide for the same inputs; 1 for a copy"),
     "attention_fidelity": ("Attention fidelity", "how far both models look at the same places; 1 for a perfect copy"),
+    "latency": ("Latency", "of a forward pass over the data; lower is better"),
+    "peak_memory": ("Peak memory", "that the model took at most; lower is better"),
+    "weight_bytes": ("Weights in memory", "bytes of parameters and buffers as they are held; lower is better"),
 }
 
 
@@ -122,7 +125,7 @@ def _metric_rows(evaluation: Mapping[str, Any]) -> list[Row]:
         change = ""
         if key == "perplexity" and key in dense and key in compressed:
             change = f"{100 * (number(compressed[key]) / number(dense[key]) - 1):+.1f}%"
-        found.append(Row(name, figure(dense.get(key)), figure(compressed.get(key)), change, hint))
+        found.append(Row(name, figure(dense.get(key), key), figure(compressed.get(key), key), change, hint))
     return found + _group_rows(evaluation.get("groups", {}))
 
 
@@ -130,8 +133,10 @@ def _group_rows(groups: Mapping[str, Any]) -> list[Row]:
     """Of each metric the group that fares worst."""
     found = []
     for key, said in groups.items():
+        if not said:  # of no group that has figures
+            continue
         worst = said["by_group"][said["worst"]]
-        dense, compressed = (figure(worst.get(side)) for side in ("baseline", "model"))
+        dense, compressed = (figure(worst.get(side), key) for side in ("baseline", "model"))
         hint = f"the worst of {len(said['by_group'])} groups, {worst['rows']} rows"
         found.append(Row(f"{metric_row(key)[0]}, group {said['worst']}", dense, compressed, "", hint))
     return found
@@ -155,23 +160,24 @@ def headline(report: ShrinkReport) -> str:
         parts.append(f"{speed_name(speed).lower()} {speedup(speed):.2f}x as fast")
     dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
     for key in in_order(compressed)[:1]:
-        was = f" from {number(dense[key]):.4g}" if key in dense else ""
+        was = f" from {figure(number(dense[key]), key)}" if key in dense else ""
         name = metric_row(key)[0]
         name = name[0].lower() + name[1:] if name[1:2].islower() else name  # not of KL, F1
-        parts.append(f"{name} {number(compressed[key]):.4g}{was}")
+        parts.append(f"{name} {figure(number(compressed[key]), key)}{was}")
     return ", ".join(parts)
 
 
-def figure(value: Any) -> str:
-    """A number, or {"value", "low", "high"} with its interval in brackets."""
+def figure(value: Any, key: str = "") -> str:
+    """A number, or {"value", "low", "high"} with its interval in brackets. `key`: the metric that it is of."""
+    shown = FORMS.get(key, "{:.4g}".format)
     if value is None:
         return NOT_MEASURED
     if not isinstance(value, Mapping):
-        return f"{value:.4g}"
-    text = f"{value['value']:.4g}"
+        return shown(value)
+    text = shown(value["value"])
     if value.get("low") is None or value.get("high") is None:
         return text
-    return f"{text} [{value['low']:.4g}, {value['high']:.4g}]"
+    return f"{text} [{shown(value['low'])}, {shown(value['high'])}]"
 
 
 def number(value: Any) -> float:
@@ -195,6 +201,14 @@ def count(amount: float) -> str:
             return f"{amount:.3g}{unit}"
         amount /= 1000
     return f"{amount:.3g}B"
+
+
+# How metrics are shown that are not bare numbers.
+FORMS: Mapping[str, Callable[[float], str]] = {
+    "latency": lambda seconds: f"{1000 * seconds:.3g} ms",
+    "peak_memory": size,
+    "weight_bytes": size,
+}
 
 
 def measured_on(evaluation: Mapping[str, Any]) -> str:

@@ -61,13 +61,14 @@ def _quality(evaluation: Mapping[str, Any]) -> list[Tile]:
         value, change, aside = (
             number(compressed[key]),
             "",
-            f"dense {figure(number(dense[key]))}" if key in dense else "",
+            f"dense {figure(number(dense[key]), key)}" if key in dense else "",
         )
         if key == "perplexity" and evaluation.get("excess_loss") is not None:
             change = f"excess loss {number(evaluation['excess_loss']):.3g} nats"
         elif key not in dense and isinstance(compressed[key], Mapping) and compressed[key].get("low") is not None:
-            aside = f"95%: {compressed[key]['low']:.3g} to {compressed[key]['high']:.3g}"
-        found.append(Tile(metric_row(key)[0], f"{value:.4g}", aside, change))
+            low, high = (figure(compressed[key][bound], key) for bound in ("low", "high"))
+            aside = f"95%: {low} to {high}"
+        found.append(Tile(metric_row(key)[0], figure(value, key), aside, change))
     return found
 
 
