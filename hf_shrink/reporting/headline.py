@@ -58,17 +58,13 @@ def _quality(evaluation: Mapping[str, Any]) -> list[Tile]:
     dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
     found: list[Tile] = []
     for key in in_order(compressed)[:MOST_METRICS]:
-        value, change, aside = (
-            number(compressed[key]),
-            "",
-            f"dense {figure(number(dense[key]), key)}" if key in dense else "",
-        )
+        change, aside = "", f"dense {figure(number(dense[key]), key)}" if key in dense else ""
         if key == "perplexity" and evaluation.get("excess_loss") is not None:
             change = f"excess loss {number(evaluation['excess_loss']):.3g} nats"
         elif key not in dense and isinstance(compressed[key], Mapping) and compressed[key].get("low") is not None:
             low, high = (figure(compressed[key][bound], key) for bound in ("low", "high"))
             aside = f"95%: {low} to {high}"
-        found.append(Tile(metric_row(key)[0], figure(value, key), aside, change))
+        found.append(Tile(metric_row(key)[0], figure(number(compressed[key]), key), aside, change))
     return found
 
 
