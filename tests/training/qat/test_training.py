@@ -12,17 +12,12 @@ from conformance.cases_mixtures import MIXTURES
 from stock import Stock
 from tiny import QUICK_GPTQ, tiny_llama
 from torch import Tensor
-from training.trained import TASKS, image, language, outputs, tiny_vit, trainer, weights
+from training.trained import TASKS, image, language, outputs, quantize, tiny_vit, trainer, weights
 from transformers import TrainerCallback
 
 import hf_shrink
 from hf_shrink import RecipeError, ShrinkCallback, ShrinkError
 from hf_shrink.runtime.linear import CompressedLinear
-
-
-def quantize(scheme: str = "W4A16", **options: Any) -> dict[str, Any]:
-    shape = {"group_size": 16} if scheme.endswith("A16") and "strategy" not in options else {}
-    return {"steps": [{"quantize": {"method": "rtn", "scheme": scheme, **shape, **options}}]}
 
 
 class Before(TrainerCallback):
@@ -237,7 +232,7 @@ def test_a_late_callback_is_refused_with_the_remedy(tmp_path: Path) -> None:
     [
         ({"steps": [{"quantize": {"effort": "best"}}]}, "effort: balanced"),
         ({"steps": [{"quantize": {"method": "gptq", "transforms": ["awq"]}}]}, "transforms"),
-        ({"steps": [{"quantize": {"method": "rtn", "scheme": "FP8A16"}}]}, "integer scheme"),
+        (quantize("FP8A16"), "integer scheme"),
         ({"steps": [{"quantize": {"method": "bitsandbytes", "scheme": "NF4"}}]}, "bitsandbytes"),
     ],
 )
