@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging
 
 from hf_shrink.checkpoint.record import CARD_NAME, RECORD_NAME, ShrinkRecord
-from hf_shrink.checkpoint.staging import check_whole, staged
+from hf_shrink.checkpoint.staging import check_whole, named_in_card, put_text, staged
 from hf_shrink.errors import HubError
 from hf_shrink.hub import Destination, Pushed, check_destination, upload
 from hf_shrink.reporting import write_report
@@ -128,7 +128,9 @@ def _push(
     with staged(folder, destination.token) as (stage, left):
         if left:
             logger.warning(f"not pushed: {', '.join(left)}")
-        _name_in_card(stage / CARD_NAME, (folder.name, display_name(record)), destination.repo_id)
+        card = (folder / CARD_NAME).read_text(encoding="utf-8")
+        named = named_in_card(card, (folder.name, display_name(record)), destination.repo_id)
+        put_text(stage / CARD_NAME, named)
         version = record.versions.get("hf_shrink", "")
         again = f"hf-shrink push {shlex.quote(str(folder))}"
         made_by = f"Made by hf_shrink {version}"
@@ -155,14 +157,3 @@ def _save(
         loaded = ModelCard.load(card)
         loaded.data.tags = list(dict.fromkeys([*(loaded.data.tags or []), *tags]))
         loaded.save(card)
-
-
-def _name_in_card(card: Path, names: tuple[str, ...], repo_id: str) -> None:
-    """Let the card load the model from where it will be, not from a folder here."""
-    text = before = card.read_text(encoding="utf-8")
-    for name in names:
-        text = text.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")')
-        text = text.replace(f'name = "{name}"  #', f'name = "{repo_id}"  #')
-    if text != before:
-        card.unlink()  # a link
-        card.write_text(text, encoding="utf-8")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from fnmatch import fnmatch
 from pathlib import Path
@@ -61,7 +61,7 @@ def staged(folder: Path, token: str | bool | None = None) -> Iterator[tuple[Path
                 shutil.copytree(path.resolve(), stage / path.name, copy_function=_link, ignore=_ignored)
             elif path.name == RECORD_NAME:
                 record = json.loads(path.read_text(encoding="utf-8"))
-                (stage / path.name).write_text(json.dumps(without_folders(record), indent=1) + "\n", encoding="utf-8")
+                put_text(stage / path.name, json.dumps(without_folders(record), indent=1) + "\n")
             else:
                 _link(path.resolve(), stage / path.name)
         yield stage, [path.name for path in left]
@@ -72,6 +72,20 @@ def without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
     named = {key: _named(value) for key, value in record.items()}
     source = str(record["source"])
     return {**named, "source": source if is_hub_id(source) else Path(source).name}
+
+
+def named_in_card(card: str, names: Iterable[str], repo_id: str) -> str:
+    """A model card that loads the model from the Hub, where it names a folder here."""
+    for name in names:
+        card = card.replace(f'from_pretrained("{name}")', f'from_pretrained("{repo_id}")')
+        card = card.replace(f'name = "{name}"  #', f'name = "{repo_id}"  #')
+    return card
+
+
+def put_text(path: Path, text: str) -> None:
+    """A file with `text` in place of a link, whose target stays as it is."""
+    path.unlink(missing_ok=True)
+    path.write_text(text, encoding="utf-8")
 
 
 def _named(value: Any) -> Any:

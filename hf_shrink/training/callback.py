@@ -18,6 +18,7 @@ from hf_shrink.errors import ShrinkError
 from hf_shrink.pipeline.recipes import RecipeLike, read_recipe
 from hf_shrink.plan import Plan
 from hf_shrink.report import ShrinkReport
+from hf_shrink.training.card import keep_card
 from hf_shrink.training.finishing import SaveWhole, make_real
 from hf_shrink.training.models import bare, is_peft, is_sharded, unwrapped
 from hf_shrink.training.part import Part
@@ -87,18 +88,22 @@ class ShrinkCallback(TrainerCallback):
         self._window: Window | None = None
         self._steps: tuple[int, float] = (0, 0.0)  # optimizer steps and seconds, where this process began
         self._finished = False
+        self._card_kept = False
 
     def attach(self, trainer: Trainer) -> ShrinkCallback:
         """Join a trainer that exists already, before it trains.
 
         Unlike `callbacks=[...]` this puts the callback before the reporting integrations, so that not only the progress
-        bar and the log history but they too get its figures.
+        bar and the log history but they too get its figures. And the model card that the trainer writes, as for
+        `trainer.push_to_hub()`, keeps the compressed model's sections and metadata.
 
         Raises:
             ShrinkError: the trainer has made its optimizer already, and the recipe needs parameters of its own.
         """
         callbacks = trainer.callback_handler.callbacks
         callbacks[:] = [self, *(other for other in callbacks if other is not self)]
+        keep_card(trainer)
+        self._card_kept = True
         if self._model is None:
             if trainer.optimizer is not None:
                 self._refuse_late()
@@ -190,6 +195,12 @@ class ShrinkCallback(TrainerCallback):
         if args.should_save and folder.is_dir():
             write_state(folder, [part.tensors() for part in self.parts], self._described())
         self._forget_best(state)
+
+    def on_push_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if self._finished and not self._card_kept:
+            logger.warning("the model card does not say how it was made smaller: call ShrinkCallback.attach(trainer)")
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -137,7 +137,8 @@ def test_what_training_leaves_is_not_pushed(hub: Server, folder: Path, caplog: p
 
 
 def test_a_model_in_memory_takes_record_report_and_its_own_card_along(hub: Server) -> None:
-    model = hf_shrink.shrink(tiny_llama(num_hidden_layers=2), "w8a16", progress=False)
+    recipe = {"steps": [{"quantize": {"method": "rtn", "scheme": "W8A16"}}]}
+    model = hf_shrink.shrink(tiny_llama(num_hidden_layers=2), recipe, progress=False, optimize=False)
     commit = model.push_to_hub("me/memory", tags=["mine"], commit_message="From memory")
     assert commit.commit_message == "From memory"
     pushed = hub.hub.repositories["me/memory"].files()
