@@ -64,7 +64,7 @@ def test_two_processes_are_one(kind: str, alone: dict[str, torch.Tensor], tmp_pa
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+@pytest.mark.parametrize("kind", ["ddp", "fsdp2"])
 def test_two_processes_train_for_few_bits_as_one(kind: str, tmp_path: Path) -> None:
     recipe = quantize("W4A16", symmetric=False)
     model = tiny_llama(num_hidden_layers=2)

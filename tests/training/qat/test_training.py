@@ -12,7 +12,7 @@ from conformance.cases_mixtures import MIXTURES
 from stock import Stock
 from tiny import QUICK_GPTQ, tiny_llama
 from torch import Tensor
-from training.trained import TASKS, image, language, outputs, quantize, tiny_vit, trainer, weights
+from training.trained import TASKS, image, language, outputs, quantize, tiny_vit, trainer, weights, width
 from transformers import TrainerCallback
 
 import hf_shrink
@@ -148,6 +148,37 @@ def test_zeros_of_a_prune_step_stay_zeros(tmp_path: Path) -> None:
         assert layer.mlp.gate_proj.sparse
         assert ((weight.view(-1, 4) != 0).sum(1) <= 2).all() and (weight != 0).float().mean() > 0.4
     assert model.shrink_record.plan.weights is not None and model.shrink_record.plan.schemes
+
+
+@pytest.mark.parametrize("name", ["groups", "channels and inputs"])
+def test_heads_and_channels_go_first_and_what_is_left_is_rounded(name: str, tmp_path: Path) -> None:
+    few = quantize("W4A16", symmetric=False) if name == "groups" else quantize("W8A8")
+    recipe = {"steps": width(0.4, "movement")["steps"] + few["steps"]}
+
+    def train(folder: Path, stop: int = 0, resume: bool = False) -> tuple[Any, dict[str, Tensor]]:
+        model, before = tiny_llama(num_hidden_layers=2), Before()
+        callbacks = [before, ShrinkCallback(recipe, start=0.1, end=0.5), *([StopAt(stop)] if stop else [])]
+        run = trainer(model, language, folder, callbacks, save_strategy="steps", save_steps=2)
+        run.train(resume_from_checkpoint=resume or None)
+        return model, before.said
+
+    model, said = train(tmp_path)
+    torch.testing.assert_close(outputs(model, language)["logits"], said["logits"], rtol=0, atol=1e-4)
+    down = model.model.layers[1].mlp.down_proj
+    assert isinstance(down, CompressedLinear) and down.in_features < 80
+    assert (
+        model.shrink_record.plan.stacks
+        and model.shrink_record.plan.schemes["model.layers.1.mlp.down_proj"] == down.scheme
+    )
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(
+        tmp_path / "saved", quantization_config=hf_shrink.LoadingConfig(optimize=False)
+    )
+    torch.testing.assert_close(outputs(loaded, language)["logits"], said["logits"], rtol=0, atol=1e-4)
+    train(tmp_path / "6", stop=6)
+    resumed, _ = train(tmp_path / "6", resume=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
 
 
 def test_adapters_are_part_of_the_weight_that_is_rounded(tmp_path: Path) -> None:
