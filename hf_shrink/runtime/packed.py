@@ -185,7 +185,9 @@ class PackedModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         kernel = self.__dict__.get("kernel")
         if kernel is not None and name in _IN_KERNEL:
-            return kernel.scale() if name == "weight_scale" else pack(kernel.values(), self.scheme.bits)
+            if name == "weight_scale":
+                return kernel.scale()
+            return pack(kernel.values(), self.scheme.bits) if self.scheme.packed else kernel.values()
         return super().__getattr__(name)
 
     @property
