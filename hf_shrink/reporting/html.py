@@ -16,7 +16,7 @@ from hf_shrink.reporting.page import bullets, figure, folded, legend, page, para
 from hf_shrink.reporting.plan_chart import by_stack
 from hf_shrink.reporting.plan_map import plan_map
 from hf_shrink.reporting.plan_rows import outside_rows, plan_rows
-from hf_shrink.reporting.reproduce import command, provenance, seconds, shown_recipe, shown_source
+from hf_shrink.reporting.reproduce import TRAINED, command, provenance, seconds, shown_recipe, shown_source
 from hf_shrink.reporting.sensitivity import kind_of_option, predicted_by_block, sensitivity_of
 
 
@@ -159,11 +159,9 @@ def _loading(report: ShrinkReport) -> str:
 
 
 def _reproduce(record: Record) -> str:
-    recipe = shown_recipe(record)
-    parts = [
-        f"<p>From beside this page, where <code>shrink.json</code> holds recipe and plan:</p>"
-        f"<pre>{escape(command(record))}</pre>"
-    ]
+    recipe, again = shown_recipe(record), command(record)
+    where = "<p>From beside this page, where <code>shrink.json</code> holds recipe and plan:</p>"
+    parts = [f"{where}<pre>{escape(again)}</pre>" if again else paragraph(TRAINED)]
     if recipe:
         parts.append(f"<h3>Recipe</h3><pre>{escape(recipe)}</pre>")
     lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in provenance(record).items())

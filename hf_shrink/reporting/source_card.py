@@ -6,10 +6,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
+
+from hf_shrink.reporting.reproduce import is_hub_id
+
+CARD_NAME = "README.md"
 
 # Metadata that is as true of the compressed model as of its source; so are all keys that begin with `extra_gated_`.
 INHERITED = ("license", "license_name", "license_link", "language", "language_bcp47", "pipeline_tag", "datasets")
@@ -84,6 +90,21 @@ class SourceCard:
             lines.append(f"{'#' * min(6, depth + len(tops) - 2)} {section.title}")
             lines.append(_LINK.sub(lambda link: _linked(link, hub_id), section.text))
         return "\n\n".join(line for line in lines if line)
+
+
+def find_source_card(source: str) -> str | None:
+    """The card of a dense model in a folder, or of one that was fetched from the Hub before; None where there is none.
+
+    Args:
+        source: folder or Hub id.
+    """
+    path = Path(source) / CARD_NAME
+    if not path.is_file():
+        cached = try_to_load_from_cache(source, CARD_NAME) if is_hub_id(source) else None
+        if not isinstance(cached, str):  # not fetched, or known not to be there
+            return None
+        path = Path(cached)
+    return path.read_text(encoding="utf-8", errors="replace")
 
 
 def _metadata(text: str) -> dict[str, Any]:
