@@ -35,6 +35,7 @@ _HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*")
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(\s*<?([^)\s>]+)>?[^)]*\)")
+_WHOLE = re.compile(r"([a-z][a-z0-9+.-]*:|//|#)", re.IGNORECASE)  # a link that leads there from anywhere
 _UNFILLED = "[more information needed]"
 
 
@@ -149,9 +150,13 @@ def _sections(body: str) -> Iterator[Section]:
 
 def _linked(link: re.Match[str], hub_id: str | None) -> str:
     picture, words, target = link.groups()
-    if re.match(r"([a-z][a-z0-9+.-]*:|//|#)", target, re.IGNORECASE):
+    if _WHOLE.match(target):
         return link[0]
-    if hub_id is None:
-        return words
-    kind = "resolve" if picture else "blob"
-    return f"{picture}[{words}](https://huggingface.co/{hub_id}/{kind}/main/{target.lstrip('./')})"
+    return (
+        words if hub_id is None else f"{picture}[{words}]({on_hub(target, hub_id, 'resolve' if picture else 'blob')})"
+    )
+
+
+def on_hub(link: str, hub_id: str, kind: str = "blob") -> str:
+    """Where a link that a card of the Hub holds leads to; whole ones stay as they are."""
+    return link if _WHOLE.match(link) else f"https://huggingface.co/{hub_id}/{kind}/main/{link.removeprefix('./')}"

@@ -96,7 +96,8 @@ def evaluation() -> dict[str, Any]:
 def searched_record(blocks: int = 4) -> ExampleRecord:
     """As `full_record`, with what a search and a sweep leave in a plan."""
     record = full_record(blocks=blocks)
-    plan = front(record.plan, blocks).plan("30%")
+    said = {"limits": {"bytes": 80_000_000}, "bytes": 79_900_000, "predicted_kl": 0.05, "measured_kl": 0.04}
+    plan = front(replace(record.plan, search=said), blocks).plan("30%")
     return replace(record, plan=plan)
 
 

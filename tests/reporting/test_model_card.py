@@ -68,7 +68,8 @@ def test_metadata_loads_and_is_complete(tmp_path):
     data = metadata_load(path)
     assert data["base_model"] == "owner/tiny-llama" and data["base_model_relation"] == "quantized"
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "shore-1.0", "LICENSE.md")
+    assert (data["license"], data["license_name"]) == ("other", "shore-1.0")
+    assert data["license_link"] == "https://huggingface.co/owner/tiny-llama/blob/main/LICENSE.md"
     assert data["language"] == ["en"] and data["extra_gated_prompt"] == "Say who you are."
     assert data["tags"] == ["hf_shrink", "quantized", "compressed-tensors", "3-bit", "4-bit", "8-bit", "pruned", "chat"]
     results = ModelCard.load(path).data.eval_results
