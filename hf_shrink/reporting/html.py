@@ -97,7 +97,10 @@ def _sensitivity(record: Record) -> str:
         "dense model, on a logarithmic axis."
     )
     cells = [[path, *(f"{values[i]:.3g}" for values in found.options.values())] for i, path in enumerate(blocks)]
-    caption = "KL divergence to the dense model, in nats, if only this block were stored so; measured before planning."
+    caption = (
+        "KL divergence to the dense model, in nats, if only this block were stored so: predicted before planning, and "
+        "corrected by what trials measured."
+    )
     picture = dot_chart(numbers, series, text) + legend((kind, name) for name, (kind, _) in series.items())
     return figure(caption, picture, table("Nats by block", ("Block", *series), cells))
 
@@ -109,7 +112,7 @@ def _predicted(record: Record) -> str:
     worst = max(found, key=lambda path: found[path])
     text = f"Predicted cost of what is done to {len(found)} blocks; the largest is {found[worst]:.3g} at {worst}."
     caption = "What the changes to each block were predicted to cost while planning."
-    return figure(caption, bar_chart(_short(found), text, "other"), _numbers("Predicted cost", found))
+    return figure(caption, bar_chart(found, text, "other"), _numbers("Predicted cost", found))
 
 
 def _errors(report: ShrinkReport) -> str:
@@ -122,17 +125,11 @@ def _errors(report: ShrinkReport) -> str:
         "Relative squared error of each block's output on the calibration data, compressed against dense, with the "
         "blocks before it compressed too."
     )
-    return figure(caption, bar_chart(_short(errors), text), _numbers("Relative squared error", errors))
+    return figure(caption, bar_chart(errors, text), _numbers("Relative squared error", errors))
 
 
 def _numbers(what: str, values: dict[str, float]) -> str:
     return table(f"{what} by block", ("Block", what), [[path, f"{value:.4g}"] for path, value in values.items()])
-
-
-def _short(values: dict[str, float]) -> dict[str, float]:
-    """By number of the block where that tells them apart, else by path."""
-    short = {path.rsplit(".", 1)[-1]: value for path, value in values.items()}
-    return short if len(short) == len(values) else values
 
 
 def _front(record: Record) -> str:
