@@ -13,8 +13,8 @@ import pytest
 import torch
 from hub.conftest import MEASURED, RUN, Screen
 from hub.repositories import File, Repository
-from hub.server import Server
-from huggingface_hub import ModelCard
+from hub.server import Fault, Server
+from huggingface_hub import ModelCard, constants
 from safetensors.torch import load_file
 from stock import Stock
 from tiny import tiny_llama, tiny_tokenizer
@@ -43,14 +43,36 @@ def test_run_pushes_and_stock_transformers_pulls_the_same_model(
     assert main(["run", str(source), "--output", str(output), *RUN, *MEASURED, "--push-to-hub", "tiny"]) == 0
     assert screen.read()[0].splitlines()[-1] == f"{hub.url}/me/tiny"
 
-    target = tmp_path / "pulled.pt"
-    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "cache")}
-    environment |= {"HF_HUB_DISABLE_XET": "1", "OMP_NUM_THREADS": "1"}
+    logits, ids = pulled(hub, tmp_path, HF_HUB_DISABLE_XET="1")
+    assert torch.equal(logits, stock_process.logits(output, "AutoModelForCausalLM", IDS))
+    assert ids == tiny_tokenizer()("The tide")["input_ids"]
+
+
+@pytest.mark.slow
+def test_the_same_through_xet(
+    hub: Server, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stock_process: Stock
+) -> None:
+    """By the real hf_xet, which keeps in a folder what it would send to its own servers."""
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    hub.hub.xet = tmp_path / "xet"
+    hub.faults += [Fault("GET .*/xet-write-token/", 503), Fault("POST .*/commit/", 503)]
+    assert main(["push", str(finished), "tiny", "--quiet"]) == 0
+    weights = hub.hub.repositories["me/tiny"].branches["main"][-1].files["model.safetensors"]
+    assert weights.elsewhere is not None and weights.size == (finished / "model.safetensors").stat().st_size
+    logits, _ = pulled(hub, tmp_path)
+    assert torch.equal(logits, stock_process.logits(finished, "AutoModelForCausalLM", IDS))
+    assert hub.count("PUT /lfs/") == hub.count("GET /lfs/") == 0
+
+
+def pulled(hub: Server, folder: Path, **settings: str) -> tuple[torch.Tensor, list[int]]:
+    """What another process, which never imports hf_shrink, makes of me/tiny: logits, and ids of a text."""
+    target = folder / "pulled.pt"
+    environment = os.environ | {"HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": "0", "HF_HOME": str(folder / "cache")}
+    environment |= {"OMP_NUM_THREADS": "1", **settings}
     command = [sys.executable, "-P", "-c", PULL, "me/tiny", str(IDS), str(target)]
     subprocess.run(command, env=environment, check=True, timeout=120)
     logits, ids = torch.load(target)
-    assert torch.equal(logits, stock_process.logits(output, "AutoModelForCausalLM", IDS))
-    assert ids == tiny_tokenizer()("The tide")["input_ids"]
+    return logits, ids
 
 
 def test_everything_of_the_folder_arrives_and_nothing_of_this_machine(hub: Server, finished: Path) -> None:
