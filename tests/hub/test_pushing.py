@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -88,7 +89,7 @@ def test_everything_of_the_folder_arrives_and_nothing_of_this_machine(hub: Serve
 
     record = json.loads(pushed["shrink.json"])
     assert record["source"] == "source"
-    assert not [name for name in ("shrink.json", "README.md") if b"private-place" in pushed[name]]
+    assert not [name for name, content in pushed.items() if b"private-place" in content]
     card = ModelCard(pushed["README.md"].decode())
     assert card.data.license == "mit"
     assert "hf_shrink" in card.data.tags
@@ -99,8 +100,7 @@ def test_the_commit_says_what_came_of_it(hub: Server, finished: Path, folder: Pa
     assert main(["push", str(finished), "tiny", "--quiet"]) == 0
     commits = hub.hub.repositories["me/tiny"].branches["main"]
     assert len(commits) == 2  # the Hub's own, and one of ours
-    assert commits[-1].message.startswith("source-w4a16: ")
-    assert "329 kB" in commits[-1].message
+    assert re.match(r"source-w4a16: .* smaller.*perplexity", commits[-1].message)
     assert "hf_shrink" in commits[-1].description
     (folder / "extra.txt").write_text("more")
     assert main(["push", str(folder), "tiny", "--quiet", "--message", "Say more"]) == 0
