@@ -1,6 +1,6 @@
 """What measuring costs over bare forward passes, and what dense copies save for a packed model.
 
-    python evaluation.py --model DIR [--text held_out.txt] [--windows 40] [--packed-windows 8] [--output evaluation.json]
+    python evaluation.py --model DIR [--text held_out.txt] [--windows 40] [--packed-windows 8] [--output FILE.json]
 
 Each batch is run bare and measured, one after the other, so that a busy machine slows both alike; CPU seconds count.
 The bare passes' logits give a perplexity of their own, in float64, which the measured one is checked against.
