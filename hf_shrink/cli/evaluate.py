@@ -20,7 +20,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence (default: the recipe's)")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
     add_common(parser)
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, shared=True)
 
 
 def command(options: argparse.Namespace) -> None:
@@ -31,6 +31,7 @@ def command(options: argparse.Namespace) -> None:
     from hf_shrink.evaluation import evaluate_model
     from hf_shrink.evaluation.recipes import evaluation_spec
     from hf_shrink.reporting import Progress, silence
+    from hf_shrink.sharding import ranks
 
     spec = evaluation_spec(options.data)
     changes = {key: getattr(options, key) for key in ("samples", "length") if getattr(options, key) is not None}
@@ -48,6 +49,8 @@ def command(options: argparse.Namespace) -> None:
             seed=options.seed,
             progress=progress,
         )
+    if not ranks().first:
+        return
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     for side in ("baseline", "model"):

@@ -25,12 +25,13 @@ def add(commands: Commands) -> None:
         help="go on from what an interrupted run with this output has finished (default), or delete that",
     )
     parser.add_argument("--log-file", metavar="FILE", help="write progress there, a line now and then, not to stderr")
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, shared=True)
 
 
 def command(options: argparse.Namespace) -> None:
     from hf_shrink.pipeline import shrink_checkpoint
     from hf_shrink.reporting import print_table
+    from hf_shrink.sharding import ranks
 
     if options.log_file:
         check_folder(options.log_file)
@@ -45,6 +46,8 @@ def command(options: argparse.Namespace) -> None:
         max_memory=options.max_memory,
         progress=options.log_file or not options.quiet,
     )
+    if not ranks().first:
+        return
     print_table(report, title=f"{options.source} -> {options.output}")
     for note in report.notes:
         print(f"note: {note}")

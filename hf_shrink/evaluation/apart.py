@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from hf_shrink.calibration.targets import Batch, Hidden, Logits
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.divergence import Totals
 from hf_shrink.evaluation.scored import Task, forward, length_of
-from hf_shrink.progress import ProgressCallback
 
 TEXT = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
@@ -22,10 +21,9 @@ Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | Non
 def add_apart(
     totals: Totals,
     task: Task,
-    batches: Sequence[Batch],
+    batch: Batch,
     models: tuple[Any, Any],
     tokenizers: Tokenizers,
-    progress: ProgressCallback | None,
 ) -> int:
     """Add both models' likelihoods of the same texts to `totals`, a row at a time; returns the longest row's length.
 
@@ -34,7 +32,7 @@ def add_apart(
     differs) the baseline's mean stands for as many.
 
     Args:
-        batches: in the baseline's tokens.
+        batch: in the baseline's tokens.
         models, tokenizers: the model and its baseline.
 
     Raises:
@@ -47,13 +45,10 @@ def add_apart(
     limit = min((n for m in models if (n := longest_text(m)) is not None), default=None)
     context = 0
     tasks = task, Task.of(task.kind, baseline, dense)
-    for done, batch in enumerate(batches, 1):
-        for row in _rows(batch):
-            pair = [next(t.prepared([b])) for t, b in zip(tasks, _same_text(row, own, dense, limit), strict=True)]
-            context = max(context, length_of(pair[0]))
-            _add(totals, task, forward(task.kind, pair[0], model), forward(task.kind, pair[1], baseline))
-        if progress is not None:
-            progress("evaluate", done, len(batches))
+    for row in _rows(batch):
+        pair = [next(t.prepared([b])) for t, b in zip(tasks, _same_text(row, own, dense, limit), strict=True)]
+        context = max(context, length_of(pair[0]))
+        _add(totals, task, forward(task.kind, pair[0], model), forward(task.kind, pair[1], baseline))
     return context
 
 

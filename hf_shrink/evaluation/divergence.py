@@ -65,6 +65,11 @@ class Totals:
             self.divergence += sums[2].tolist()
             self.agreeing += sums[3].tolist()
 
+    def extend(self, other: Totals) -> None:
+        """Add another's sequences."""
+        for name, values in vars(other).items():
+            getattr(self, name).extend(values)
+
     def add_hidden(self, model: Hidden, baseline: Hidden) -> None:
         """Add a batch of hidden states, compared by their cosine in float32."""
         cosine = F.cosine_similarity(model.states.float(), baseline.states.to(model.states.device).float(), dim=-1)

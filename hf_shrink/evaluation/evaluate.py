@@ -33,6 +33,7 @@ from hf_shrink.evaluation.scored import Task, device_of, forward, length_of
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import METRICS, EvaluationSpec
 from hf_shrink.registry import did_you_mean
+from hf_shrink.sharding import ranks, share, together
 
 # Logits of one forward pass and model, in elements: sequences go in one by one where a batch would make more.
 LOGITS = {"cpu": 2**25, "accelerator": 2**28}
@@ -58,6 +59,8 @@ def evaluate_model(
     a pseudo-perplexity. Models with class logits are compared on those; models without any logits by the cosine of
     their last hidden states. Padding and labels of -100 never count. Logits are not kept beyond a few sequences;
     log-softmax is float32 and sums are float64.
+
+    In processes that accelerate or torchrun started, all of them call this on the same models; they share the batches.
 
     Args:
         model: the compressed model.
@@ -88,22 +91,32 @@ def evaluate_model(
             raise RecipeError(f"unknown metric {name!r}; {did_you_mean(name, NAMES)}")
     own_tokens = baseline is None or baseline_tokenizer is None
     maker = tokenizer if own_tokens else baseline_tokenizer
-    batches, description = _batches(data, spec, model, baseline, maker, seed, progress)
     kind = kind_of(model)
-    batches = [without_placeholders(kind, batch, model) for batch in batches]
     task = Task.of(kind, model, tokenizer)
     totals, context = Totals(), 0
-    with _inference([m for m in (model, baseline) if m is not None]):
-        if not own_tokens:
-            tokenizers = tokenizer_of(tokenizer), tokenizer_of(baseline_tokenizer)
-            context = add_apart(totals, task, batches, (model, baseline), tokenizers, progress)
-            batches = []
-        for done, batch in enumerate(task.prepared(batches), 1):
-            context = max(context, length_of(batch))
-            for part in cut_by_rows(batch, _rows(model, kind, batch)):
-                _add(totals, kind, part, model, baseline)
+    with together(), _inference([m for m in (model, baseline) if m is not None]):
+        batches, description = ranks().on_first(
+            lambda: _batches(data, spec, model, baseline, maker, seed, progress)
+        )
+        batches = [without_placeholders(kind, batch, model) for batch in batches]
+        tokenizers = tokenizer_of(tokenizer), tokenizer_of(baseline_tokenizer)
+        shared = share(len(batches))
+        found: list[tuple[Totals, int]] = []
+        for number, batch in enumerate(task.prepared(batches) if own_tokens else batches):
+            if number not in shared.own:
+                continue
+            own = Totals()
+            if own_tokens:
+                for part in cut_by_rows(batch, _rows(model, kind, batch)):
+                    _add(own, kind, part, model, baseline)
+                found.append((own, length_of(batch)))
+            else:
+                found.append((own, add_apart(own, task, batch, (model, baseline), tokenizers)))
             if progress is not None:
-                progress("evaluate", done, len(batches))
+                progress("evaluate", len(found), len(shared.own))
+        for own, length in shared.gather(found):
+            totals.extend(own)
+            context = max(context, length)
     result = _figures(totals, tuple(metrics), _reasons(totals, kind, task, model, baseline is not None), seed)
     return {
         **result,

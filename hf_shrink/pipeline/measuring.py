@@ -14,6 +14,7 @@ from hf_shrink.evaluation import compare_decode_speed, evaluate_model, for_repor
 from hf_shrink.recipe import EvaluationSpec
 from hf_shrink.reporting.progress import Progress
 from hf_shrink.residence import residence_of
+from hf_shrink.sharding import ranks
 
 SPEED_TOKENS = 16  # of the prompt and decoded, a run: enough for a figure, not for a wait
 PROMPT = "The most important thing to know about the sea is"
@@ -50,15 +51,13 @@ def measure(
         )
     else:
         show("comparing speed", 0, 1)
-        speed = compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS)
+        speed = ranks().on_first(lambda: compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS))
         show("comparing speed", 1, 1)
     record.report.evaluation = for_report(result, speed)
     writer, dense_writer = map(tokenizer_of, processing)
     if speed is not None and dense.can_generate() and not dense.config.is_encoder_decoder and writer is not None:
         show("comparing completions", 0, 2)
-        record.report.completions = {
-            "prompt": PROMPT,
-            "dense": greedy_completion(dense, dense_writer, PROMPT),
-            "compressed": greedy_completion(model, writer, PROMPT),
-        }
+        texts = (dense, dense_writer), (model, writer)
+        written = ranks().on_first(lambda: [greedy_completion(*pair, PROMPT) for pair in texts])
+        record.report.completions = dict(zip(("prompt", "dense", "compressed"), (PROMPT, *written), strict=True))
         show("comparing completions", 2, 2)
