@@ -75,7 +75,7 @@ def _merge(statistics: InputStatistics, share: Share) -> None:
     for drift in drifts:
         sums += [drift.cross, drift.hessian, drift.shift, drift.total]
     share.add_up(*sums)
-    parts = [statistics, *drifts]
+    parts: list[InputStatistics | DriftSums] = [statistics, *drifts]
     counts = share.totals([value for part in parts for value in (part.tokens, part.weight)])
     for place, part in enumerate(parts):
         part.tokens, part.weight = int(counts[2 * place]), counts[2 * place + 1]

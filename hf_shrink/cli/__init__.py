@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _outcome(options: argparse.Namespace, here: Ranks) -> tuple[int, str]:
-    """Run a command: its exit code, and what to say of an error. Commands that share no work are the first process's."""
+    """Run a command: its exit code, and what to say of an error. What shares no work is the first process's alone."""
     try:
         if here.first or getattr(options, "shared", False):
             options.command(options)

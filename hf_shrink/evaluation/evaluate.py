@@ -95,9 +95,7 @@ def evaluate_model(
     task = Task.of(kind, model, tokenizer)
     totals, context = Totals(), 0
     with together(), _inference([m for m in (model, baseline) if m is not None]):
-        batches, description = ranks().on_first(
-            lambda: _batches(data, spec, model, baseline, maker, seed, progress)
-        )
+        batches, description = ranks().on_first(lambda: _batches(data, spec, model, baseline, maker, seed, progress))
         batches = [without_placeholders(kind, batch, model) for batch in batches]
         tokenizers = tokenizer_of(tokenizer), tokenizer_of(baseline_tokenizer)
         shared = share(len(batches))

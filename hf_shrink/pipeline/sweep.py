@@ -21,10 +21,10 @@ from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.recipe import Budget
 from hf_shrink.recipe.budget import budget_data
 from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.residence import at_home
 from hf_shrink.search.levers import paid, paid_in_all, uniform
 from hf_shrink.search.measured import MeasuredAssignments
 from hf_shrink.search.options import Assignment, Problem
-from hf_shrink.residence import at_home
 from hf_shrink.search.solve import Programme
 from hf_shrink.sharding import ranks, together
 

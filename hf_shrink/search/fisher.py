@@ -34,7 +34,8 @@ class OutputGradients:
 
     Attributes:
         rows: float64 (out,), the sum of g_tr^2 over tokens t.
-        tokens: for each batch of this process float32 (tokens,), the sum of g_tr^2 over rows r; 0 for padding, which nothing reads.
+        tokens: for each batch of this process float32 (tokens,), the sum of g_tr^2 over rows r; 0 for padding, which
+            nothing reads.
     """
 
     rows: Tensor

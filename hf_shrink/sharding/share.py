@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from hf_shrink.sharding.ranks import Ranks, alone, ranks
 
 T = TypeVar("T")
 R = TypeVar("R")
-TURN = (math.sqrt(5) - 1) / 2
+STEPS = range(2, 17)  # of regular choices that are shared out evenly, see `share`
 
 
 @dataclass(frozen=True)
@@ -66,14 +67,14 @@ class Share:
 def share(count: int) -> Share:
     """Who does which of `count` pieces follows from their number and the rank alone.
 
-    Every row of as many pieces as processes has one for each, in turned order: so any stretch of pieces, and any
-    regular choice of them (every third), is shared out nearly evenly as well. Fewer pieces than processes are done by
-    all processes alike.
+    Every row of as many pieces as processes has one for each, in such an order that regular choices of pieces (every
+    third) are shared out nearly evenly as well. Fewer pieces than processes are done by all processes alike.
     """
     here = ranks()
     if here.size == 1 or count < here.size:
         return whole(count)
-    return Share(count, tuple(n for n in range(count) if _owner(n, here.size) == here.rank), True, here)
+    owners = owners_of(count, here.size)
+    return Share(count, tuple(n for n in range(count) if owners[n] == here.rank), True, here)
 
 
 def whole(count: int) -> Share:
@@ -81,9 +82,23 @@ def whole(count: int) -> Share:
     return Share(count, tuple(range(count)), False, ranks())
 
 
-def _owner(number: int, size: int) -> int:
-    row, place = divmod(number, size)
-    return (place + int(size * (row * TURN % 1))) % size
+@functools.cache
+def owners_of(count: int, size: int) -> tuple[int, ...]:
+    """The rank that has each of `count` pieces. Row by row the turn that evens out what the multiples of each of STEPS
+    have come to so far."""
+    owners: list[int] = []
+    loads = {step: [0] * size for step in STEPS}
+    for start in range(0, count, size):
+        chosen = [(place, loads[step]) for place in range(size) for step in STEPS if (start + place) % step == 0]
+
+        def load(turn: int, chosen: Sequence[tuple[int, list[int]]] = chosen) -> int:
+            return sum(so_far[(place + turn) % size] for place, so_far in chosen)
+
+        turn = min(range(size), key=load)
+        for place, so_far in chosen:
+            so_far[(place + turn) % size] += 1
+        owners += [(place + turn) % size for place in range(size)]
+    return tuple(owners[:count])
 
 
 def spread(items: Sequence[T], work: Callable[[T], R], costs: Sequence[float] | None = None) -> list[R]:

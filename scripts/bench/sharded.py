@@ -1,11 +1,11 @@
-"""Two processes with one thread each beside one: how much faster they calibrate and solve, and how equal the results are.
+"""Two processes with one thread each beside one: how much faster they calibrate and solve, and how equal results are.
 
     python scripts/bench/sharded.py SOURCE --calibration text.txt --held-out other.txt --samples 64
 
 Runs alternate, each in fresh processes; seconds are of the phases "calibrate" and "solve" of a `shrink` in memory.
-Statistics are second moments of the dense model's inputs in its first, middle and last block, compared by their relative
-Frobenius distance. The processes are started by torchrun, which is what `accelerate launch` runs on machines with GPUs.
-Results: results/sharded.json.
+Statistics are second moments of the dense model's inputs in its first, middle and last block, compared by their
+relative Frobenius distance. The processes are started by torchrun, which is what `accelerate launch` runs on machines
+with GPUs. Results: results/sharded.json.
 """
 
 from __future__ import annotations

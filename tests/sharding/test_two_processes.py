@@ -89,7 +89,9 @@ def statistics() -> dict[str, InputStatistics]:
     found: dict[str, InputStatistics] = {}
     names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     for place in range(2):
-        matrices = {f"model.layers.{place}.{name}": model.get_submodule(f"model.layers.{place}.{name}") for name in names}
+        matrices = {
+            f"model.layers.{place}.{name}": model.get_submodule(f"model.layers.{place}.{name}") for name in names
+        }
 
         def solve(given: dict[str, Any]) -> None:
             found.update(given)
@@ -157,11 +159,8 @@ def test_statistics_are_those_of_one_process(both: list[dict[str, Any]]) -> None
         assert own.keys() == other.keys()
         drifted += "measured.cross" in own
         for name, value in own.items():
-            largest = float(torch.as_tensor(value).abs().max())
-            assert torch.allclose(torch.as_tensor(other[name]), torch.as_tensor(value), rtol=1e-5, atol=1e-5 * largest), (
-                path,
-                name,
-            )
+            here, there = torch.as_tensor(value), torch.as_tensor(other[name])
+            assert torch.allclose(there, here, rtol=1e-5, atol=1e-5 * float(here.abs().max())), (path, name)
         assert equal(other, flat(both[1]["statistics"][path]))
     assert drifted == 10
 
@@ -199,5 +198,7 @@ def test_work_is_split_and_results_are_exchanged(both: list[dict[str, Any]]) -> 
 
 def test_plans_alone_are_shared_too(tmp_path: Path) -> None:
     recipe = pruned({"what": "depth", "method": "block_influence", "blocks": 2})
-    plans = in_two(lambda rank: make_plan(tiny_llama(), recipe, calibration=batches(5), progress=False).to_json(), tmp_path)
+    plans = in_two(
+        lambda rank: make_plan(tiny_llama(), recipe, calibration=batches(5), progress=False).to_json(), tmp_path
+    )
     assert plans[0] == plans[1] == make_plan(tiny_llama(), recipe, calibration=batches(5), progress=False).to_json()
