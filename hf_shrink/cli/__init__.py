@@ -14,7 +14,7 @@ from typing import NoReturn
 from hf_shrink.cli import bench, evaluate, inspect, plan, recipes, report, run
 from hf_shrink.cli.options import one_line
 from hf_shrink.errors import ShrinkError
-from hf_shrink.sharding import Ended, Ranks, check_started, heeding_the_launcher, launched_first, together
+from hf_shrink.sharding import Ended, ProcessLost, Ranks, check_started, heeding_the_launcher, launched_first, together
 
 EXAMPLES = """\
 examples:
@@ -46,8 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     with together() as here, heeding_the_launcher(here):
         code, line = _outcome(options, here)
-        if line and here.speaks():
-            print(f"hf-shrink: {line}", file=sys.stderr, flush=True)
+        if line:
+            here.complain(f"hf-shrink: {line}")
         if not code:
             here.leave()
     return code
@@ -67,6 +67,8 @@ def _outcome(options: argparse.Namespace, here: Ranks) -> tuple[int, str]:
         )
     except KeyboardInterrupt:
         return 1, "interrupted; nothing was left half-written, and a run goes on when it is started again"
+    except ProcessLost as error:
+        return 1, one_line(error)
     except (OSError, RuntimeError, MemoryError) as error:
         return 1, f"failed while running: {type(error).__name__}: {one_line(error)}"
     return 0, ""

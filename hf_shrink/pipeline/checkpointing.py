@@ -87,7 +87,8 @@ def shrink_checkpoint(
     with together(), RunFolder(output_dir, overwrite, resume) as run, silence(), showing(progress) as show:
         processing = tokenizer if tokenizer is not None else load_processing(found)
         model = None if found.shards else load_streamed(found, run.scratch, memory)  # of the Hub: fetched first
-        journal = run.journal(ranks().on_first(lambda: _key(found, asked, tokenizer, calibration, seed)))
+        key = ranks().on_first(lambda: _key(found, asked, tokenizer, calibration, seed))
+        journal = run.journal({**key, "processes": ranks().size})
         if run.whole:
             return ranks().on_first(lambda: read_record(run.target / RECORD_NAME).report)
         model = load_streamed(found, run.scratch, memory) if model is None else model
@@ -150,7 +151,6 @@ def _key(found: Source, asked: Recipe | Plan, tokenizer: Any, calibration: Any, 
         "calibration file": digest(Path(name)) if name is not None and Path(name).is_file() else None,
         "versions": current_versions(),
         "threads": torch.get_num_threads(),
-        "processes": ranks().size,
     }
 
 

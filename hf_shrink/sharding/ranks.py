@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
@@ -64,9 +65,9 @@ class Ranks:
     def wait(self) -> None:
         """Go on when all processes are here."""
 
-    def speaks(self) -> bool:
-        """Whether this process is to say what went wrong: the first of all that asks. Waits for nobody."""
-        return True
+    def complain(self, line: str) -> None:
+        """Say on stderr what went wrong, where no other process has said something before."""
+        print(line, file=sys.stderr, flush=True)
 
     def leave(self) -> None:
         """All work is done, and this process is about to end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import io
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
@@ -19,7 +20,9 @@ from hf_shrink.sharding.ranks import ProcessLost, Ranks, alone
 
 T = TypeVar("T")
 AT_ONCE = 1 << 24  # elements that are exchanged at a time
-SAID = "hf_shrink/said"
+SAID = "hf_shrink/said"  # how many processes have something to complain of, in torch's store
+KEPT_BY_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun's word for who keeps that; else the first process does
+PATIENCE = 5.0  # seconds
 
 
 def find_several() -> Several | None:
@@ -90,11 +93,19 @@ class Several(Ranks):
         with self._noticing():
             self._state.wait_for_everyone()
 
-    def speaks(self) -> bool:
+    def complain(self, line: str) -> None:
+        store = torch.distributed.distributed_c10d._get_default_store()
         try:
-            return torch.distributed.distributed_c10d._get_default_store().add(SAID, 1) == 1
-        except RuntimeError:  # the first process kept count, and is gone
-            return self.rank == 1
+            said_before = store.add(SAID, 1) > 1
+        except RuntimeError:  # the first process kept count, and is gone, without a word: else it would have waited
+            said_before = self.rank != 1
+        if not said_before:
+            super().complain(line)
+        if self.first and os.environ.get(KEPT_BY_LAUNCHER) != "True":
+            self._state.destroy_process_group()  # so that the others notice
+            until = time.monotonic() + PATIENCE
+            while store.add(SAID, 0) < self.size and time.monotonic() < until:
+                time.sleep(0.05)
 
     def leave(self) -> None:
         self.wait()

@@ -88,7 +88,7 @@ def test_when_one_dies_all_end_and_the_run_goes_on_later(
     codes = join(start(work, tmp_path / "log"))
     assert codes[1 - dies] == 1 and codes[dies] == (1 if how == signal.SIGTERM else -how)
     lines = [line for rank in range(2) for line in said(tmp_path / "log", rank).splitlines() if "hf-shrink:" in line]
-    assert len(lines) == 1
+    assert len(lines) == 1, lines
     expected = "ended by the launcher" if how == signal.SIGTERM else "another of the 2 processes ended"
     assert expected in lines[0] and "started again" in lines[0].replace("start the same command again", "started again")
     assert not out.exists()
