@@ -104,6 +104,7 @@ class _Dispatched:
         homes = {path: "cpu" if device == "disk" else device for path, _, device in self.places}
         if len(set(homes.values())) > 1:
             dispatch_model(self.model, homes, main_device="cpu", force_hooks=True, skip_keys=self.settings["skip_keys"])
+        vars(self.model).pop("hf_device_map", None)  # nothing has to be brought from anywhere
 
     def disperse(self) -> None:
         """Dispatch the model as it was: what became of each module goes where that was."""

@@ -20,12 +20,11 @@ def launched_first() -> bool:
 
 def check_started() -> None:
     """Raises RecipeError where accelerate was asked for several processes and started one, without a word."""
-    on_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() in ("1", "true", "yes")
     # It names the others a place to meet, but neither their number nor this one's rank.
-    if on_cpu and "MASTER_ADDR" in os.environ and not any(name in os.environ for name in SIZES):
+    if {"ACCELERATE_USE_CPU", "MASTER_ADDR"} <= os.environ.keys() and not any(name in os.environ for name in SIZES):
         raise RecipeError(
-            "accelerate launch starts several processes without GPUs only through MPI (--mpirun_hostfile), and has "
-            "started one; use torchrun --nproc_per_node N -m hf_shrink ..., or --num_processes 1"
+            "accelerate launch was asked for several processes and, as it finds no GPUs, has started one; add "
+            "--multi_gpu, which works without GPUs too (or use torchrun --nproc_per_node N -m hf_shrink ...)"
         )
 
 

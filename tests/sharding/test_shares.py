@@ -47,7 +47,7 @@ def test_one_process_in_place_of_several_is_refused(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("ACCELERATE_USE_CPU", "True")
     check_started()
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.raises(RecipeError, match="torchrun --nproc_per_node"):
+    with pytest.raises(RecipeError, match="add --multi_gpu"):
         check_started()
     monkeypatch.setenv("WORLD_SIZE", "2")
     check_started()
