@@ -13,7 +13,7 @@ from hf_shrink.calibration.shelf import IN_MEMORY
 from hf_shrink.calibration.stages import StagedRun
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.residence import Room
-from hf_shrink.sharding import Share
+from hf_shrink.sharding import Share, share
 
 HELD_OUT = 8  # one batch in so many is kept to check corrections with
 ENOUGH = 12  # tokens a column of the widest matrix, with which drift is measured well
@@ -31,7 +31,7 @@ class DenseStream:
 
     Args:
         model, blocks, batches: as of the compressed walk, when that is made.
-        shared: the compressed walk's.
+        shared: the compressed walk's; None: as `sharding.share` says.
         tokens: in all batches.
         everything: follow all batches. Otherwise those held out and at most half of the others, fewer where `ENOUGH`
             tokens come together sooner: so many are enough to measure how far inputs have drifted.
@@ -44,13 +44,14 @@ class DenseStream:
         blocks: Sequence[nn.Module],
         batches: Sequence[Mapping[str, Any]],
         *,
-        shared: Share,
+        shared: Share | None = None,
         tokens: int,
         everything: bool,
         measure_all: bool = False,
         **settings: Any,
     ) -> None:
         count = len(batches)
+        shared = share(count) if shared is None else shared
         held = -(-count // HELD_OUT) if count > 1 else 0
         held_out = range(count - held, count)
         sparing = max(2, tokens // (ENOUGH * _widest(blocks)))
