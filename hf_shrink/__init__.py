@@ -3,13 +3,25 @@
 `import hf_shrink` also teaches `from_pretrained` to load the checkpoints that stock transformers cannot.
 """
 
-from importlib import metadata
+from __future__ import annotations
+
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
+from hf_shrink.checkpoint.push import push_shrunk_to_hub
 from hf_shrink.checkpoint.quantizers import LoadingConfig
 from hf_shrink.checkpoint.quantizers import register as _register
-from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
+from hf_shrink.errors import (
+    ArchitectureError,
+    CalibrationError,
+    CheckpointError,
+    HubError,
+    PushInterrupted,
+    RecipeError,
+    ShrinkError,
+)
 from hf_shrink.evaluation import bench_checkpoint, evaluate_model
 from hf_shrink.front import Front
 from hf_shrink.pipeline import make_front, make_plan, prune_weights, shrink, shrink_checkpoint
@@ -20,6 +32,9 @@ from hf_shrink.recipe import Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.optimizing import kernel_summary
 
+if TYPE_CHECKING:
+    from hf_shrink.training.callback import ShrinkCallback
+
 try:
     __version__ = metadata.version("hf_shrink")
 except metadata.PackageNotFoundError:  # run from a source tree
@@ -27,15 +42,28 @@ except metadata.PackageNotFoundError:  # run from a source tree
 
 _register()
 
+# What needs transformers' Trainer, which takes seconds to import: by name, the module that has it.
+_LAZY = {"ShrinkCallback": "hf_shrink.training.callback"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
 __all__ = [
     "ArchitectureError",
     "CalibrationError",
     "CheckpointError",
     "Front",
+    "HubError",
     "LoadingConfig",
     "Plan",
+    "PushInterrupted",
     "Recipe",
     "RecipeError",
+    "ShrinkCallback",
     "ShrinkError",
     "ShrinkReport",
     "bench_checkpoint",
@@ -47,6 +75,7 @@ __all__ = [
     "make_plan",
     "optimize_for_inference",
     "prune_weights",
+    "push_shrunk_to_hub",
     "register_importance",
     "save_module",
     "shrink",

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, one_line, recipe_of
+from hf_shrink.cli.push import add_private
+
+if TYPE_CHECKING:
+    from hf_shrink.hub import Destination
 
 
 def add(commands: Commands) -> None:
@@ -24,21 +30,31 @@ def add(commands: Commands) -> None:
         default=True,
         help="go on from what an interrupted run with this output has finished (default), or delete that",
     )
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="push the result to OWNER/NAME; whether that may be is asked first"
+    )
+    add_private(parser)
     parser.add_argument("--log-file", metavar="FILE", help="write progress there, a line now and then, not to stderr")
     parser.set_defaults(command=command, shared=True)
 
 
 def command(options: argparse.Namespace) -> None:
+    from hf_shrink.checkpoint.record import RECORD_NAME
+    from hf_shrink.hub import Destination, check_destination
     from hf_shrink.pipeline import shrink_checkpoint
     from hf_shrink.reporting import print_table
     from hf_shrink.sharding import ranks
 
     if options.log_file:
         check_folder(options.log_file)
+    recipe = recipe_of(options)
+    destination = None
+    if options.push_to_hub:
+        destination = check_destination(Destination(options.push_to_hub, options.private or None), RECORD_NAME)
     report = shrink_checkpoint(
         options.source,
         options.output,
-        recipe_of(options),
+        recipe,
         calibration=options.calibration,
         seed=options.seed,
         overwrite=options.overwrite,
@@ -58,3 +74,20 @@ def command(options: argparse.Namespace) -> None:
         for name in ("dense", "compressed"):
             print(f"{name + ':':<12}{one_line(report.completions[name])}")
     print(f"\n{Path(options.output).resolve()}")
+    if destination is not None:
+        _push(options.output, destination, options.quiet)
+
+
+def _push(output: str, destination: Destination, quiet: bool) -> None:
+    """Raises PushInterrupted, whatever is in the way: by now, there is something that was computed."""
+    from hf_shrink.checkpoint.push import push_folder
+    from hf_shrink.errors import HubError, PushInterrupted
+    from hf_shrink.reporting import silence
+
+    try:
+        with silence(quiet):
+            print(push_folder(output, destination).url)
+    except HubError as error:
+        raise PushInterrupted(
+            f"{error} ({output} is whole; push it with: hf-shrink push {shlex.quote(output)} {destination.repo_id})"
+        ) from error
