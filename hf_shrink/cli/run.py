@@ -50,7 +50,8 @@ def command(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
     destination = None
     if options.push_to_hub:
-        destination = check_destination(Destination(options.push_to_hub, options.private or None), RECORD_NAME)
+        wanted = Destination(options.push_to_hub, options.private or None)
+        destination = ranks().on_first(lambda: check_destination(wanted, RECORD_NAME))
     report = shrink_checkpoint(
         options.source,
         options.output,

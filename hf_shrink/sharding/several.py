@@ -8,11 +8,19 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast, broadcast_object_list, gather, gather_object, str_to_bool
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    broadcast,
+    broadcast_object_list,
+    gather,
+    gather_object,
+    str_to_bool,
+)
 from torch import Tensor
 
 from hf_shrink.errors import ShrinkError
@@ -23,12 +31,14 @@ AT_ONCE = 1 << 24  # elements that are exchanged at a time
 SAID = "hf_shrink/said"  # how many processes have something to complain of, in torch's store
 KEPT_BY_LAUNCHER = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun's word for who keeps that; else the first process does
 PATIENCE = 5.0  # seconds
+LONG = timedelta(days=7)  # others may have to wait while one tunes; who is gone is noticed at once
 
 
 def find_several() -> Several | None:
     """The processes that were started with this one; None where accelerate finds it alone."""
     wanted = str_to_bool(os.environ.get("ACCELERATE_USE_CPU", "false"))
-    state = PartialState(cpu=bool(wanted) or not torch.accelerator.is_available())
+    kwargs = InitProcessGroupKwargs(timeout=LONG).to_kwargs()
+    state = PartialState(cpu=bool(wanted) or not torch.accelerator.is_available(), **kwargs)
     return Several(state) if state.num_processes > 1 else None
 
 
