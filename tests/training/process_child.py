@@ -14,11 +14,11 @@ from training.trained import language, trainer, width
 
 from hf_shrink import ShrinkCallback
 
-SHARDED: dict[str, Any] = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}
+SHARDED: dict[str, Any] = {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"], "sync_module_states": False}
 SETTINGS: dict[str, dict[str, Any]] = {
     "ddp": {},
-    "fsdp1": {"fsdp": "full_shard auto_wrap", "fsdp_config": {**SHARDED, "fsdp_version": 1}},
-    "fsdp2": {"fsdp": "full_shard auto_wrap", "fsdp_config": {**SHARDED, "fsdp_version": 2}},
+    "fsdp1": {"fsdp": True, "fsdp_config": {**SHARDED, "version": 1}},
+    "fsdp2": {"fsdp": True, "fsdp_config": {**SHARDED, "version": 2}},
 }
 
 
