@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
     )
     add_private(parser)
     parser.add_argument("--log-file", metavar="FILE", help="write progress there, a line now and then, not to stderr")
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, shared=True)
 
 
 def command(options: argparse.Namespace) -> None:
@@ -43,13 +43,15 @@ def command(options: argparse.Namespace) -> None:
     from hf_shrink.hub import Destination, check_destination
     from hf_shrink.pipeline import shrink_checkpoint
     from hf_shrink.reporting import print_table
+    from hf_shrink.sharding import ranks
 
     if options.log_file:
         check_folder(options.log_file)
     recipe = recipe_of(options)
     destination = None
     if options.push_to_hub:
-        destination = check_destination(Destination(options.push_to_hub, options.private or None), RECORD_NAME)
+        wanted = Destination(options.push_to_hub, options.private or None)
+        destination = ranks().on_first(lambda: check_destination(wanted, RECORD_NAME))
     report = shrink_checkpoint(
         options.source,
         options.output,
@@ -61,15 +63,17 @@ def command(options: argparse.Namespace) -> None:
         max_memory=options.max_memory,
         progress=options.log_file or not options.quiet,
     )
+    if not ranks().first:
+        return
     print_table(report, title=f"{options.source} -> {options.output}")
     for note in report.notes:
         print(f"note: {note}")
     for reason in report.not_portable_because:
         print(f"not portable: {reason} (load it after `import hf_shrink`)")
-    if report.completions:
-        print(f"\nprompt:     {report.completions['prompt']}")
-        for name in ("dense", "compressed"):
-            print(f"{name + ':':<12}{one_line(report.completions[name])}")
+    for texts in report.completions[:1]:
+        print()
+        for name in ("prompt", "dense", "compressed"):
+            print(f"{name + ':':<12}{one_line(texts[name])}")
     print(f"\n{Path(options.output).resolve()}")
     if destination is not None:
         _push(options.output, destination, options.quiet)
