@@ -3,7 +3,8 @@
 `import hf_shrink` also teaches `from_pretrained` to load the checkpoints that stock transformers cannot.
 """
 
-from importlib import metadata
+from importlib import import_module, metadata
+from typing import TYPE_CHECKING, Any
 
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
@@ -20,6 +21,10 @@ from hf_shrink.recipe import Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.optimizing import kernel_summary
 
+if TYPE_CHECKING:
+    from hf_shrink.training.distillation import CachedTeacher, DistillationTrainer, cache_teacher
+    from hf_shrink.training.recovery import Recovered, load_adapter, recover, recover_checkpoint
+
 try:
     __version__ = metadata.version("hf_shrink")
 except metadata.PackageNotFoundError:  # run from a source tree
@@ -27,26 +32,46 @@ except metadata.PackageNotFoundError:  # run from a source tree
 
 _register()
 
+# Imported when they are asked for: Trainer and PEFT take seconds, and PEFT is an extra.
+_LATER = {
+    **dict.fromkeys(("CachedTeacher", "DistillationTrainer", "cache_teacher"), "hf_shrink.training.distillation"),
+    **dict.fromkeys(("Recovered", "load_adapter", "recover", "recover_checkpoint"), "hf_shrink.training.recovery"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LATER:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_LATER[name]), name)
+
+
 __all__ = [
     "ArchitectureError",
+    "CachedTeacher",
     "CalibrationError",
     "CheckpointError",
+    "DistillationTrainer",
     "Front",
     "LoadingConfig",
     "Plan",
     "Recipe",
     "RecipeError",
+    "Recovered",
     "ShrinkError",
     "ShrinkReport",
     "bench_checkpoint",
+    "cache_teacher",
     "evaluate_model",
     "keep_zeros",
     "kernel_summary",
+    "load_adapter",
     "load_module",
     "make_front",
     "make_plan",
     "optimize_for_inference",
     "prune_weights",
+    "recover",
+    "recover_checkpoint",
     "register_importance",
     "save_module",
     "shrink",

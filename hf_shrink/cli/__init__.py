@@ -10,7 +10,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hf_shrink.cli import bench, evaluate, inspect, plan, recipes, report, run
+from hf_shrink.cli import bench, evaluate, inspect, plan, recipes, recover, report, run
 from hf_shrink.cli.options import one_line
 from hf_shrink.errors import ShrinkError
 
@@ -22,6 +22,7 @@ examples:
   hf-shrink run ./my-model --set quantize.group_size=64 --set calibration.samples=64 --output ./small
   hf-shrink run ./my-model --budget 30% --output ./small       bits, width and depth where they matter most
   hf-shrink plan ./my-model --sweep 20%,30%,45% --figure front.html
+  hf-shrink recover ./small --output ./small-recovered          15 minutes of training against the dense model
   hf-shrink inspect ./my-model          what it is made of, and what can be pruned
   hf-shrink plan ./my-model --recipe prune-width --json plan.json
   hf-shrink bench ./my-model-w4         how fast it runs, and its memory, beside the dense model
@@ -62,6 +63,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for module in (run, plan, inspect, evaluate, bench, report, recipes):
+    for module in (run, recover, plan, inspect, evaluate, bench, report, recipes):
         module.add(commands)
     return parser

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, one_line, recipe_of
+from hf_shrink.cli.recover import recovering
 
 
 def add(commands: Commands) -> None:
@@ -24,6 +26,12 @@ def add(commands: Commands) -> None:
         default=True,
         help="go on from what an interrupted run with this output has finished (default), or delete that",
     )
+    parser.add_argument(
+        "--recover",
+        type=float,
+        metavar="MINUTES",
+        help="then train the result against the dense model for so long, as `hf-shrink recover` does",
+    )
     parser.add_argument("--log-file", metavar="FILE", help="write progress there, a line now and then, not to stderr")
     parser.set_defaults(command=command)
 
@@ -34,6 +42,7 @@ def command(options: argparse.Namespace) -> None:
 
     if options.log_file:
         check_folder(options.log_file)
+    recover = recovering() if options.recover is not None else None  # what is missing is found before the work begins
     report = shrink_checkpoint(
         options.source,
         options.output,
@@ -45,6 +54,8 @@ def command(options: argparse.Namespace) -> None:
         max_memory=options.max_memory,
         progress=options.log_file or not options.quiet,
     )
+    if recover is not None:
+        report = _recovered(recover, options)
     print_table(report, title=f"{options.source} -> {options.output}")
     for note in report.notes:
         print(f"note: {note}")
@@ -55,3 +66,20 @@ def command(options: argparse.Namespace) -> None:
         for name in ("dense", "compressed"):
             print(f"{name + ':':<12}{one_line(report.completions[name])}")
     print(f"\n{Path(options.output).resolve()}")
+
+
+def _recovered(recover: Any, options: argparse.Namespace) -> Any:
+    """The report of the output folder after it was recovered, in its place."""
+    from hf_shrink.checkpoint.record import RECORD_NAME, read_record
+
+    recover(
+        options.output,
+        options.output,
+        baseline=options.source,
+        data=options.calibration or "self",
+        overwrite=True,
+        seed=options.seed,
+        progress=not options.quiet,
+        minutes=options.recover,
+    )
+    return read_record(Path(options.output) / RECORD_NAME).report

@@ -254,7 +254,7 @@ class Job:
             since = time.perf_counter()
             residence = residence_of(model)
             with nullcontext() if residence is None else residence.awake():
-                report.notes += tune(model, teacher, tuning, self.seed, self.show)
+                report.notes += tune(model, teacher, tuning, self.seed, self.show).notes
             report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)

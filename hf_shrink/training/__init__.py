@@ -1,0 +1,1 @@
+"""Compression inside transformers' Trainer, and recovery after it."""
