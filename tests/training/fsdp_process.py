@@ -13,6 +13,7 @@ if PROCESSES > 1:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=PORT)
 
 import torch  # noqa: E402 - reads the environment once
+from accelerate import DistributedType, PartialState  # noqa: E402
 from transformers import AutoModelForCausalLM, TrainingArguments  # noqa: E402
 
 from hf_shrink import DistillationTrainer  # noqa: E402
@@ -34,6 +35,10 @@ arguments = TrainingArguments(
     per_device_train_batch_size=4 // PROCESSES,
     **(sharded if PROCESSES > 1 else {}),
 )
+if PROCESSES > 1:
+    # accelerate shards on accelerators only, torch on CPUs too: let it take its processes for such with accelerators.
+    assert arguments.world_size == PROCESSES
+    PartialState().distributed_type = DistributedType.MULTI_XPU
 trainer = DistillationTrainer(
     small,
     arguments,
