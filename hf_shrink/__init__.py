@@ -3,14 +3,25 @@
 `import hf_shrink` also teaches `from_pretrained` to load the checkpoints that stock transformers cannot.
 """
 
+from __future__ import annotations
+
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
+from hf_shrink.checkpoint.push import push_shrunk_to_hub
 from hf_shrink.checkpoint.quantizers import LoadingConfig
 from hf_shrink.checkpoint.quantizers import register as _register
-from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError, ShrinkError
+from hf_shrink.errors import (
+    ArchitectureError,
+    CalibrationError,
+    CheckpointError,
+    HubError,
+    PushInterrupted,
+    RecipeError,
+    ShrinkError,
+)
 from hf_shrink.evaluation import bench_checkpoint, evaluate_model
 from hf_shrink.front import Front
 from hf_shrink.pipeline import make_front, make_plan, prune_weights, shrink, shrink_checkpoint
@@ -22,6 +33,7 @@ from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.optimizing import kernel_summary
 
 if TYPE_CHECKING:
+    from hf_shrink.training.callback import ShrinkCallback
     from hf_shrink.training.distillation import CachedTeacher, DistillationTrainer, cache_teacher
     from hf_shrink.training.recovery import Recovered, load_adapter, recover, recover_checkpoint
 
@@ -32,17 +44,18 @@ except metadata.PackageNotFoundError:  # run from a source tree
 
 _register()
 
-# Imported when they are asked for: Trainer and PEFT take seconds, and PEFT is an extra.
-_LATER = {
+# What needs transformers' Trainer or PEFT, which take seconds to import: by name, the module that has it.
+_LAZY = {
+    "ShrinkCallback": "hf_shrink.training.callback",
     **dict.fromkeys(("CachedTeacher", "DistillationTrainer", "cache_teacher"), "hf_shrink.training.distillation"),
     **dict.fromkeys(("Recovered", "load_adapter", "recover", "recover_checkpoint"), "hf_shrink.training.recovery"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _LATER:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(_LATER[name]), name)
+    return getattr(import_module(_LAZY[name]), name)
 
 
 __all__ = [
@@ -52,11 +65,14 @@ __all__ = [
     "CheckpointError",
     "DistillationTrainer",
     "Front",
+    "HubError",
     "LoadingConfig",
     "Plan",
+    "PushInterrupted",
     "Recipe",
     "RecipeError",
     "Recovered",
+    "ShrinkCallback",
     "ShrinkError",
     "ShrinkReport",
     "bench_checkpoint",
@@ -70,6 +86,7 @@ __all__ = [
     "make_plan",
     "optimize_for_inference",
     "prune_weights",
+    "push_shrunk_to_hub",
     "recover",
     "recover_checkpoint",
     "register_importance",

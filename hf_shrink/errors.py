@@ -21,3 +21,14 @@ class CalibrationError(ShrinkError):
 
 class CheckpointError(ShrinkError):
     """A checkpoint folder cannot be read or written as asked."""
+
+
+class HubError(ShrinkError):
+    """The Hub will not take a push as asked: no token, no permission, a name that holds something else."""
+
+
+class PushInterrupted(ConnectionError):
+    """A push that began did not come to its end. What was to be pushed is on the disk; the message says how to go on.
+
+    No ShrinkError, because nothing that was asked for is wrong.
+    """

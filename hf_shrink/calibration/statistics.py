@@ -64,8 +64,8 @@ class DriftSums:
         """Add x and d, both float32 (n, in) and shortened by `factors` (n, 1)."""
         self.cross.addmm_(change.t(), rows)
         add_symmetric(self.hessian, rows)
-        self.shift += (change * factors).sum(0, dtype=torch.float64)
-        self.total += (rows * factors).sum(0, dtype=torch.float64)
+        self.shift += summed(change, factors)
+        self.total += summed(rows, factors)
         self.weight += float(factors.square().sum(dtype=torch.float64))
         self.tokens += len(rows)
 
@@ -147,10 +147,9 @@ class InputStatistics:
         factors = shortening(rows, self.longest)
         rows = rows if self.longest is None else rows * factors
         if self.largest is not None and len(rows):
-            low, high = rows.aminmax(dim=0)
-            self.largest = torch.maximum(self.largest, torch.maximum(-low, high))
+            self.largest = torch.maximum(self.largest, rows.abs().amax(dim=0))
         if self.total is not None:
-            self.total += (rows * factors).sum(0, dtype=torch.float64)
+            self.total += summed(rows, factors)
         self.weight += float(factors.square().sum(dtype=torch.float64))
         self.tokens += rows.shape[0]
         return rows, factors
@@ -177,6 +176,11 @@ def shortening(rows: Tensor, longest: float | None) -> Tensor:
     lengths = rows.norm(dim=1, keepdim=True)
     limit = longest * lengths.median()
     return (limit / lengths.clamp_min(1e-30)).clamp(max=1) if limit > 0 else torch.ones_like(lengths)
+
+
+def summed(rows: Tensor, factors: Tensor) -> Tensor:
+    """float32 (in,), the sum of float32 rows (n, in), each times its factor (n, 1). Of a batch, not of all tokens."""
+    return torch.mv(rows.t(), factors.squeeze(1))
 
 
 def add_symmetric(sums: Tensor, rows: Tensor) -> None:

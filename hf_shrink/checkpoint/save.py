@@ -6,19 +6,18 @@
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, ModelCard
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from hf_shrink.checkpoint.format import PRUNED_METHOD, quantization_config
 from hf_shrink.checkpoint.packed import packed_schemes
 from hf_shrink.checkpoint.portability import portability
-from hf_shrink.checkpoint.record import CARD_NAME, ShrinkRecord
+from hf_shrink.checkpoint.push import push_shrunk_to_hub
+from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.checkpoint.streamed import save_streamed
 from hf_shrink.checkpoint.ties import saved_state, settle_ties
 from hf_shrink.errors import CheckpointError
@@ -108,52 +107,12 @@ def save_model(
 _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "private", "create_pr", "revision", "tags")
 
 
-def push_model(
-    model: PreTrainedModel,
-    repo_id: str,
-    *,
-    commit_message: str | None = "Upload model",
-    commit_description: str | None = None,
-    private: bool | None = None,
-    token: bool | str | None = None,
-    revision: str | None = None,
-    create_pr: bool = False,
-    max_shard_size: int | str = "50GB",
-    tags: list[str] | None = None,
-) -> Any:
-    """transformers' `push_to_hub` for a shrunken model; a card of the model's own goes up instead of a generic one."""
-    record = getattr(model, "shrink_record", None)
-    if record is None or record.card is None:
-        return type(model).push_to_hub(
-            model,
-            repo_id,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            private=private,
-            token=token,
-            revision=revision,
-            create_pr=create_pr,
-            max_shard_size=max_shard_size,
-            tags=tags,
-        )
-    api = HfApi(token=token)
-    repo_id = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
-    if revision is not None:
-        api.create_branch(repo_id, branch=revision, exist_ok=True)
-    with tempfile.TemporaryDirectory() as folder:
-        save_model(model, folder, max_shard_size=max_shard_size)
-        if tags:
-            card = ModelCard.load(Path(folder) / CARD_NAME)
-            card.data.tags = [*(card.data.tags or []), *(tag for tag in tags if tag not in (card.data.tags or []))]
-            card.save(Path(folder) / CARD_NAME)
-        return api.upload_folder(
-            repo_id=repo_id,
-            folder_path=folder,
-            commit_message=commit_message,
-            commit_description=commit_description,
-            revision=revision,
-            create_pr=create_pr,
-        )
+def push_model(model: PreTrainedModel, repo_id: str, **kwargs: Any) -> Any:
+    """transformers' `push_to_hub` for a shrunken model, with its arguments: record, report and the model's own card go
+    up instead of a generic one. A model without a record goes the stock way."""
+    if getattr(model, "shrink_record", None) is None:
+        return type(model).push_to_hub(model, repo_id, **kwargs)
+    return push_shrunk_to_hub(model, repo_id, **kwargs)
 
 
 def config_block(model: PreTrainedModel) -> dict[str, Any] | None:

@@ -10,23 +10,32 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hf_shrink.cli import bench, evaluate, inspect, plan, recipes, recover, report, run
+from hf_shrink.cli import bench, evaluate, inspect, plan, push, recipes, recover, report, run
 from hf_shrink.cli.options import one_line
 from hf_shrink.errors import ShrinkError
 
-EXAMPLES = """\
-examples:
-  hf-shrink run ./my-model --output ./my-model-w4
-  hf-shrink run ./my-model --effort best --output ./my-model-w4
-  hf-shrink run ./my-model --recipe prune20-w4a16 --calibration notes.txt --output ./small
-  hf-shrink run ./my-model --set quantize.group_size=64 --set calibration.samples=64 --output ./small
-  hf-shrink run ./my-model --budget 30% --output ./small       bits, width and depth where they matter most
-  hf-shrink plan ./my-model --sweep 20%,30%,45% --figure front.html
-  hf-shrink recover ./small --output ./small-recovered          15 minutes of training against the dense model
-  hf-shrink inspect ./my-model          what it is made of, and what can be pruned
-  hf-shrink plan ./my-model --recipe prune-width --json plan.json
-  hf-shrink bench ./my-model-w4         how fast it runs, and its memory, beside the dense model
-  hf-shrink recipes                     the built-in recipes
+NEXT_STEPS = """\
+from a model to a smaller one:
+  hf-shrink inspect ./my-model                        what it is made of, and what can be pruned
+  hf-shrink plan ./my-model --budget 30%              what would be done, block by block; changes nothing
+  hf-shrink run ./my-model --output ./small           do it: 4-bit weights, measured against the dense model
+  hf-shrink report ./small                            the figures again; ./small/report.html shows them
+  hf-shrink bench ./small                             speed and memory on this machine, beside the dense model
+  hf-shrink recover ./small --output ./small-recovered   train it against the dense model for 15 minutes
+  hf-shrink push ./small me/my-model-w4               share it
+
+run and plan take the same choices:
+  --recipe prune20-w4a16      a built-in recipe (hf-shrink recipes) or a YAML file of yours
+  --effort best               or: how much work it may be, fast, balanced or best
+  --budget 30%                or: how big it may be (120MB, latency:60%, memory:500MB); a search finds how
+  --set quantize.group_size=64 --set calibration.samples=64     change a value of the recipe
+  --calibration notes.txt     your own text; without it the model writes some itself
+
+then, in Python (after `import hf_shrink` for speed, or where run said that it is needed):
+  AutoModelForCausalLM.from_pretrained("./small")
+
+`hf-shrink COMMAND --help` has every option. A run that was interrupted goes on when it is started again.
+Exit codes: 0 done, 2 something to change first (nothing was written), 1 a failure on the way (what is done is kept).
 """
 
 
@@ -59,10 +68,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="hf-shrink",
         description="Make a Hugging Face model smaller: few-bit weights, structural pruning, or both.",
-        epilog=EXAMPLES,
+        epilog=NEXT_STEPS,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for module in (run, recover, plan, inspect, evaluate, bench, report, recipes):
+    for module in (run, plan, inspect, evaluate, recover, bench, report, push, recipes):
         module.add(commands)
     return parser

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, one_line, recipe_of
+from hf_shrink.cli.push import add_private
 from hf_shrink.cli.recover import recovering
+
+if TYPE_CHECKING:
+    from hf_shrink.hub import Destination
 
 
 def add(commands: Commands) -> None:
@@ -32,21 +37,31 @@ def add(commands: Commands) -> None:
         metavar="MINUTES",
         help="then train the result against the dense model for so long, as `hf-shrink recover` does",
     )
+    parser.add_argument(
+        "--push-to-hub", metavar="REPO", help="push the result to OWNER/NAME; whether that may be is asked first"
+    )
+    add_private(parser)
     parser.add_argument("--log-file", metavar="FILE", help="write progress there, a line now and then, not to stderr")
     parser.set_defaults(command=command)
 
 
 def command(options: argparse.Namespace) -> None:
+    from hf_shrink.checkpoint.record import RECORD_NAME
+    from hf_shrink.hub import Destination, check_destination
     from hf_shrink.pipeline import shrink_checkpoint
     from hf_shrink.reporting import print_table
 
     if options.log_file:
         check_folder(options.log_file)
+    recipe = recipe_of(options)
+    destination = None
+    if options.push_to_hub:
+        destination = check_destination(Destination(options.push_to_hub, options.private or None), RECORD_NAME)
     recover = recovering() if options.recover is not None else None  # what is missing is found before the work begins
     report = shrink_checkpoint(
         options.source,
         options.output,
-        recipe_of(options),
+        recipe,
         calibration=options.calibration,
         seed=options.seed,
         overwrite=options.overwrite,
@@ -83,3 +98,20 @@ def _recovered(recover: Any, options: argparse.Namespace) -> Any:
         minutes=options.recover,
     )
     return read_record(Path(options.output) / RECORD_NAME).report
+    if destination is not None:
+        _push(options.output, destination, options.quiet)
+
+
+def _push(output: str, destination: Destination, quiet: bool) -> None:
+    """Raises PushInterrupted, whatever is in the way: by now, there is something that was computed."""
+    from hf_shrink.checkpoint.push import push_folder
+    from hf_shrink.errors import HubError, PushInterrupted
+    from hf_shrink.reporting import silence
+
+    try:
+        with silence(quiet):
+            print(push_folder(output, destination).url)
+    except HubError as error:
+        raise PushInterrupted(
+            f"{error} ({output} is whole; push it with: hf-shrink push {shlex.quote(output)} {destination.repo_id})"
+        ) from error

@@ -92,9 +92,13 @@ def time_call(run: Callable[[], object]) -> Seconds:
 
 
 def compiled(config: Any) -> Any:
-    """Change a GenerationConfig so that `generate` compiles the decode step, in one graph, on a static cache."""
+    """Change a GenerationConfig so that `generate` compiles the decode step, in one graph, on a static cache.
+
+    On CUDA the graph is replayed as a whole (CUDA graphs).
+    """
     config.cache_implementation = "static"
-    config.compile_config = CompileConfig(fullgraph=True, mode="default")
+    mode = "reduce-overhead" if torch.cuda.is_available() else "default"
+    config.compile_config = CompileConfig(fullgraph=True, mode=mode)
     config.compile_config._compile_all_devices = True  # otherwise only on accelerators
     return config
 

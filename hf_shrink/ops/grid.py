@@ -14,12 +14,13 @@ import torch
 from torch import Tensor
 
 from hf_shrink.errors import CalibrationError
+from hf_shrink.ops.at_once import at_once
 from hf_shrink.plan import Scheme
 
 # How far `search_grid` shrinks the min-max range. Few bits gain more from clipping; measured on SmolLM2-135M.
 SMALLEST_RATIO = {2: 0.25, 3: 0.35, 4: 0.45, 5: 0.55, 6: 0.65, 7: 0.75, 8: 0.85}
 RATIO_COUNT = 20
-# Elements of the weight worked on at once by the search: three float32 buffers of this size stay in the L2 cache.
+# Elements of the weight worked on at once by the search on a CPU: three float32 buffers of them stay in the L2 cache.
 CHUNK_ELEMENTS = 1 << 16
 FLOAT8 = torch.float8_e4m3fn
 # Spacing is relative in float8, so scales from one octave tell all alignments apart; larger ones clip nothing.
@@ -127,7 +128,7 @@ def search_grid(
     shared = scheme.strategy == "tensor"
     losses = torch.zeros(len(candidates), 1, device=weight.device, dtype=torch.float64)
     best = []
-    step = max(1, CHUNK_ELEMENTS // roots.numel()) * len(roots)
+    step = max(1, at_once(groups.device, CHUNK_ELEMENTS) // roots.numel()) * len(roots)
     for start in range(0, len(groups), step):
         rows = slice(None) if shared else slice(start, start + step)
         grids = [(scale[rows], None if zero is None else zero[rows]) for scale, zero in candidates]

@@ -50,30 +50,35 @@ def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: Quantization
     for group in _groups(tasks, method):
         first = group[0]
         solver = method if first.statistics is not None or not method.needs_statistics else _data_free()
-        if len(group) == 1 and first.statistics is None and first.scheme.strategy != "tensor":
-            solved = _solve_by_rows(solver, first)
+        if len(group) == 1 and first.statistics is None:
+            solved = solve_alone(solver, first)
         else:
             solved = _solve(solver, torch.cat([_weight(task) for task in group]), first)
         notes += [f"{first.path}: {note}" for note in solved.notes]
         start = 0
         for task in group:
             stop = start + _dense(task.module).shape[0]
-            part = solved.rows(start, stop) if len(group) > 1 else solved
-            holders = {path: _packed(module, part) for path, module in _sharing(model, task)}
-            for path, holder in holders.items():
-                model.set_submodule(path, holder)
-            if len(holders) > 1:
-                share(*holders.values())
+            put_packed(model, task.module, solved.rows(start, stop) if len(group) > 1 else solved)
             start = stop
         release_free_memory()
     return notes
 
 
-def _solve_by_rows(method: QuantizationMethod, task: Task) -> QuantizedWeight:
-    """As `_solve`, without statistics: rows are independent, so an embedding larger than all else goes in slices."""
+def put_packed(model: nn.Module, module: nn.Module, weight: QuantizedWeight) -> None:
+    """Replace a module, and every other one of the model that holds its weight (tied ones), by its packed form."""
+    paths = weight_holders(model)[id(module.weight)]
+    holders = {path: _packed(model.get_submodule(path), weight) for path in paths}
+    for path, holder in holders.items():
+        model.set_submodule(path, holder)
+    if len(holders) > 1:
+        share(*holders.values())
+
+
+def solve_alone(method: QuantizationMethod, task: Task) -> QuantizedWeight:
+    """One weight on its grid, without statistics: rows are independent, so one larger than all else goes in slices."""
     weight = _dense(task.module)
     step = max(1, AT_ONCE // weight.shape[1])
-    if len(weight) <= step:
+    if len(weight) <= step or task.scheme.strategy == "tensor":
         return _solve(method, _weight(task), task)
     parts, sizes = [], []
     for start in range(0, len(weight), step):
@@ -131,11 +136,6 @@ def _data_free() -> QuantizationMethod:
     method = METHODS.build("rtn", {})
     assert not isinstance(method, ModelMethod)
     return method
-
-
-def _sharing(model: nn.Module, task: Task) -> list[tuple[str, nn.Module]]:
-    """Every module of the model that holds the task's weight (tied ones), with its path."""
-    return [(path, model.get_submodule(path)) for path in weight_holders(model)[id(task.module.weight)]]
 
 
 def _packed(module: nn.Module, weight: QuantizedWeight) -> PackedModule:

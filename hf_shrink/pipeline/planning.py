@@ -85,11 +85,8 @@ def plan_recipe(
     if prunes:
         assert binding is not None
         binding.require_roles()
-    if width and binding is not None and (sparse := [b.path for b in binding.blocks if b.experts is not None]):
-        raise ArchitectureError(
-            f"{sparse[0]} is a mixture of experts, whose heads and channels cannot be pruned yet; "
-            "use prune: {what: experts}, prune: {what: depth} or a quantize step"
-        )
+    if width and binding is not None:
+        check_width(binding)
     if depth:
         assert binding is not None
         found = plan_depth(
@@ -184,6 +181,16 @@ def plan_recipe(
     if not plan.prunes and not plan.bits and plan.vocabulary is None and plan.weights is None:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))
+
+
+def check_width(binding: Binding) -> None:
+    """Raises ArchitectureError where heads and channels cannot be pruned."""
+    binding.require_roles()
+    if sparse := [block.path for block in binding.blocks if block.experts is not None]:
+        raise ArchitectureError(
+            f"{sparse[0]} is a mixture of experts, whose heads and channels cannot be pruned yet; "
+            "use prune: {what: experts}, prune: {what: depth} or a quantize step"
+        )
 
 
 def _resolve(

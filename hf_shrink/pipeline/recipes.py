@@ -47,20 +47,24 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
     Raises:
         RecipeError: unknown name, key, method, option or value; the message names the nearest valid one.
     """
-    if isinstance(recipe, Recipe):
-        loaded = recipe
-    elif isinstance(recipe, Mapping):
-        loaded = Recipe.from_dict(recipe)
-    else:
-        known = built_in_recipes()
-        path = Path(recipe)
-        if str(recipe) in known:
-            path = known[str(recipe)]
-        elif not path.is_file():
-            raise RecipeError(f"unknown recipe {str(recipe)!r}: no such file, and {did_you_mean(str(recipe), known)}")
-        loaded = Recipe.from_yaml(path)
+    loaded = read_recipe(recipe)
     check_methods(loaded)
     return loaded
+
+
+def read_recipe(recipe: RecipeLike) -> Recipe:
+    """As `load_recipe`, but for the methods and their options, which are not looked at (training has others)."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if isinstance(recipe, Mapping):
+        return Recipe.from_dict(recipe)
+    known = built_in_recipes()
+    path = Path(recipe)
+    if str(recipe) in known:
+        path = known[str(recipe)]
+    elif not path.is_file():
+        raise RecipeError(f"unknown recipe {str(recipe)!r}: no such file, and {did_you_mean(str(recipe), known)}")
+    return Recipe.from_yaml(path)
 
 
 def check_methods(recipe: Recipe) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,6 +32,7 @@ from hf_shrink.plan import BlockPlan, Plan, Scheme
 from hf_shrink.progress import ProgressCallback, working_on
 from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.report import ShrinkReport
+from hf_shrink.runtime.unpacked import kept_dense
 from hf_shrink.surgery import consumer_cuts, cut_block, cut_experts, stack_configs
 
 COARSE = 4  # bits up to which a weight's error is far above what products in bfloat16 add
@@ -64,6 +66,7 @@ class Run:
 
     def __post_init__(self) -> None:
         self.timed = Clock(self.report.seconds).timed
+        self._at_work = ExitStack()  # until the block is done
 
     @property
     def solves(self) -> bool:
@@ -123,7 +126,7 @@ class Run:
             block, source = blocks[place], stack.kept[place]
             stored = _dtype(block.module)
             further = block.index + 1 < len(blocks) or bool(heads and solves)
-            with in_float32(block.module, enabled=self.walk is not None):
+            with in_float32(block.module, enabled=self.walk is not None), self._at_work:
                 self._block(stack.stack, block, stack.plan.blocks.get(source, BlockPlan()), stored, further)
             if self.moved is not None:
                 self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
@@ -188,12 +191,18 @@ class Run:
         self, walk: StackWalk, paths: Sequence[str], stored: torch.dtype, further: bool, goes_along: bool
     ) -> Passed | None:
         """Pack a block's matrices and go on to the next block; None when nobody looked at the block's output before."""
+
+        def pack(found: Mapping[str, InputStatistics | None]) -> None:
+            self.pack(found, stored)
+            for path in found:  # all batches are still to go through what was packed
+                self._at_work.enter_context(kept_dense(self.model.get_submodule(path)))
+
         modules = {path: self.model.get_submodule(path) for path in paths}
         if paths and self.solves:
             if getattr(self.method, "true_sequential", True):
                 passed = walk.advance_in_stages(
                     modules,
-                    lambda found: self.pack(found, stored),
+                    pack,
                     self.model.get_submodule,
                     further=further,
                     dense=self.dense if goes_along else None,
@@ -203,9 +212,9 @@ class Run:
             if self.dense is not None and goes_along:
                 self.dense.advance()
             statistics = walk.statistics(modules)
-            self.pack({path: statistics.get(path) for path in modules}, stored)
+            pack({path: statistics.get(path) for path in modules})
         else:
-            self.pack(dict.fromkeys(paths), stored)
+            pack(dict.fromkeys(paths))
         before = walk.reference
         if further:
             walk.advance()

@@ -14,11 +14,11 @@ from huggingface_hub.repocard import RepoCard
 from hf_shrink.plan import Plan
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.figures import (
-    METRIC_ROWS,
     NOT_MEASURED,
     Record,
     display_name,
     measured_on,
+    metric_name,
     number,
     rows,
     size,
@@ -114,11 +114,10 @@ def _eval_results(report: ShrinkReport, task: str) -> list[EvalResult]:
             dataset_type=slug,
             dataset_name=data,
             metric_type=key,
-            metric_name=METRIC_ROWS[key][0],
+            metric_name=metric_name(key),
             metric_value=round(number(value), 6),
         )
         for key, value in report.evaluation.get("compressed", {}).items()
-        if key in METRIC_ROWS
     ]
 
 

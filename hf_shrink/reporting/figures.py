@@ -76,7 +76,8 @@ def rows(report: ShrinkReport) -> list[Row]:
 def _metric_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     found = []
     dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
-    for key, (name, hint) in METRIC_ROWS.items():
+    others = {key: (metric_name(key), "") for key in compressed if key not in METRIC_ROWS}
+    for key, (name, hint) in {**METRIC_ROWS, **others}.items():
         if key not in compressed and key not in dense:
             continue
         change = ""
@@ -85,6 +86,11 @@ def _metric_rows(evaluation: Mapping[str, Any]) -> list[Row]:
             change = f"excess loss {figure(excess)} nats"
         found.append(Row(name, figure(dense.get(key)), figure(compressed.get(key)), change, hint))
     return found
+
+
+def metric_name(key: str) -> str:
+    """What a metric is called."""
+    return METRIC_ROWS[key][0] if key in METRIC_ROWS else key.replace("_", " ").capitalize()
 
 
 def figure(value: Any) -> str:
@@ -132,7 +138,9 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
     if evaluation.get("sequences"):
         parts.append(f"{evaluation['sequences']} sequences")
     if evaluation.get("context"):
-        parts.append(f"context {evaluation['context']}, windows independent")
+        stride = evaluation.get("stride")
+        windows = "windows independent" if stride is None else f"windows {stride} tokens apart"
+        parts.append(f"context {evaluation['context']}, {windows}")
     sentence = ", ".join(parts) + "."
     if any(isinstance(v, Mapping) and v.get("low") is not None for v in evaluation["compressed"].values()):
         sentence += " Brackets hold the 95% bootstrap interval over sequences."
@@ -141,7 +149,7 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
 
 def skipped(evaluation: Mapping[str, Any]) -> list[str]:
     """Why a metric that was asked for is missing."""
-    return [f"{METRIC_ROWS.get(k, (k,))[0]} is not given: {why}." for k, why in evaluation.get("skipped", {}).items()]
+    return [f"{metric_name(k)} is not given: {why}." for k, why in evaluation.get("skipped", {}).items()]
 
 
 def display_name(record: Record) -> str:

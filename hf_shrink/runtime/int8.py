@@ -31,7 +31,15 @@ class Tokens(NamedTuple):
         return values * self.scale
 
 
-def int8_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None, *, symmetric: bool) -> Tensor:
+def int8_linear(
+    input: Tensor,
+    weight: Tensor,
+    scale: Tensor,
+    bias: Tensor | None,
+    *,
+    symmetric: bool,
+    sums: Tensor | None = None,
+) -> Tensor:
     """x W^T + b with x rounded by `quantize_tokens`.
 
     The integers are those that compressed-tensors' forward rounds to; their product is summed exactly and scaled in
@@ -40,19 +48,21 @@ def int8_linear(input: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | Non
     Args:
         input: (..., in_features), any float dtype.
         weight: int8 (out_features, in_features).
-        scale: (out_features, 1).
+        scale: (out_features,) or (out_features, 1).
         bias: (out_features,) or None.
         symmetric: whether x is rounded without a zero point.
+        sums: int32 (out_features,), of the weight's rows, where they are known.
 
     Returns:
         (..., out_features) in the dtype of the input, or autocast's where that is on.
     """
     tokens = quantize_tokens(input, symmetric)
     wide = torch.promote_types(input.dtype, torch.float32)
-    sums = int8_product(tokens.values.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], len(weight))
+    product = int8_product(tokens.values.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], len(weight))
     if tokens.zero_point is not None:
-        sums = sums - tokens.zero_point.to(sums.dtype) * weight.sum(-1, dtype=torch.int32).to(sums.dtype)
-    output = sums.to(wide).mul_(tokens.scale.to(wide)).mul_(scale.to(wide).view(-1))
+        sums = weight.sum(-1, dtype=torch.int32) if sums is None else sums
+        product = product - tokens.zero_point.to(product.dtype) * sums.to(product.dtype)
+    output = product.to(wide).mul_(tokens.scale.to(wide)).mul_(scale.to(wide).view(-1))
     if bias is not None:
         output += bias.to(wide)
     kind = input.device.type

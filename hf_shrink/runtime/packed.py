@@ -46,6 +46,7 @@ class PackedModule(nn.Module):
         kernel: what holds and multiplies the weight; None while the buffers above do.
         kernel_note: the kernel's name, or why there is none.
         sharing: all modules that hold this weight, the one that is saved first (`share`); empty where it is alone.
+        kept_dense: a dense copy of the weight, while many products in a row are made with it (`unpacked.py`).
     """
 
     multiplies: ClassVar[bool] = False  # whether kernels are for it
@@ -65,6 +66,7 @@ class PackedModule(nn.Module):
         self.kernel: Kernel | None = None
         self.kernel_note = "not optimized"
         self.sharing: tuple[PackedModule, ...] = ()
+        self.kept_dense: Tensor | None = None
         self._rows, self._columns = rows, columns
         groups = scheme.scale_columns(columns)
         scale_shape = (1,) if scheme.strategy == "tensor" else (rows, groups)
@@ -81,7 +83,14 @@ class PackedModule(nn.Module):
     @property
     def weight(self) -> Tensor:
         """The dense weight (rows, columns), unpacked anew on every access; no gradient reaches it."""
+        if self.kept_dense is not None:
+            return self.kept_dense
         return self._unpack(self.weight_packed, self.weight_scale, self._zero_point())
+
+    @property
+    def unpacks(self) -> bool:
+        """Whether every product unpacks the weight first."""
+        return self.multiplies and self.kernel is None and self.scheme.activation_bits == 16
 
     @property
     def numel(self) -> int:
@@ -176,7 +185,9 @@ class PackedModule(nn.Module):
     def __getattr__(self, name: str) -> Any:
         kernel = self.__dict__.get("kernel")
         if kernel is not None and name in _IN_KERNEL:
-            return kernel.scale() if name == "weight_scale" else pack(kernel.values(), self.scheme.bits)
+            if name == "weight_scale":
+                return kernel.scale()
+            return pack(kernel.values(), self.scheme.bits) if self.scheme.packed else kernel.values()
         return super().__getattr__(name)
 
     @property

@@ -11,10 +11,11 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from torch import Tensor
 
+from hf_shrink.ops.at_once import at_once
 from hf_shrink.ops.grid import value_dtype
 from hf_shrink.plan import Scheme
 
-# Values unpacked at once, so that intermediate results stay in the cache.
+# Values unpacked at once on a CPU, so that intermediate results stay in the cache.
 CHUNK_VALUES = 1 << 18
 
 
@@ -82,7 +83,7 @@ def unpack_weight(
     groups = (-1, scheme.scale_columns(columns), scheme.group_size or columns)
     scale = _per_group(scale, len(packed)).to(wide)
     zero = None if zero_point is None else _per_group(zero_point, len(packed)).to(wide)
-    step = max(1, CHUNK_VALUES // max(columns, 1))
+    step = max(1, at_once(packed.device, CHUNK_VALUES) // max(columns, 1))
     for start in range(0, len(packed), step):
         rows = slice(start, start + step)
         values = unpack(packed[rows], scheme.bits, columns) if scheme.packed else packed[rows]

@@ -6,20 +6,17 @@ import copy
 import json
 import pickle
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from checkpoint.rows import ROWS, W4, W8, inner_linears, llama, pack
 from checkpoint.saved import Saved, logits_of
-from huggingface_hub import ModelCard
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import hf_shrink  # noqa: F401  registers the loaders
-from hf_shrink.checkpoint import save
 from hf_shrink.checkpoint.record import ShrinkRecord, read_record
 from hf_shrink.checkpoint.save import bind
 from hf_shrink.errors import CheckpointError
@@ -130,46 +127,7 @@ def test_a_damaged_record_is_an_error_but_the_model_loads(text: str, tmp_path: P
     assert not hasattr(again, "shrink_record")
 
 
-class Hub:
-    """Stands for the Hub: keeps what is uploaded."""
-
-    def __init__(self, token: object = None) -> None:
-        self.token = token
-
-    def create_repo(self, repo_id: str, **_: object) -> SimpleNamespace:
-        return SimpleNamespace(repo_id=f"me/{repo_id}")
-
-    def upload_folder(self, *, repo_id: str, folder_path: str, **options: object) -> str:
-        files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir()}
-        UPLOADS.append((repo_id, files, options))
-        return "commit"
-
-
-UPLOADS: list = []
-
-
-@pytest.mark.parametrize("by", ["push_to_hub", "save_pretrained"])
-def test_pushing_takes_the_card_and_the_block_along(by: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    UPLOADS.clear()
-    monkeypatch.setattr(save, "HfApi", Hub)
-    model = packed_llama()
-    bind(model, record("---\ntags: [x]\n---\nA card.\n"))
-    if by == "push_to_hub":
-        assert model.push_to_hub("small", tags=["y"], commit_message="hello") == "commit"
-    else:
-        model.save_pretrained(tmp_path / "small", push_to_hub=True, commit_message="hello", tags=["y"])
-        assert (tmp_path / "small" / "model.safetensors").is_file()
-    ((repo_id, files, options),) = UPLOADS
-    assert repo_id == "me/small"
-    assert options["commit_message"] == "hello"
-    assert {"config.json", "model.safetensors", "shrink.json", "README.md"} <= set(files)
-    assert json.loads(files["config.json"])["quantization_config"]["quant_method"] == "compressed-tensors"
-    card = ModelCard(files["README.md"].decode())
-    assert card.data.tags == ["x", "y"]
-    assert card.text.strip() == "A card."
-
-
-def test_without_a_card_pushing_goes_the_stock_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_record_pushing_goes_the_stock_way(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(PreTrainedModel, "push_to_hub", lambda model, repo_id, **options: calls.append(repo_id))
     packed_llama().push_to_hub("me/small")

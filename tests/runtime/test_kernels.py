@@ -7,58 +7,13 @@ import io
 
 import pytest
 import torch
-from torch import nn
+from packed_linears import SCHEMES, close, expected, linear_of, optimized
 
 from hf_shrink.plan import Scheme
-from hf_shrink.quantization.rtn import RTN
-from hf_shrink.runtime import CompressedLinear
 from hf_shrink.runtime.kernels import kernel_for
 from hf_shrink.runtime.kernels.blocks import blockwise_linear
 from hf_shrink.runtime.kernels.nibbles import gather_nibbles, pack_nibbles, unpack_nibbles
 from hf_shrink.runtime.kernels.scales import join_scale, split_scale
-
-SCHEMES = [
-    Scheme(4, True, "group", 32),
-    Scheme(4, False, "group", 64),
-    Scheme(4, True, "group", 128),
-    Scheme(4, False, "group", 512),
-    Scheme(4, True, "group", 96),
-    Scheme(4, False, "channel", None),
-    Scheme(4, True, "tensor", None),
-    Scheme(3, True, "group", 64),
-    Scheme(2, False, "group", 32),
-    Scheme(8, True, "channel", None),
-    Scheme(6, True, "tensor", None),
-    Scheme(8, False, "channel", None),
-    Scheme(8, True, "group", 128),
-    Scheme(5, False, "group", 32),
-]
-
-
-def linear_of(scheme: Scheme, rows: int = 80, columns: int = 1536, dtype=torch.float32, bias=True) -> CompressedLinear:
-    result = RTN().solve(torch.randn(rows, columns) + 0.1, scheme, None, scale_dtype=dtype)
-    return CompressedLinear.from_quantized(result, nn.Parameter(torch.randn(rows, dtype=dtype)) if bias else None)
-
-
-def optimized(scheme: Scheme, *args, **kwargs) -> tuple[CompressedLinear, CompressedLinear]:
-    """A Linear as a checkpoint holds it, and its optimized copy."""
-    plain = linear_of(scheme, *args, **kwargs)
-    fast = copy.deepcopy(plain)
-    fast.optimize()
-    assert fast.kernel is not None, fast.kernel_note
-    return plain, fast
-
-
-def expected(plain: CompressedLinear, input: torch.Tensor) -> torch.Tensor:
-    """The product in float64."""
-    bias = 0 if plain.bias is None else plain.bias.detach().double()
-    return input.double() @ plain.weight.double().T + bias
-
-
-def close(found: torch.Tensor, wanted: torch.Tensor) -> None:
-    """Within what rounding inputs, scales and outputs to bfloat16 costs."""
-    assert found.shape == wanted.shape
-    assert (found.double() - wanted).norm() <= 0.006 * wanted.norm() + 1e-9
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

@@ -6,13 +6,16 @@ import torch
 
 from hf_shrink.runtime.kernels.base import Kernel
 from hf_shrink.runtime.kernels.int4 import Int4, TwoPlanes
+from hf_shrink.runtime.kernels.int4_cuda import TiledInt4, TiledTwoPlanes
 from hf_shrink.runtime.kernels.int8 import Int8
+from hf_shrink.runtime.kernels.octets import Float8, Int8Tokens
 from hf_shrink.scheme import Scheme
 
-KERNELS: tuple[type[Kernel], ...] = (Int4, Int8, TwoPlanes)  # the first that takes a weight has it
-# Values of a weight that caches do not hold (output heads): there two planes of nibbles are faster than octets.
+# Of a device's kernels the first that takes a weight has it.
+KERNELS: tuple[type[Kernel], ...] = (Int4, Int8, TwoPlanes, TiledInt4, TiledTwoPlanes, Float8, Int8Tokens)
+# Values of a weight that a CPU's caches do not hold (output heads): there two planes of nibbles are faster than octets.
 _STREAMED = 1 << 24
-_FROM_MEMORY: tuple[type[Kernel], ...] = (Int4, TwoPlanes, Int8)
+_FROM_MEMORY: tuple[type[Kernel], ...] = (TwoPlanes, *(kernel for kernel in KERNELS if kernel is not TwoPlanes))
 
 __all__ = ["KERNELS", "Kernel", "kernel_for"]
 
@@ -27,8 +30,10 @@ def kernel_for(
         return None, "its scales are float64"
     reasons = []
     for kernel in KERNELS if rows * columns < _STREAMED else _FROM_MEMORY:
+        if kernel.device != device.type:
+            continue
         reason = kernel.refuses(scheme, rows, columns, device)
         if reason is None:
             return kernel, kernel.name
         reasons.append(f"{kernel.name}: {reason}")
-    return None, f"{scheme.name}: " + "; ".join(reasons)
+    return None, f"{scheme.name}: " + ("; ".join(reasons) or f"there are no kernels for {device.type}")

@@ -15,13 +15,15 @@ from hf_shrink.scheme import Scheme
 
 
 class Kernel(ABC):
-    """A weight (rows, columns) in the layout of one of torch's kernels.
+    """A weight (rows, columns) in the layout of one of torch's kernels for one kind of device.
 
     Kernels are made once and only read afterwards; what can be settled before a product is settled then.
 
     Attributes:
         name: for people.
         example: a scheme that the kernel takes.
+        device: the type of device that it is for.
+        always: whether it multiplies any number of rows: there is nothing to weigh it against.
         scheme, rows, columns: of the weight.
         scale_dtype: of the scales as they are stored.
         few: up to so many rows of input the kernel multiplies; above, blocks of the weight are unpacked (`blocks.py`).
@@ -31,6 +33,8 @@ class Kernel(ABC):
 
     name: ClassVar[str]
     example: ClassVar[Scheme]
+    device: ClassVar[str]
+    always: ClassVar[bool] = False
 
     def __init__(
         self, scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype, few: int, tensors: dict[str, Tensor]
@@ -56,11 +60,11 @@ class Kernel(ABC):
     @classmethod
     @abstractmethod
     def pack(cls, values: Tensor, grid: Grid, few: int) -> Self:
-        """From a weight's integers (rows, columns) and their grid."""
+        """From a weight's values (rows, columns), int8 or float8_e4m3fn, and their grid."""
 
     @abstractmethod
     def values(self, rows: Tensor | None = None) -> Tensor:
-        """int8 (rows, columns): the integers that were packed, of all rows or those of the given numbers."""
+        """int8 or float8_e4m3fn (rows, columns): what was packed, of all rows or those of the given numbers."""
 
     @abstractmethod
     def scale(self, rows: Tensor | None = None) -> Tensor:

@@ -1,6 +1,6 @@
 """Products that unpack the weight block by block: for many rows of input, and for gradients.
 
-An unpacked block stays in the cache while it is multiplied; nothing of the weight's size is ever made.
+On a CPU an unpacked block stays in the cache while it is multiplied, and nothing of the weight's size is ever made.
 """
 
 from __future__ import annotations
@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from hf_shrink.ops.at_once import at_once
+
 if TYPE_CHECKING:
     from hf_shrink.runtime.kernels.base import Kernel
 
-_BLOCK_VALUES = 1 << 20  # unpacked at once: enough for the calls not to count
+_BLOCK_VALUES = 1 << 20  # unpacked at once on a CPU: enough for the calls not to count
 _STEP = 64  # rows of the weight: whole blocks of every kernel's layout
 
 
@@ -44,5 +46,6 @@ def blockwise_gradient(kernel: Kernel, gradient: Tensor) -> Tensor:
 
 
 def _row_blocks(kernel: Kernel) -> list[tuple[int, int]]:
-    step = max(1, _BLOCK_VALUES // (_STEP * kernel.columns)) * _STEP
+    values = at_once(kernel.tensors["weight"].device, _BLOCK_VALUES)
+    step = max(1, values // (_STEP * kernel.columns)) * _STEP
     return [(start, min(start + step, kernel.rows)) for start in range(0, kernel.rows, step)]

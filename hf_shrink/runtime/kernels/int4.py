@@ -1,4 +1,4 @@
-"""torch's int4 kernel for the CPU: 2 to 4 bits in one plane of nibbles, 5 to 8 bits in two; bfloat16 inputs."""
+"""torch's int4 kernels: 2 to 4 bits in one plane of nibbles, 5 to 8 bits in two; bfloat16 inputs. Here for the CPU."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from hf_shrink.ops.grid import Grid
 from hf_shrink.runtime.kernels.base import Kernel
 from hf_shrink.runtime.kernels.nibbles import (
     ROW_STEP,
+    Layout,
     gather_nibbles,
     kernel_layout,
     pack_nibbles,
@@ -22,7 +23,6 @@ from hf_shrink.runtime.kernels.scales import join_scale, some, split_scale
 from hf_shrink.scheme import Scheme
 
 GROUPS = (256, 128, 64, 32)  # what the kernel takes
-_multiply = torch._weight_int4pack_mm_for_cpu
 
 
 def kernel_group(scheme: Scheme, columns: int) -> int | None:
@@ -39,6 +39,7 @@ class Int4(Kernel):
 
     name: ClassVar[str] = "int4"
     example: ClassVar[Scheme] = Scheme(4, True, "group", 64)
+    device: ClassVar[str] = "cpu"
     bits: ClassVar[tuple[int, int]] = (2, 4)
 
     def __init__(
@@ -49,14 +50,12 @@ class Int4(Kernel):
         assert group is not None
         self._group, self._weight, self._rest = group, tensors["weight"], tensors.get("rest")
         self._scales = tensors["scales"].view(torch.bfloat16)
-        self._padded = len(self._weight) != rows
-        self._layout = kernel_layout()
+        self._padded = self._scales.shape[1] != rows
+        self._layout = self._blocks()  # not when it is needed: that may be inside a compiled graph
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
         low, high = cls.bits
-        if device.type != "cpu":
-            return f"not on {device.type}"
         if scheme.type != "int" or scheme.activation_bits < 16 or not low <= scheme.bits <= high:
             return f"takes integers of {low} to {high} bits and leaves inputs as they are"
         if kernel_group(scheme, columns) is None:
@@ -69,7 +68,7 @@ class Int4(Kernel):
         near, rest = split_scale(grid.scale)
         zero = torch.zeros_like(near) if grid.zero_point is None else (-grid.zero_point * near.float()).to(near.dtype)
         tensors = {
-            "weight": _filled(values + 8),
+            "weight": cls._held(_filled(values + 8)),
             "scales": _scales(near, zero, rows, columns, kernel_group(grid.scheme, columns)).view(torch.int16),
         }
         if rest is not None:
@@ -86,19 +85,40 @@ class Int4(Kernel):
             return join_scale(self._near[:1, 0], self._rest, self.scale_dtype).view(1)
         return join_scale(near, some(self._rest, rows), self.scale_dtype).contiguous()
 
+    def few_rows(self, tokens: Tensor) -> Tensor:
+        output = self._multiply(tokens)
+        return output[:, : self.rows].contiguous() if self._padded else output
+
+    def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
+        values = self._columns(start, stop)
+        return self._scaled(values, 8, self._zero(start, start + values.shape[1]), start, stop, dtype)
+
+    # What the device decides: how nibbles lie, and who multiplies them.
+
+    @classmethod
+    def _blocks(cls) -> Layout | None:
+        """How rows lie in the kernel's blocks, where that is not the same everywhere."""
+        return kernel_layout()
+
+    @classmethod
+    def _held(cls, nibbles: Tensor) -> Tensor:
+        """In the kernel's layout, from 0 to 15 (whole sixteens, columns)."""
+        return pack_nibbles(nibbles)
+
     def _nibbles(self, rows: Tensor | None) -> Tensor:
         """uint8 (rows, columns) of all rows or some."""
         if rows is None:
             return unpack_nibbles(self._weight)[: self.rows]
         return gather_nibbles(self._weight, rows, self._layout)
 
-    def few_rows(self, tokens: Tensor) -> Tensor:
-        output = _multiply(tokens, self._weight, self._group, self._scales)
-        return output[:, : self.rows].contiguous() if self._padded else output
+    def _columns(self, start: int, stop: int) -> Tensor:
+        """float32 (columns, n), to be written to: of the rows from `start`, a multiple of 64, to `stop` or beyond."""
+        assert self._layout is not None
+        return unpack_columns(self._weight, self._layout, start, stop)
 
-    def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        values = unpack_columns(self._weight, self._layout, start, stop)
-        return self._scaled(values, 8, self._zero(start, start + values.shape[1]), start, stop, dtype)
+    def _multiply(self, tokens: Tensor) -> Tensor:
+        """bfloat16 (n, rows made whole sixteens)."""
+        return torch._weight_int4pack_mm_for_cpu(tokens, self._weight, self._group, self._scales)
 
     @property
     def _near(self) -> Tensor:
@@ -150,7 +170,7 @@ class TwoPlanes(Int4):
         fine = (zero - coarse.float()).to(torch.bfloat16)
         octets = values.view(torch.uint8) ^ 128
         tensors = {
-            "weight": _filled(torch.cat([octets >> 4, octets & 15], 1)),
+            "weight": cls._held(_filled(torch.cat([octets >> 4, octets & 15], 1))),
             "scales": torch.cat(
                 [_scales(near * 16, coarse, rows, columns, group), _scales(near, fine, rows, columns, group)]
             ).view(torch.int16),
@@ -167,7 +187,7 @@ class TwoPlanes(Int4):
         return super().few_rows(torch.cat([tokens, tokens], 1))
 
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        high, low = unpack_columns(self._weight, self._layout, start, stop).chunk(2)
+        high, low = self._columns(start, stop).chunk(2)
         values = low.add_(high, alpha=16)
         return self._scaled(values, 136, self._zero(start, start + values.shape[1]), start, stop, dtype)
 
@@ -181,8 +201,8 @@ class TwoPlanes(Int4):
 
 
 def _filled(nibbles: Tensor) -> Tensor:
-    """Packed, with rows of zeros up to whole sixteens."""
-    return pack_nibbles(F.pad(nibbles, (0, 0, 0, -len(nibbles) % ROW_STEP)))
+    """With rows of zeros up to whole sixteens."""
+    return F.pad(nibbles, (0, 0, 0, -len(nibbles) % ROW_STEP))
 
 
 def _scales(scale: Tensor, zero: Tensor, rows: int, columns: int, group: int | None) -> Tensor:

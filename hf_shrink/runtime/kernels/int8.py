@@ -21,6 +21,7 @@ class Int8(Kernel):
 
     name: ClassVar[str] = "int8"
     example: ClassVar[Scheme] = Scheme(8, True, "channel", None)
+    device: ClassVar[str] = "cpu"
 
     def __init__(
         self, scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype, few: int, tensors: dict[str, Tensor]
@@ -31,8 +32,6 @@ class Int8(Kernel):
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
-        if device.type != "cpu":
-            return f"not on {device.type}"
         if scheme.type != "int" or scheme.activation_bits < 16 or scheme.bits < 5:
             return "takes integers of 5 to 8 bits and leaves inputs as they are"
         if scheme.strategy == "group" or not scheme.symmetric:

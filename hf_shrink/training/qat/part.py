@@ -1,0 +1,140 @@
+"""A quantize step while a model is trained: weights are rounded in the forward pass, and packed in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from hf_shrink.calibration.data import calibration_batches
+from hf_shrink.checkpoint.record import ShrinkRecord
+from hf_shrink.errors import CalibrationError
+from hf_shrink.pipeline.planning import Planned
+from hf_shrink.recipe import Recipe
+from hf_shrink.training.models import is_sharded, without_adapters
+from hf_shrink.training.qat.adapters import adapted_layers, attach_adapted, weight_now
+from hf_shrink.training.qat.placing import pack_trained, place_quantizers
+from hf_shrink.training.qat.plan import plan_training
+from hf_shrink.training.qat.quantizer import Start, WeightQuantizer
+from hf_shrink.training.qat.sharded import add_whole, gathered, whole
+from hf_shrink.training.qat.size import effective_bits
+from hf_shrink.training.qat.start import solving_method, start_on_data, start_without_data
+from hf_shrink.training.schedule import Window
+
+
+class QuantizationTraining:
+    """A `Part`: `quantize`, with learned step sizes (LSQ, Esser et al., arXiv 1902.08153).
+
+    Rounding begins where the schedule starts; after a prune step where it ends, when it is settled what is left.
+    """
+
+    adds_parameters: ClassVar[bool] = True
+
+    def __init__(self, recipe: Recipe, *, calibration: Any = None, tokenizer: Any = None, seed: int = 0) -> None:
+        """
+        Args:
+            recipe: with a quantize step.
+            calibration: data, as for `shrink`, for the start of a method that wants statistics. None: the scales start
+                where they fit the weights best.
+            tokenizer: for calibration texts.
+        """
+        self._recipe, self._calibration, self._tokenizer, self._seed = recipe, calibration, tokenizer, seed
+        self._after_pruning = len(recipe.steps) > 1
+
+    def attach(self, model: PreTrainedModel) -> None:
+        self._model = model
+        self._layers: Mapping[int, nn.Module] = adapted_layers(model)
+        with without_adapters(model):
+            self._planned: Planned = plan_training(model, self._recipe)
+            schemes = self._planned.plan.schemes
+            self._batches = self._calibration_batches(model)
+            self._dense_bits, self._packed_bits = effective_bits(model, {}), effective_bits(model, schemes)
+            self._quantizers: Mapping[str, WeightQuantizer] = place_quantizers(model, schemes)
+            self._modules = {path: model.get_submodule(path) for path in schemes}
+        for path, module in self._modules.items():
+            if id(module) in self._layers:
+                attach_adapted(self._layers[id(module)], path)
+
+    def attach_copy(self, model: PreTrainedModel) -> None:
+        place_quantizers(model, self._planned.plan.schemes)
+
+    def begin(self, model: PreTrainedModel, window: Window) -> None:
+        self._start = self.settled(window)
+        for quantizer in self._quantizers.values():
+            quantizer.active = False
+        if self._batches and is_sharded(model):
+            raise CalibrationError(
+                "FSDP has spread the weights, so no copy can be calibrated; leave calibration out: scales then start "
+                "where they fit the weights best"
+            )
+
+    def settled(self, window: Window) -> int:
+        return window.end if self._after_pruning else window.start
+
+    def before_optimizer_step(self, step: int, scale: float) -> None:
+        for quantizer in self._quantizers.values():
+            if not quantizer.active:
+                quantizer.step.grad = None  # a zero, with which an optimizer's averages would begin
+
+    def after_step(self, step: int) -> None:
+        if step == self._start:
+            self._begin_rounding()
+
+    def finish(self, model: PreTrainedModel, record: ShrinkRecord) -> None:
+        plan = self._planned.plan
+        pack_trained(model, plan.schemes, sparse=self._recipe.prune("weights") is not None)
+        record.plan = replace(
+            record.plan, schemes=plan.schemes, method=plan.method, options=plan.options, effort=plan.effort
+        )
+        found = f"by {plan.method} on calibration data" if self._batches else "without data"
+        note = f"weights were rounded from step {self._start} on, with learned scales that were first found {found}"
+        record.report.notes += [*self._planned.notes, note]
+
+    def tensors(self) -> dict[str, Tensor]:
+        if not self._layers:
+            return {}  # a checkpoint of the model has them
+        states = {path: quantizer.state_dict() for path, quantizer in self._quantizers.items()}
+        return {f"{path}.{name}": tensor for path, state in states.items() for name, tensor in state.items()}
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        for path, quantizer in self._quantizers.items():
+            if self._layers:
+                quantizer.load_state_dict({name: tensors[f"{path}.{name}"] for name in quantizer.state_dict()})
+            quantizer.active = quantizer.begun
+
+    def figures(self) -> dict[str, float]:
+        active = all(quantizer.active for quantizer in self._quantizers.values())
+        return {"effective_bits": self._packed_bits if active else self._dense_bits}
+
+    def _calibration_batches(self, model: PreTrainedModel) -> Sequence[Mapping[str, Any]]:
+        if self._calibration is None or not solving_method(self._planned.plan).needs_statistics:
+            return []
+        return calibration_batches(
+            self._recipe.calibration,
+            source=self._calibration,
+            model=model,
+            tokenizer=self._tokenizer,
+            seed=self._seed,
+        ).batches
+
+    def _begin_rounding(self) -> None:
+        plan = self._planned.plan
+        with gathered(self._model), torch.no_grad():
+            weights = {path: whole(self._weight_now(path)) for path in self._quantizers}
+            if self._batches:
+                found = start_on_data(self._model, plan, self._batches, self._seed)
+            else:
+                found = start_without_data(plan, weights)
+            for path, quantizer in self._quantizers.items():
+                start = Start.of(weights[path], found[path])
+                quantizer.begin(start)
+                if start.correction is not None:
+                    add_whole(self._modules[path], start.correction)
+
+    def _weight_now(self, path: str) -> Tensor:
+        module = self._modules[path]
+        return weight_now(module, self._layers.get(id(module)))

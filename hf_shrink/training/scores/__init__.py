@@ -1,0 +1,1 @@
+"""What a unit or a weight is worth, told from the gradients of training; one score a file."""

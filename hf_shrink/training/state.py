@@ -1,0 +1,65 @@
+"""What a training checkpoint holds of the parts, beside the Trainer's own files: hf_shrink_state.safetensors."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from hf_shrink.errors import CheckpointError
+
+STATE_NAME = "hf_shrink_state.safetensors"
+FORMAT = "1"
+
+
+def checkpoint_folder(args: TrainingArguments, state: TrainerState) -> Path:
+    """Where the Trainer saves at the present step."""
+    return Path(str(args.output_dir)) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
+
+
+def write_state(folder: Path, parts: list[Mapping[str, Tensor]], recipe: Mapping[str, Any]) -> None:
+    """Write the parts' tensors, or the old file stays. `recipe`: what they came from, checked when they are read."""
+    flat = {f"{i}.{name}": t.detach().cpu().clone() for i, part in enumerate(parts) for name, t in part.items()}
+    flat = {name: tensor.contiguous() for name, tensor in flat.items()}
+    new = folder / f".{STATE_NAME}.new"
+    save_file(flat, new, metadata={"hf_shrink_format": FORMAT, "recipe": json.dumps(recipe, sort_keys=True)})
+    os.replace(new, folder / STATE_NAME)
+
+
+def read_state(folder: Path, recipe: Mapping[str, Any], parts: int) -> list[dict[str, Tensor]]:
+    """Each part's tensors, on the CPU.
+
+    Raises:
+        CheckpointError: there is no such file, it is damaged, or of another recipe.
+    """
+    path = folder / STATE_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{path} is missing, so masks and scores of the interrupted training are lost; resume from a checkpoint "
+            f"that was saved with this callback, lying in the Trainer's output_dir"
+        )
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    except (OSError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"cannot read {path}: {error}; resume from another checkpoint") from error
+    if metadata.get("hf_shrink_format") != FORMAT:
+        raise CheckpointError(f"{path} is of another version of hf_shrink; resume with the version that wrote it")
+    if metadata.get("recipe") != json.dumps(recipe, sort_keys=True):
+        raise CheckpointError(
+            f"{folder} was trained with another recipe; resume with that one, or start anew in another output_dir"
+        )
+    found: list[dict[str, Tensor]] = [{} for _ in range(parts)]
+    for name, tensor in flat.items():
+        number, _, own = name.partition(".")
+        found[int(number)][own] = tensor
+    return found

@@ -1,0 +1,366 @@
+"""What a CUDA GPU gives, in one run of under four minutes: kernels, generation, and compression itself.
+
+    python scripts/bench/gpu.py --json FILE [--smollm2 FOLDER] [--seconds 230] [--parts kernels,calls,...]
+
+Parts run in the order of PARTS. One that fails leaves its traceback in the file and the next goes on; one for which no
+time is left is named as left out. The file is written anew after every part.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import gc
+import json
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+import torch
+from common import about
+from speed_models import LLAMA_1B
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+
+from hf_shrink import kernel_summary, optimize_for_inference, shrink
+from hf_shrink.evaluation.speed import Workload, measure_speed
+from hf_shrink.plan import Scheme
+from hf_shrink.quantization.rtn import RTN
+from hf_shrink.runtime import CompressedLinear
+from hf_shrink.runtime.int8 import multiplies_int8
+from hf_shrink.runtime.kernels.blocks import blockwise_linear
+from hf_shrink.runtime.kernels.crossover import few_limit
+from hf_shrink.runtime.kernels.octets import multiplies_float8
+
+DEVICE = torch.device("cuda", 0)
+SCHEMES = {
+    "W4 g64": Scheme(4, True, "group", 64),
+    "W4 g128": Scheme(4, True, "group", 128),
+    "W8": Scheme(8, True, "channel", None),
+    "W8A8": Scheme(8, True, "channel", None, "int", 8),
+    "FP8": Scheme(8, True, "channel", None, "float"),
+}
+SHAPES = {"SmolLM2 gate": (1536, 576), "1B query": (2048, 2048), "1B gate": (8192, 2048), "1B down": (2048, 8192)}
+STREAMED = 200 << 20  # bytes of copies that take turns: more than the caches hold
+ROWS = (1, 16, 64, 256, 1024)
+CALIBRATION = (128, 512, 8)  # sequences, tokens, sequences a batch
+RECIPES: dict[str, dict[str, Any]] = {
+    "W4": {"scheme": "W4A16", "overrides": {"lm_head": {"scheme": "W8A16", "strategy": "channel"}}},
+    "W8": {"scheme": "W8A16", "strategy": "channel"},
+    "W8A8": {"scheme": "W8A8"},
+    "FP8": {"scheme": "FP8A16"},
+}
+GROUPS = {"SmolLM2-135M": 64, "1B": 128}
+
+
+@dataclass
+class Run:
+    """One run of the script: what is found so far, when it ends, and the models that several parts look at."""
+
+    path: Path
+    smollm2: Path | None
+    ends: float
+    found: dict[str, Any] = field(default_factory=dict)
+    models: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def left(self) -> float:
+        return self.ends - time.monotonic()
+
+    def write(self) -> None:
+        self.path.write_text(json.dumps(self.found, indent=1) + "\n")
+
+    def variants(self, name: str) -> dict[str, Any]:
+        """A model dense in bfloat16, and compressed by rounding to nearest in every way."""
+        if name not in self.models:
+            dense = self._dense(name)
+            made = {"dense": dense}
+            for kind, quantize in RECIPES.items():
+                step = {"method": "rtn", "search": False, "group_size": GROUPS[name], **quantize}
+                if kind == "W8A8":
+                    del step["group_size"]
+                recipe = {"portable": False, "steps": [{"quantize": step}]}
+                made[kind] = shrink(copy.deepcopy(dense), recipe, progress=False)
+            self.models[name] = made
+        return self.models[name]
+
+    def _dense(self, name: str) -> Any:
+        if name == "1B":
+            return random_1b()
+        if self.smollm2 is None:
+            raise FileNotFoundError("give --smollm2 FOLDER")
+        loaded: Any = AutoModelForCausalLM.from_pretrained(self.smollm2, dtype=torch.bfloat16)
+        return loaded.to(DEVICE).eval()
+
+
+def random_1b(blocks: int = LLAMA_1B["num_hidden_layers"]) -> Any:  # type: ignore[assignment]
+    torch.manual_seed(0)
+    with torch.device(DEVICE):
+        model = LlamaForCausalLM(LlamaConfig(**{**LLAMA_1B, "num_hidden_layers": blocks}))
+    return model.to(torch.bfloat16).eval()
+
+
+def packed(scheme: Scheme, rows: int, columns: int) -> CompressedLinear:
+    weight = torch.randn(rows, columns, device=DEVICE) / columns**0.5
+    found = RTN(search=False).solve(weight, scheme, None, scale_dtype=torch.bfloat16)
+    return CompressedLinear.from_quantized(found, None)
+
+
+def host(run: Run) -> dict[str, Any]:
+    """The machine, what torch can do on it, and where kernels stop to gain."""
+    free, total = torch.cuda.mem_get_info()
+    limits = {
+        name: {str(dtype): few_limit(kind, 1 << 24, dtype, DEVICE) for dtype in (torch.bfloat16, torch.float32)}
+        | {"small": few_limit(kind, 1 << 19, torch.bfloat16, DEVICE)}
+        for name, scheme in SCHEMES.items()
+        if (kind := type(optimized(packed(scheme, 512, 512)).kernel)) is not type(None)
+    }
+    return {
+        **about(),
+        "gpu": torch.cuda.get_device_name(DEVICE),
+        "memory": [free, total],
+        "cuda": torch.version.cuda,
+        "float8 product": multiplies_float8(DEVICE),
+        "int8 product": multiplies_int8(DEVICE),
+        "rows up to which kernels multiply": limits,
+    }
+
+
+def optimized(linear: CompressedLinear) -> CompressedLinear:
+    linear.optimize()
+    return linear
+
+
+def kernels(run: Run) -> dict[str, Any]:
+    """Relative errors against float64, by scheme, shape and rows, through the kernel and through blocks."""
+    found: dict[str, Any] = {}
+    for name, scheme in SCHEMES.items():
+        for shape, (rows, columns) in SHAPES.items():
+            if columns % (scheme.group_size or 1):
+                continue
+            plain = packed(scheme, rows, columns)
+            exact = plain.weight.double()
+            fast = optimized(copy.deepcopy(plain))
+            errors: dict[str, Any] = {"kernel": fast.kernel_note}
+            for count in (1, 17, 300) if fast.kernel is not None else ():
+                x = torch.randn(count, columns, device=DEVICE).bfloat16()
+                wanted = x.double() @ exact.T
+                for way, run_it in (("few", fast.kernel.few_rows), ("blocks", _blocks(fast))):
+                    errors[f"{way} {count}"] = float((run_it(x).double() - wanted).norm() / wanted.norm())
+            state, kept = plain.state_dict(), fast.state_dict()
+            errors["same bits"] = all(
+                torch.equal(state[n].view(torch.uint8), kept[n].view(torch.uint8)) for n in state if state[n].dim()
+            )
+            found[f"{name} {shape}"] = errors
+    return found
+
+
+def _blocks(linear: CompressedLinear) -> Callable[[Tensor], Tensor]:
+    return lambda x: blockwise_linear(linear.kernel, x, None)  # type: ignore[arg-type]
+
+
+def calls(run: Run) -> dict[str, Any]:
+    """Microseconds of one product in a replayed graph, weights taken in turn from more memory than caches hold."""
+    found: dict[str, Any] = {}
+    for shape, (rows, columns) in SHAPES.items():
+        copies = max(2, min(64, STREAMED // (rows * columns)))
+        ways: dict[str, list[Callable[[Tensor], Tensor]]] = {
+            "bfloat16": [_dense_product(rows, columns) for _ in range(copies)]
+        }
+        for name, scheme in SCHEMES.items():
+            if columns % (scheme.group_size or 1):
+                continue
+            linears = [optimized(packed(scheme, rows, columns)) for _ in range(copies)]
+            if linears[0].kernel is None:
+                continue
+            ways[name] = [linear.kernel.few_rows for linear in linears]  # type: ignore[union-attr]
+            if name != "W8A8":
+                ways[f"{name} by blocks"] = [_blocks(linear) for linear in linears]
+        octets = torch.randint(-127, 128, (rows, columns), dtype=torch.int8, device=DEVICE)
+        scale = torch.rand(rows, device=DEVICE).bfloat16()
+        ways["_weight_int8pack_mm"] = [lambda x: torch._weight_int8pack_mm(x, octets, scale)] * 2  # noqa: B023
+        for padded in (17, 24, 32):
+            integers = torch.randint(-127, 128, (padded, columns), dtype=torch.int8, device=DEVICE)
+            found[f"{shape}, _int_mm of {padded}"] = _microseconds(
+                [lambda x: torch._int_mm(x, octets.T)] * 20,  # noqa: B023
+                integers,
+            )
+        for count in ROWS:
+            x = torch.randn(count, columns, device=DEVICE).bfloat16()
+            found[f"{shape}, {count} rows"] = {name: _microseconds(products, x) for name, products in ways.items()}
+    return found
+
+
+def _dense_product(rows: int, columns: int) -> Callable[[Tensor], Tensor]:
+    weight = torch.randn(rows, columns, device=DEVICE).bfloat16()
+    return lambda x: F.linear(x, weight)
+
+
+@torch.no_grad()
+def _microseconds(products: list[Callable[[Tensor], Tensor]], x: Tensor) -> float | str:
+    try:
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for product in products[:2]:
+                product(x)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for product in products:
+                product(x)
+        times = []
+        for _ in range(7):
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times.append(start.elapsed_time(end) * 1000 / len(products))
+        return round(sorted(times)[len(times) // 2], 1)
+    except RuntimeError as error:
+        torch.cuda.synchronize()
+        return str(error).splitlines()[0]
+
+
+def eager(name: str) -> Callable[[Run], dict[str, Any]]:
+    return lambda run: _speeds(run.variants(name), Workload(64, 48, 512, repeats=3))
+
+
+def compiled(name: str, kinds: tuple[str, ...]) -> Callable[[Run], dict[str, Any]]:
+    """Decode steps through torch.compile with CUDA graphs, one model after the other, as long as there is time."""
+
+    def measure(run: Run) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for kind in kinds:
+            if run.left < 45:
+                found[kind] = "left out: no time"
+                continue
+            since = time.monotonic()
+            torch.compiler.reset()
+            model = run.variants(name)[kind]
+            try:
+                found[kind] = _speeds({kind: model}, Workload(64, 128, 0, repeats=3), {kind})[kind]
+            except Exception:
+                found[kind] = traceback.format_exc()
+            found[f"{kind}, seconds in all"] = round(time.monotonic() - since, 1)
+        return found
+
+    return measure
+
+
+def _speeds(models: dict[str, Any], workload: Workload, through: set[str] | None = None) -> dict[str, Any]:
+    """Tokens a second, the median of the runs, by model and task; and what the first calls took of memory."""
+    timings = measure_speed(models, workload, compiled=through or set())
+    found: dict[str, Any] = {}
+    for name, tasks in timings.items():
+        found[name] = {
+            task: {"per_second": round(t.per_second.median, 1), "milliseconds": round(t.milliseconds.median, 3)}
+            for task, t in tasks.items()
+        }
+        found[name]["bytes"] = sum(t.nbytes for t in _unique(models[name]))
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            models[name](input_ids=torch.ones(1, 512, dtype=torch.long, device=DEVICE), use_cache=False)
+        found[name]["above that for 512 tokens"] = torch.cuda.max_memory_allocated() - before
+    return found
+
+
+def _unique(model: nn.Module) -> Iterator[Tensor]:
+    seen: set[int] = set()
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.data_ptr() not in seen:
+            seen.add(tensor.data_ptr())
+            yield tensor
+
+
+def summary(run: Run) -> dict[str, Any]:
+    """What multiplies the models' weights."""
+    return {
+        name: {
+            kind: {note: len(paths) for note, paths in kernel_summary(model).items()}
+            for kind, model in models.items()
+            if kind != "dense"
+        }
+        for name, models in run.models.items()
+    }
+
+
+def compression(blocks: int) -> Callable[[Run], dict[str, Any]]:
+    """Seconds of `shrink` on the 1B model, or on some blocks of its shape, by what they were spent on."""
+
+    def measure(run: Run) -> dict[str, Any]:
+        if blocks > 4:
+            known = run.found.get("shrink, 4 blocks of 1B", {}).get("seconds in all", 60)
+            if run.left < 4 * known + 15:
+                return {"left out": "no time"}
+        run.models.clear()
+        gc.collect()
+        torch.cuda.empty_cache()
+        model = random_1b(blocks)
+        sequences, length, size = CALIBRATION
+        ids = torch.randint(0, LLAMA_1B["vocab_size"], (sequences, length))  # type: ignore[call-overload]
+        batches = [{"input_ids": part} for part in ids.split(size)]
+        recipe = {"steps": [{"quantize": {"effort": "balanced", "scheme": "W4A16", "group_size": 128}}]}
+        torch.cuda.reset_peak_memory_stats()
+        since = time.monotonic()
+        shrink(model, recipe, calibration=batches, progress=False, optimize=False)
+        torch.cuda.synchronize()
+        report = model.shrink_report
+        found = {
+            "seconds in all": round(time.monotonic() - since, 1),
+            "by part": {part: round(seconds, 1) for part, seconds in report.seconds.items()},
+            "peak bytes": torch.cuda.max_memory_allocated(),
+            "block errors": [round(error, 5) for error in report.block_errors.values()],
+        }
+        optimize_for_inference(model)
+        return found
+
+    return measure
+
+
+PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {
+    "host": host,
+    "kernels": kernels,
+    "shrink, 4 blocks of 1B": compression(4),
+    "calls": calls,
+    "1B, eager": eager("1B"),
+    "1B, compiled": compiled("1B", ("dense", "W4", "FP8", "W8A8", "W8")),
+    "SmolLM2-135M, eager": eager("SmolLM2-135M"),
+    "SmolLM2-135M, compiled": compiled("SmolLM2-135M", ("dense", "W4")),
+    "summary": summary,
+    "shrink, 1B": compression(16),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path, required=True)
+    parser.add_argument("--smollm2", type=Path)
+    parser.add_argument("--seconds", type=float, default=230)
+    parser.add_argument("--parts", help="numbers in the order of PARTS, such as 0,1,4; all by default")
+    options = parser.parse_args()
+    run = Run(options.json, options.smollm2, time.monotonic() + options.seconds)
+    names = list(PARTS)
+    for name in names if options.parts is None else [names[int(n)] for n in options.parts.split(",")]:
+        since = time.monotonic()
+        try:
+            run.found[name] = PARTS[name](run) if run.left > 10 else {"left out": "no time"}
+        except Exception:
+            run.found[name] = {"failed": traceback.format_exc()}
+        print(f"{name}: {time.monotonic() - since:.1f} s", file=sys.stderr, flush=True)
+        run.found.setdefault("seconds", {})[name] = round(time.monotonic() - since, 1)
+        run.write()
+    print(json.dumps(run.found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,178 @@
+"""What few bits cost while a model is fine-tuned, and rounded after it: accuracy, macro-F1 and size.
+
+    python scripts/bench/training_qat.py                        # everything that is missing in the results file
+    python scripts/bench/training_qat.py --only qat-w4 dense --seeds 0
+    python scripts/bench/training_qat.py --only none            # run nothing, show the table
+
+Protocol: the task `plays` of training.py, with its data, split by play, and settings: all-MiniLM-L6-v2 fine-tuned to
+tell comedies from tragedies and histories. `dense` is an ordinary fine-tuning. `qat-*` is the same with ShrinkCallback,
+which rounds weights from a tenth of the steps on; `after-*` is `dense`, quantized when it is trained: `rtn` without
+data, `gptq` on 512 training passages. Weights of every Linear inside the blocks, groups of 64. What is measured is the
+packed model. Every run has a process of its own; the results file is written after each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from common import RESULTS, ROOT, about, folder_bytes, run_fresh, stopwatch
+from store import OtherProtocol, Store
+
+CACHE = ROOT / ".cache" / "bench" / "training_qat"
+GROUP = 64
+START = 0.1
+
+
+def few_bits(scheme: str, method: str = "rtn") -> dict[str, Any]:
+    form = {"group_size": GROUP} if scheme.endswith("A16") else {}
+    return {"steps": [{"quantize": {"method": method, "scheme": scheme, **form}}]}
+
+
+# By name, a recipe and whether it is carried out by the callback, or by `shrink` on the trained dense model.
+VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
+    "dense": (None, False),
+    "qat-w8": (few_bits("W8A16"), True),
+    "qat-w8a8": (few_bits("W8A8"), True),
+    "qat-w4": (few_bits("W4A16"), True),
+    "qat-w3": (few_bits("W3A16"), True),
+    "qat-w2": (few_bits("W2A16"), True),
+    "after-w4-rtn": (few_bits("W4A16"), False),
+    "after-w4-gptq": (few_bits("W4A16", "gptq"), False),
+    "after-w3-gptq": (few_bits("W3A16", "gptq"), False),
+    "after-w2-gptq": (few_bits("W2A16", "gptq"), False),
+}
+
+
+def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add = parser.add_argument
+    add("--only", nargs="+", metavar="NAME", help="variants, globs of these, or none")
+    add("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    add("--threads", type=int, default=1)
+    add("--output", type=Path, default=RESULTS / "training_qat.json", help="results file, taken up where it is there")
+    add("--job", help=argparse.SUPPRESS)
+    return parser.parse_args(words)
+
+
+def names(seeds: Sequence[int], only: Sequence[str] | None) -> list[str]:
+    """The runs that are meant, "variant:seed". Raises ValueError for a name that means nothing."""
+    patterns = [] if only is not None and list(only) == ["none"] else list(only or ["*"])
+    for pattern in patterns:
+        if not any(fnmatchcase(variant, pattern) for variant in VARIANTS):
+            raise ValueError(f"{pattern!r} names no variant; there are {', '.join(VARIANTS)}")
+    chosen = [v for v in VARIANTS if any(fnmatchcase(v, pattern) for pattern in patterns)]
+    return [f"{variant}:{seed}" for seed in seeds for variant in chosen]
+
+
+def run(job: Mapping[str, Any]) -> dict[str, Any]:
+    """Train one variant and measure it. In a process of its own: everything heavy is imported here."""
+    import torch
+    from training_tasks import TASKS, AccuracyAndF1
+    from transformers import Trainer, TrainingArguments
+
+    from hf_shrink import ShrinkCallback, shrink
+
+    torch.set_num_threads(job["threads"])
+    task, (recipe, while_training) = TASKS["plays"], VARIANTS[job["variant_name"]]
+    train, held_out = task.rows()
+    dense = CACHE / str(job["seed"])
+    metric = AccuracyAndF1(keep_in_memory=True)
+    trains = recipe is None or while_training
+    with tempfile.TemporaryDirectory() as folder, stopwatch() as took:
+        model = task.model(job["seed"]) if trains else type(task.model(0)).from_pretrained(dense)
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                output_dir=folder,
+                seed=job["seed"],
+                use_cpu=True,
+                report_to=[],
+                save_strategy="no",
+                logging_steps=50,
+                disable_tqdm=True,
+                **task.settings,
+            ),
+            train_dataset=train,  # type: ignore[arg-type]
+            eval_dataset=held_out,  # type: ignore[arg-type]
+            callbacks=[ShrinkCallback(recipe, start=START)] if recipe is not None and while_training else [],
+            compute_metrics=lambda p: metric.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
+        )
+        if trains:
+            trainer.train()
+        else:
+            batches = [trainer.data_collator(train[i : i + 32]) for i in range(0, 512, 32)]
+            shrink(model, recipe, calibration=batches, seed=job["seed"], progress=False, optimize=False)
+        if recipe is None:
+            model.save_pretrained(dense)
+        measured = trainer.evaluate()
+        trainer.save_model()
+        size = folder_bytes(Path(folder))
+    return {
+        **{key: round(measured[f"eval_{key}"], 4) for key in ("accuracy", "f1", "loss")},
+        "steps": trainer.state.global_step,
+        "weight_bytes": size,
+        **took,
+        "threads": torch.get_num_threads(),
+    }
+
+
+def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Means over the seeds that a variant and the dense model both have, and what is lost to it in points of F1."""
+    found: dict[str, Any] = {}
+    for variant in VARIANTS:
+        runs = {r["seed"]: r for r in results.values() if r["variant_name"] == variant}
+        dense = {r["seed"]: r for r in results.values() if r["variant_name"] == "dense"}
+        seeds = sorted(runs.keys() & dense.keys())
+        if seeds:
+            keys = ("accuracy", "f1", "loss", "weight_bytes", "cpu_seconds")
+            entry: dict[str, Any] = {key: round(mean(runs[s][key] for s in seeds), 4) for key in keys}
+            entry["f1_points_lost"] = round(100 * mean(dense[s]["f1"] - runs[s]["f1"] for s in seeds), 2)
+            found[variant] = {**entry, "seeds": seeds}
+    return found
+
+
+def show(summary: Mapping[str, Mapping[str, Any]]) -> None:
+    print(f"{'':16}{'seeds':>6}{'accuracy':>10}{'macro F1':>10}{'lost':>7}{'MB':>8}{'CPU s':>8}")
+    for name, entry in summary.items():
+        print(
+            f"{name:16}{len(entry['seeds']):>6}{entry['accuracy']:>10.4f}{entry['f1']:>10.4f}"
+            f"{entry['f1_points_lost']:>7.2f}{entry['weight_bytes'] / 1e6:>8.1f}{entry['cpu_seconds']:>8.0f}"
+        )
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    a = arguments(words)
+    if a.job:
+        print(json.dumps(run(json.loads(a.job))))
+        return 0
+    protocol = {"threads": a.threads, "group": GROUP, "start": START}
+    try:
+        store = Store(a.output, protocol)
+        waiting = [name for name in names(a.seeds, a.only) if name not in store.results]
+    except (OtherProtocol, ValueError) as error:
+        print(f"training_qat.py: {error}", file=sys.stderr)
+        return 2
+    for number, name in enumerate(waiting, 1):
+        print(f"{number}/{len(waiting)} {name} ...", file=sys.stderr, flush=True)
+        variant, seed = name.split(":")
+        job = {"variant_name": variant, "seed": int(seed), "threads": a.threads}
+        described = about()
+        measured = run_fresh([sys.executable, str(Path(__file__).resolve()), "--job", json.dumps(job)], a.threads)
+        store.add({"variant": name, **job, "recipe": VARIANTS[variant][0], **measured, "about": described})
+        store.write(summarise(store.results))
+    show(summarise(store.results))
+    print(a.output)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,65 @@
+"""`trainer.push_to_hub()` after `ShrinkCallback`: whose card goes up."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from hub.server import Server
+from huggingface_hub import ModelCard
+from tiny import tiny_llama
+from training.trained import language, trainer, width
+
+from hf_shrink import ShrinkCallback
+from hf_shrink.training.card import joined
+
+
+def trained(folder: Path, callbacks: list[Any], attach: ShrinkCallback | None = None) -> Any:
+    run = trainer(tiny_llama(num_hidden_layers=2), language, folder, callbacks, hub_model_id="me/trained")
+    if attach is not None:
+        attach.attach(run)
+    run.train()
+    return run
+
+
+def test_an_attached_trainer_keeps_our_sections_and_metadata(hub: Server, tmp_path: Path) -> None:
+    run = trained(tmp_path / "out", [], ShrinkCallback(width()))
+    for _ in range(2):  # the second card is no longer than the first
+        run.push_to_hub(tags=["mine"])
+        card = ModelCard(hub.hub.repositories["me/trained"].files()["README.md"].decode())
+        assert {"hf_shrink", "pruned", "mine"} <= set(card.data.tags)
+        for section in ("## Training procedure", "## How it was made smaller", "## How to load it", "## Limits"):
+            assert card.text.count(f"\n{section}\n") == 1
+        assert '"me/trained"' in card.text
+    assert {"model.safetensors", "shrink.json"} <= hub.hub.repositories["me/trained"].files().keys()
+
+
+def test_without_attach_one_line_says_what_to_call(
+    hub: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path / "out", [ShrinkCallback(width())]).push_to_hub()
+    assert caplog.text.count("ShrinkCallback.attach(trainer)") == 1
+    assert "made smaller" not in ModelCard(hub.hub.repositories["me/trained"].files()["README.md"].decode()).text
+
+
+def test_joined_cards_have_the_results_and_tags_of_both() -> None:
+    def card(name: str, tag: str, metric: float, **more: str) -> str:
+        results = [{"task": {"type": "text"}, "metrics": [{"type": "loss", "value": metric}]}]
+        data = {"tags": [tag], "model-index": [{"name": name, "results": results}], **more}
+        return f"---\n{yaml.safe_dump(data)}---\n\n# {name}\n\nWords of {name}.\n"
+
+    theirs, ours = (
+        card("theirs", "trainer", 1.0, license="mit"),
+        card("ours", "small", 2.0, base_model_relation="merge"),
+    )
+    text = joined(theirs, ours)
+    data = yaml.safe_load(text.split("---\n")[1])
+    assert data["tags"] == ["small", "trainer"]
+    (index,) = data["model-index"]
+    assert index["name"] == "theirs"
+    assert [result["metrics"][0]["value"] for result in index["results"]] == [1.0, 2.0]
+    assert (data["license"], data["base_model_relation"]) == ("mit", "merge")
+    assert text.endswith("Words of theirs.\n\n## How it was made smaller\n\nWords of ours.\n")
+    assert joined(theirs, text) == text

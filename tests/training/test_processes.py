@@ -1,0 +1,60 @@
+"""Two processes on the CPU (gloo): DDP gives every process the same model, FSDP writes a cut copy."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tiny import tiny_llama
+from training.trained import language, outputs, trainer, width
+
+from hf_shrink import ShrinkCallback
+
+CHILD = Path(__file__).with_name("process_child.py")
+
+
+def run(kind: str, folder: Path, processes: int) -> None:
+    """`process_child.py` under torch's environment variables, once a process."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    paths = os.pathsep.join([str(CHILD.parents[2]), str(CHILD.parents[1])])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes), "PYTHONPATH": paths}
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(CHILD), kind, str(folder)],
+            env={**os.environ, **shared, "RANK": str(rank), "LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(processes)
+    ]
+    said = [child.communicate(timeout=300)[1] for child in children]
+    assert all(child.returncode == 0 for child in children), said[0][-3000:]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    """One process with all of the rows in a batch."""
+    model = tiny_llama(num_hidden_layers=2)
+    trainer(model, language, tmp_path_factory.mktemp("alone"), [ShrinkCallback(width())]).train()
+    return outputs(model, language)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2"])
+def test_two_processes_are_one(kind: str, alone: dict[str, torch.Tensor], tmp_path: Path) -> None:
+    run(kind, tmp_path, 2)
+    masks = [load_file(tmp_path / f"state-{rank}.safetensors") for rank in range(2)]
+    assert all(torch.equal(masks[0][name], masks[1][name]) for name in masks[0])
+    loaded = type(tiny_llama()).from_pretrained(tmp_path / "saved")
+    assert sum(p.numel() for p in loaded.parameters()) < sum(
+        p.numel() for p in tiny_llama(num_hidden_layers=2).parameters()
+    )
+    torch.testing.assert_close(outputs(loaded, language)["logits"], alone["logits"], rtol=2e-3, atol=2e-3)
