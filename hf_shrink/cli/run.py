@@ -57,7 +57,10 @@ def command(options: argparse.Namespace) -> None:
     destination = None
     if options.push_to_hub:
         destination = check_destination(Destination(options.push_to_hub, options.private or None), RECORD_NAME)
-    recover = recovering() if options.recover is not None else None  # what is missing is found before the work begins
+    recover = None
+    if options.recover is not None:
+        recover = recovering()
+        _check_recovery(recipe, options.recover)
     report = shrink_checkpoint(
         options.source,
         options.output,
@@ -81,6 +84,22 @@ def command(options: argparse.Namespace) -> None:
         for name in ("dense", "compressed"):
             print(f"{name + ':':<12}{one_line(report.completions[name])}")
     print(f"\n{Path(options.output).resolve()}")
+    if destination is not None:
+        _push(options.output, destination, options.quiet)
+
+
+def _check_recovery(recipe: Any, minutes: float) -> None:
+    """Raises RecipeError for what would be found after the work otherwise."""
+    from hf_shrink.errors import RecipeError
+    from hf_shrink.plan import Plan
+    from hf_shrink.training.recovery import Recovery
+
+    Recovery(minutes=minutes)
+    if (recipe.vocabulary if isinstance(recipe, Plan) else recipe.prune("vocabulary")) is not None:
+        raise RecipeError(
+            "a model whose tokens are cut does not predict the dense model's tokens, so it cannot be recovered; "
+            "recover it first and prune its vocabulary in a second run"
+        )
 
 
 def _recovered(recover: Any, options: argparse.Namespace) -> Any:
@@ -98,8 +117,6 @@ def _recovered(recover: Any, options: argparse.Namespace) -> Any:
         minutes=options.recover,
     )
     return read_record(Path(options.output) / RECORD_NAME).report
-    if destination is not None:
-        _push(options.output, destination, options.quiet)
 
 
 def _push(output: str, destination: Destination, quiet: bool) -> None:

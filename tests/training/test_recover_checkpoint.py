@@ -83,3 +83,23 @@ def test_scales_of_a_folder_without_a_record(folders: Path, tmp_path: Path) -> N
     found = recover_checkpoint(plain, tmp_path / "out", baseline=folders / "dense", progress=False, **options)
     assert found.adopted and "(scales, 20 steps" in found.note
     assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "shrink.json").exists()
+
+
+def test_run_refuses_a_recovery_that_cannot_work_before_it_begins(folders: Path, tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "tokens.yaml"
+    recipe.write_text("steps:\n  - prune: {what: vocabulary, method: seen}\n")
+    run = ["run", str(folders / "dense"), "--output", str(tmp_path / "out"), "--quiet"]
+    assert main([*run, "--recipe", str(recipe), "--recover", "1"]) == 2
+    assert "cannot be recovered" in capsys.readouterr().err
+    assert main([*run, "--recover", "-1"]) == 2
+    assert "minutes must be above 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_command_shrinks_and_recovers(folders: Path, tmp_path: Path, capsys) -> None:
+    run = ["run", str(folders / "dense"), "--output", str(tmp_path / "out"), "--quiet", "--effort", "fast"]
+    few = ["--set=evaluation.samples=4", "--set=evaluation.length=24", "--calibration", str(folders / "book.txt")]
+    assert main([*run, *few, "--recover", "0.02"]) == 0
+    assert "recovery (scales" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "shrink.json").read_text())
+    assert record["source"] == str(folders / "dense") and record["report"]["seconds"]["recover"] > 0
