@@ -42,7 +42,7 @@ def add(commands: Commands) -> None:
     )
     add_private(parser)
     parser.add_argument("--log-file", metavar="FILE", help="write progress there, a line now and then, not to stderr")
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, shared=True)
 
 
 def command(options: argparse.Namespace) -> None:
@@ -50,17 +50,19 @@ def command(options: argparse.Namespace) -> None:
     from hf_shrink.hub import Destination, check_destination
     from hf_shrink.pipeline import shrink_checkpoint
     from hf_shrink.reporting import print_table
+    from hf_shrink.sharding import ranks
 
     if options.log_file:
         check_folder(options.log_file)
     recipe = recipe_of(options)
     destination = None
     if options.push_to_hub:
-        destination = check_destination(Destination(options.push_to_hub, options.private or None), RECORD_NAME)
+        wanted = Destination(options.push_to_hub, options.private or None)
+        destination = ranks().on_first(lambda: check_destination(wanted, RECORD_NAME))
     recover = None
     if options.recover is not None:
         recover = recovering()
-        _check_recovery(recipe, options.recover)
+        _check_recovery(recipe, options.recover, ranks().size)
     report = shrink_checkpoint(
         options.source,
         options.output,
@@ -72,6 +74,8 @@ def command(options: argparse.Namespace) -> None:
         max_memory=options.max_memory,
         progress=options.log_file or not options.quiet,
     )
+    if not ranks().first:
+        return
     if recover is not None:
         report = _recovered(recover, options)
     print_table(report, title=f"{options.source} -> {options.output}")
@@ -79,22 +83,24 @@ def command(options: argparse.Namespace) -> None:
         print(f"note: {note}")
     for reason in report.not_portable_because:
         print(f"not portable: {reason} (load it after `import hf_shrink`)")
-    if report.completions:
-        print(f"\nprompt:     {report.completions['prompt']}")
-        for name in ("dense", "compressed"):
-            print(f"{name + ':':<12}{one_line(report.completions[name])}")
+    for texts in report.completions[:1]:
+        print()
+        for name in ("prompt", "dense", "compressed"):
+            print(f"{name + ':':<12}{one_line(texts[name])}")
     print(f"\n{Path(options.output).resolve()}")
     if destination is not None:
         _push(options.output, destination, options.quiet)
 
 
-def _check_recovery(recipe: Any, minutes: float) -> None:
+def _check_recovery(recipe: Any, minutes: float, processes: int) -> None:
     """Raises RecipeError for what would be found after the work otherwise."""
     from hf_shrink.errors import RecipeError
     from hf_shrink.plan import Plan
     from hf_shrink.training.recovery import Recovery
 
     Recovery(minutes=minutes)
+    if processes > 1:
+        raise RecipeError("--recover trains in one process; run hf-shrink recover on the result of this one")
     if (recipe.vocabulary if isinstance(recipe, Plan) else recipe.prune("vocabulary")) is not None:
         raise RecipeError(
             "a model whose tokens are cut does not predict the dense model's tokens, so it cannot be recovered; "
