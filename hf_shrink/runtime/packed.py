@@ -45,6 +45,7 @@ class PackedModule(nn.Module):
         sparse: the weight was pruned before it was packed in this process: training it keeps its zeros.
         kernel: what holds and multiplies the weight; None while the buffers above do.
         kernel_note: the kernel's name, or why there is none.
+        optimized: a kernel was asked for (`optimize`), whether or not there is one: so it is again on another device.
         sharing: all modules that hold this weight, the one that is saved first (`share`); empty where it is alone.
         kept_dense: a dense copy of the weight, while many products in a row are made with it (`unpacked.py`).
     """
@@ -65,6 +66,7 @@ class PackedModule(nn.Module):
         self.sparse = False
         self.kernel: Kernel | None = None
         self.kernel_note = "not optimized"
+        self.optimized = False
         self.sharing: tuple[PackedModule, ...] = ()
         self.kept_dense: Tensor | None = None
         self._rows, self._columns = rows, columns
@@ -140,6 +142,7 @@ class PackedModule(nn.Module):
 
     def restore(self) -> None:
         """Hold the weight as a checkpoint does again. Does nothing where it is held so."""
+        self.optimized = False
         if self.kernel is not None:
             self._restore()
             self._pass_on()
@@ -233,7 +236,11 @@ class PackedModule(nn.Module):
 
     def _apply_alone(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
         if self.kernel is None:
-            return self._apply_to_buffers(fn, recurse)
+            before = self.device
+            result = self._apply_to_buffers(fn, recurse)
+            if self.optimized and self.device != before:
+                self.optimize()
+            return result
         kernel = self.kernel
         moved = fn(torch.empty(0, dtype=kernel.scale_dtype, device=self.device))
         if moved.dtype == kernel.scale_dtype and moved.device == self.device:
