@@ -20,7 +20,9 @@ class ShrinkReport:
         notes: what the user should know: resolved group sizes, grown damping, excluded choices.
         block_errors: relative squared output error by block path, compressed against dense function.
         evaluation: {"data", "dense": {metric: value}, "compressed": {metric: value}} when it was run.
-        completions: {"prompt", "dense", "compressed"} when made.
+        completions: {"prompt", "dense", "compressed"} each, when made.
+        layout: what the dense model's blocks are made of (`reporting.layout.BlockLayout` each), to show the plan by.
+        machine: what made it: processor, cores, memory, threads, device.
     """
 
     seed: int = 0
@@ -35,7 +37,9 @@ class ShrinkReport:
     notes: list[str] = field(default_factory=list)
     block_errors: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
-    completions: dict[str, str] = field(default_factory=dict)
+    completions: list[dict[str, str]] = field(default_factory=list)
+    layout: list[dict[str, Any]] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def compression(self) -> float:

@@ -1,4 +1,4 @@
-"""Where the YAML recipes that ship with the package are."""
+"""What ships with the package: where the YAML recipes are, and which metrics there are."""
 
 from __future__ import annotations
 
@@ -23,3 +23,8 @@ def recipes_folder(kind: str) -> Path:
         f"the built-in {kind} recipes are missing (looked in {', '.join(map(str, candidates))}); "
         "install hf_shrink again, or give the path of a recipe file"
     )
+
+
+def metric_names() -> tuple[str, ...]:
+    """The metrics, sorted: one a file."""
+    return tuple(sorted(path.stem for path in (_PACKAGE / "evaluation" / "metrics").glob("[!_]*.py")))

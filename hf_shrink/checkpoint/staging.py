@@ -16,7 +16,7 @@ from huggingface_hub import get_token
 from hf_shrink.checkpoint.record import CARD_NAME, RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.shards import find_shards, read_json
 from hf_shrink.errors import CheckpointError, HubError
-from hf_shrink.reporting.card import is_hub_id
+from hf_shrink.reporting.reproduce import is_hub_id
 
 # What training leaves beside a model, and what is pickled: `training_args.bin` holds the Trainer's token.
 LEFT_BEHIND = (".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.lock", "*.partial", "checkpoint-*", "runs", "__pycache__")

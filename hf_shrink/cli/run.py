@@ -66,10 +66,10 @@ def command(options: argparse.Namespace) -> None:
         print(f"note: {note}")
     for reason in report.not_portable_because:
         print(f"not portable: {reason} (load it after `import hf_shrink`)")
-    if report.completions:
-        print(f"\nprompt:     {report.completions['prompt']}")
-        for name in ("dense", "compressed"):
-            print(f"{name + ':':<12}{one_line(report.completions[name])}")
+    for texts in report.completions[:1]:
+        print()
+        for name in ("prompt", "dense", "compressed"):
+            print(f"{name + ':':<12}{one_line(texts[name])}")
     print(f"\n{Path(options.output).resolve()}")
     if destination is not None:
         _push(options.output, destination, options.quiet)

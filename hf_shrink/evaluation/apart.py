@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_shrink.calibration.inputs import longest_text
-from hf_shrink.calibration.targets import Batch, Hidden, Logits
+from hf_shrink.calibration.targets import Batch, Hidden, Kind, Logits
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.divergence import Totals
-from hf_shrink.evaluation.scored import Task, forward, length_of
+from hf_shrink.evaluation.scored import Prepared, forward, length_of
 from hf_shrink.progress import ProgressCallback
 
 TEXT = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
@@ -21,10 +21,11 @@ Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | Non
 
 def add_apart(
     totals: Totals,
-    task: Task,
+    prepared: Prepared,
     batches: Sequence[Batch],
     models: tuple[Any, Any],
     tokenizers: Tokenizers,
+    scored: Callable[[Batch, Logits], None],
     progress: ProgressCallback | None,
 ) -> int:
     """Add both models' likelihoods of the same texts to `totals`, a row at a time; returns the longest row's length.
@@ -36,6 +37,7 @@ def add_apart(
     Args:
         batches: in the baseline's tokens.
         models, tokenizers: the model and its baseline.
+        scored: called with each row and what the model puts out for it.
 
     Raises:
         CalibrationError: a tokenizer is missing, or a batch holds more than text.
@@ -46,18 +48,21 @@ def add_apart(
         raise CalibrationError("models with different vocabularies are compared by the text: pass both tokenizers")
     limit = min((n for m in models if (n := longest_text(m)) is not None), default=None)
     context = 0
-    tasks = task, Task.of(task.kind, baseline, dense)
+    kind, both = prepared.kind, (prepared, Prepared.of(prepared.kind, baseline, dense))
     for done, batch in enumerate(batches, 1):
         for row in _rows(batch):
-            pair = [next(t.prepared([b])) for t, b in zip(tasks, _same_text(row, own, dense, limit), strict=True)]
+            pair = [next(p.of_all([b])) for p, b in zip(both, _same_text(row, own, dense, limit), strict=True)]
             context = max(context, length_of(pair[0]))
-            _add(totals, task, forward(task.kind, pair[0], model), forward(task.kind, pair[1], baseline))
+            outputs = forward(kind, pair[0], model)
+            _add(totals, kind, outputs, forward(kind, pair[1], baseline))
+            if isinstance(outputs, Logits):
+                scored(pair[0], outputs)
         if progress is not None:
             progress("evaluate", done, len(batches))
     return context
 
 
-def _add(totals: Totals, task: Task, own: Logits | Hidden, dense: Logits | Hidden) -> None:
+def _add(totals: Totals, kind: Kind, own: Logits | Hidden, dense: Logits | Hidden) -> None:
     if isinstance(own, Hidden) or isinstance(dense, Hidden):
         if isinstance(own, Hidden) and isinstance(dense, Hidden) and own.states.shape == dense.states.shape:
             totals.add_hidden(own, dense)
@@ -65,7 +70,7 @@ def _add(totals: Totals, task: Task, own: Logits | Hidden, dense: Logits | Hidde
     beside = Totals()
     totals.add_logits(own, None)
     beside.add_logits(dense, None)
-    share = totals.predicted[-1] / beside.predicted[0] if task.kind == "masked" and beside.predicted[0] else 1.0
+    share = totals.predicted[-1] / beside.predicted[0] if kind == "masked" and beside.predicted[0] else 1.0
     totals.baseline_nll += [beside.nll[0] * share]
 
 

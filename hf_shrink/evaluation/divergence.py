@@ -21,6 +21,8 @@ class Totals:
     Attributes:
         predicted: how many tokens `nll` and `baseline_nll` (nats) run over.
         compared: how many positions `divergence` (nats), `agreeing` or `cosine` run over.
+        labels: the right class of each sequence, where the data has one.
+        choices, baseline_choices: the classes that the models choose for them.
     """
 
     predicted: list[int] = field(default_factory=list)
@@ -30,6 +32,9 @@ class Totals:
     divergence: list[float] = field(default_factory=list)
     agreeing: list[float] = field(default_factory=list)
     cosine: list[float] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    choices: list[int] = field(default_factory=list)
+    baseline_choices: list[int] = field(default_factory=list)
 
     def add_logits(self, model: Logits, baseline: Logits | None) -> None:
         """Add a batch. `baseline`'s classes may differ in number: then only its likelihoods are taken.
@@ -64,6 +69,22 @@ class Totals:
             self.compared += model.positions.sum(1).tolist()
             self.divergence += sums[2].tolist()
             self.agreeing += sums[3].tolist()
+
+    def add_classes(self, model: Logits, baseline: Logits | None, labels: torch.Tensor) -> None:
+        """Add the classes chosen for a batch of sequences with one label each, (rows,).
+
+        Raises CalibrationError for labels outside the output classes.
+        """
+        classes = model.logits.shape[-1]
+        if int(labels.min()) < 0 or int(labels.max()) >= classes:
+            raise CalibrationError(
+                f"the data has labels from {int(labels.min())} to {int(labels.max())}, but the model puts out "
+                f"{classes} classes"
+            )
+        self.labels += labels.tolist()
+        self.choices += model.logits[:, 0].argmax(-1).tolist()
+        if baseline is not None:
+            self.baseline_choices += baseline.logits[:, 0].argmax(-1).tolist()
 
     def add_hidden(self, model: Hidden, baseline: Hidden) -> None:
         """Add a batch of hidden states, compared by their cosine in float32."""

@@ -1,42 +1,36 @@
-"""One pass over held-out data with the dense and the compressed model side by side."""
+"""A model, and how far it is from its dense form, on held-out data or on rows with right answers."""
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hf_shrink.calibration.data import CalibrationData, calibration_batches
-from hf_shrink.calibration.inputs import tokenizer_of
-from hf_shrink.calibration.targets import (
-    Batch,
-    Hidden,
-    Kind,
-    Logits,
-    cut_by_rows,
-    kind_of,
-    without_placeholders,
-)
-from hf_shrink.errors import CalibrationError, RecipeError
-from hf_shrink.evaluation.apart import add_apart
+from hf_shrink.calibration.data import CalibrationData, calibration_batches, is_data_set
+from hf_shrink.calibration.recipes import recipe_names as data_names
+from hf_shrink.calibration.targets import Batch, kind_of, without_placeholders
+from hf_shrink.errors import CalibrationError
+from hf_shrink.evaluation.asking import ask, fitting_task
+from hf_shrink.evaluation.batches import Pass, Subjects, pass_over
 from hf_shrink.evaluation.bootstrap import ratio_interval
-from hf_shrink.evaluation.divergence import Totals
-from hf_shrink.evaluation.metrics import NAMES, load_metric
-from hf_shrink.evaluation.recipes import evaluation_spec
-from hf_shrink.evaluation.scored import Task, device_of, forward, length_of
+from hf_shrink.evaluation.dense_copies import dense_copies
+from hf_shrink.evaluation.figures import opened_metrics
+from hf_shrink.evaluation.insights import add_insights
+from hf_shrink.evaluation.metrics import check_names
+from hf_shrink.evaluation.observed import Observed
+from hf_shrink.evaluation.recipes import TaskRecipe, evaluation_spec, recipe_names
+from hf_shrink.evaluation.rows import ROW_FILES, Table, table_of
+from hf_shrink.evaluation.tasks import TASKS, Row, Subject, Task
+from hf_shrink.evaluation.windows import sliding
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import METRICS, EvaluationSpec
-from hf_shrink.registry import did_you_mean
 
-# Logits of one forward pass and model, in elements: sequences go in one by one where a batch would make more.
-LOGITS = {"cpu": 2**25, "accelerator": 2**28}
-TASKS = {"causal": "text-generation", "masked": "fill-mask", "seq2seq": "text2text-generation"}
+Spec = EvaluationSpec | TaskRecipe
 
 
 def evaluate_model(
@@ -44,74 +38,72 @@ def evaluate_model(
     data: Any,
     *,
     baseline: Any = None,
-    metrics: Sequence[str] = METRICS,
+    metrics: Sequence[str] | None = None,
     tokenizer: Any = None,
     baseline_tokenizer: Any = None,
-    spec: EvaluationSpec | None = None,
+    spec: Spec | None = None,
     seed: int = 0,
     progress: ProgressCallback | None = None,
 ) -> dict[str, Any]:
-    """Measure a model, and how far it is from its dense `baseline`, on held-out data.
+    """Measure a model, and how far it is from its dense `baseline`, on held-out data or on rows with right answers.
 
-    Causal models predict each window's next tokens (the first of a window is not predicted, windows are independent);
-    encoder-decoders the decoder's; masked models 15% of the tokens, masked with a fixed seed, which makes perplexity
-    a pseudo-perplexity. Models with class logits are compared on those; models without any logits by the cosine of
-    their last hidden states. Padding and labels of -100 never count. Logits are not kept beyond a few sequences;
-    log-softmax is float32 and sums are float64.
+    On text, causal models predict each window's next tokens (the first of a window is not predicted; windows are
+    independent, or overlap where the spec has a stride); encoder-decoders the decoder's; masked models 15% of the
+    tokens, masked with a fixed seed, which makes perplexity a pseudo-perplexity. Models with class logits are compared
+    on those; models without any logits by the cosine of their last hidden states. Padding and labels of -100 never
+    count. Logits are not kept beyond a few sequences; log-softmax is float32 and sums are float64.
+
+    On rows, each model answers alone: classes, tags, stretches of text, choices, written text, transcripts, embeddings
+    (`evaluation/tasks/`).
 
     Args:
         model: the compressed model.
-        data: a CalibrationData; a list of dicts of tensors; what `evaluation_spec` reads: a built-in name such as
-            "self", or the path of a .txt, .jsonl or .parquet file; or a list of texts or a `datasets.Dataset`.
-        baseline: the dense model; without one there is only perplexity.
-        metrics: of "perplexity", "kl_divergence", "top1_agreement" and "cosine".
-        tokenizer: needed for text, and for the mask token of a masked language model.
+        data: a CalibrationData; a list of dicts of tensors (with "labels" of classes, and "group" as a list, where
+            there are any); what `evaluation_spec` reads: a recipe's or data set's name, or the path of a .txt, .jsonl,
+            .parquet or .csv file; a list of texts or a `datasets.Dataset`; or a list of dicts as rows. Rows whose
+            columns are those of a task that the model was made for are asked; others are text.
+        baseline: the dense model; without one there is nothing that compares.
+        metrics: of `metrics.NAMES`; None: the spec's; else all that a task or labels allow, or `METRICS` on text.
+        tokenizer: tokenizer or processor; needed for text, images and sounds, and for the mask token of a masked model.
         baseline_tokenizer: the baseline's own tokenizer, where the model's vocabulary was pruned. The data is made with
             it, and both models read the same text, each in its own tokens; figures are per token of the model's.
-        spec: samples, length and batch size to make batches by; None: those of the recipe that `data` names.
+        spec: samples, length and batch size to make batches by, or a task to ask the rows in `data`; None: those of the
+            recipe that `data` names.
         seed: of the data and of the bootstrap.
-        progress: called with ("evaluate", batches done, batches).
+        progress: called with ("evaluate", batches or rows done, all of them).
 
     Returns:
-        {"model": {metric: {"value", "low", "high"}}, "baseline": {...}, "tokens", "sequences", "context", "data",
-        "task", "skipped": {metric: reason}, "seconds"}, with "excess_loss" (nats: mean negative log-likelihood minus
-        the baseline's, a paired interval) where both have a perplexity. `low` and `high` are the 95% bootstrap
-        interval over sequences, None for a single one.
+        {"model": {metric: {"value", "low", "high"}}, "baseline": {...}, "tokens", "sequences", "context", "stride",
+        "data", "task", "skipped": {metric: reason}, "seconds"}, with "excess_loss" (nats: mean negative log-likelihood
+        minus the baseline's, a paired interval) where both have a perplexity, and "groups" ({metric: {"worst",
+        "by_group"}}) where the data has groups. `low` and `high` are the 95% bootstrap interval over sequences or rows,
+        None for a single one.
 
     Raises:
         CalibrationError: the data is empty, does not fit the model, or gives NaN or infinity.
         RecipeError: a metric is unknown.
     """
     started = time.perf_counter()
-    for name in metrics:
-        if name not in NAMES:
-            raise RecipeError(f"unknown metric {name!r}; {did_you_mean(name, NAMES)}")
+    check_names(metrics or ())
     own_tokens = baseline is None or baseline_tokenizer is None
-    maker = tokenizer if own_tokens else baseline_tokenizer
-    batches, description = _batches(data, spec, model, baseline, maker, seed, progress)
-    kind = kind_of(model)
-    batches = [without_placeholders(kind, batch, model) for batch in batches]
-    task = Task.of(kind, model, tokenizer)
-    totals, context = Totals(), 0
-    with _inference([m for m in (model, baseline) if m is not None]):
-        if not own_tokens:
-            tokenizers = tokenizer_of(tokenizer), tokenizer_of(baseline_tokenizer)
-            context = add_apart(totals, task, batches, (model, baseline), tokenizers, progress)
-            batches = []
-        for done, batch in enumerate(task.prepared(batches), 1):
-            context = max(context, length_of(batch))
-            for part in cut_by_rows(batch, _rows(model, kind, batch)):
-                _add(totals, kind, part, model, baseline)
-            if progress is not None:
-                progress("evaluate", done, len(batches))
-    result = _figures(totals, tuple(metrics), _reasons(totals, kind, task, model, baseline is not None), seed)
+    subjects = Subjects(model, baseline, tokenizer, None if own_tokens else baseline_tokenizer)
+    job = _Job(subjects, seed, progress)
+    with _inference(subjects.models), dense_copies(subjects.models), opened_metrics() as known:
+        measured = job.on_rows(data, spec) or job.on_batches(data, spec)
+        wanted = metrics if metrics is not None else measured.metrics
+        needed = {column for name in wanted or () for column in known.get(name).reads}
+        add_insights(measured.found.observed, needed, subjects, measured.examples)
+        result = known.figures(measured.found.observed, wanted, seed)
+    observed = measured.found.observed
     return {
         **result,
-        "tokens": sum(totals.predicted) or sum(totals.compared),
-        "sequences": len(totals.predicted) or len(totals.compared),
-        "context": context,
-        "data": description,
-        "task": TASKS.get(kind) or ("feature-extraction" if totals.cosine else "classification"),
+        **_excess_loss(observed, "perplexity" in result["baseline"], seed),
+        "tokens": sum(observed.data.get("predicted", ())) or sum(observed.data.get("compared", ())),
+        "sequences": measured.rows or len(observed.data.get("predicted", observed.data.get("compared", ()))),
+        "context": measured.found.context,
+        "stride": measured.stride,
+        "data": measured.description,
+        "task": measured.found.task,
         "seconds": time.perf_counter() - started,
     }
 
@@ -125,62 +117,129 @@ def for_report(result: Mapping[str, Any], speed: Mapping[str, Any] | None = None
     return report
 
 
-def _batches(
-    data: Any,
-    spec: EvaluationSpec | None,
-    model: Any,
-    baseline: Any,
-    tokenizer: Any,
-    seed: int,
-    progress: ProgressCallback | None,
-) -> tuple[list[Batch], str]:
-    """The batches as dicts of tensors, and what they are in words."""
-    if isinstance(data, list | tuple) and all(isinstance(item, Mapping) for item in data):
-        data = CalibrationData([dict(batch) for batch in data], "given batches")
-    if not isinstance(data, CalibrationData):
-        source = None
+@dataclass(frozen=True)
+class _Measured:
+    """What came of the data: which metrics it asks for (None: all that it allows), and examples of its inputs."""
+
+    found: Pass
+    metrics: Sequence[str] | None
+    description: str
+    examples: list[Batch]
+    rows: int = 0
+    stride: int | None = None
+
+
+@dataclass(frozen=True)
+class _Job:
+    subjects: Subjects
+    seed: int
+    progress: ProgressCallback | None
+
+    def on_rows(self, data: Any, spec: Spec | None) -> _Measured | None:
+        """Ask rows with right answers; None where the data is something else."""
+        asked = self._rows(data, spec)
+        if asked is None:
+            return None
+        recipe, task, table = asked
+        rows: list[Row] = table.of_task(task, recipe.columns, recipe.samples, self.subjects.model)
+        found = ask(task, rows, self.subjects, recipe, self.progress)
+        subject = Subject(self.subjects.model, self.subjects.processing, recipe.length)
+        return _Measured(found, recipe.metrics, table.description, task.batches(subject, rows), len(rows))
+
+    def on_batches(self, data: Any, spec: Spec | None) -> _Measured:
+        """Run over model inputs, made of text or media where they are not given."""
+        if isinstance(spec, TaskRecipe):
+            raise CalibrationError(f"the task {spec.task} is about rows with right answers, and the data has none")
+        made, spec = self._made(data, spec)
+        groups = [one for batch in made.batches for one in _groups(batch)]
+        batches = [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in made.batches]
+        if not batches or not all(batches):
+            raise CalibrationError("the evaluation data has no batches of tensors; give at least one sequence")
+        kind = kind_of(self.subjects.model)
+        batches = [without_placeholders(kind, batch, self.subjects.model) for batch in batches]
+        found = pass_over(self.subjects, kind, batches, self.progress)
+        found.observed.groups = groups
+        metrics = METRICS if spec is None else spec.metrics
+        if spec is None and "reference" in found.observed.data:
+            return _Measured(found, None, made.description, batches)
+        return _Measured(found, metrics, made.description, batches, stride=None if spec is None else spec.stride)
+
+    def _rows(self, data: Any, spec: Spec | None) -> tuple[TaskRecipe, Task, Table] | None:
         if isinstance(data, EvaluationSpec):
-            spec = data
-        elif isinstance(data, str | Path):
-            spec = evaluation_spec(data) if spec is None else replace(spec, data=str(data))
-        else:
-            source = data
-        # Text that a model writes itself is written by the dense one: it is the function to keep.
-        author = baseline if baseline is not None else model
-        data = calibration_batches(
-            spec or EvaluationSpec(),
-            source=source,
-            model=author,
-            tokenizer=tokenizer,
-            seed=seed,
-            purpose="evaluation",
-            progress=progress,
-        )
-    made = [{key: value for key, value in batch.items() if isinstance(value, torch.Tensor)} for batch in data.batches]
-    if not made or not all(made):
-        raise CalibrationError("the evaluation data has no batches of tensors; give at least one sequence")
-    return made, data.description
+            data, spec = data.data, data
+        if isinstance(data, str | Path) and spec is None:
+            named = evaluation_spec(data)
+            data, spec = (None, named) if isinstance(named, TaskRecipe) else (data, None)
+        if isinstance(data, TaskRecipe):
+            data, spec = None, data
+        if isinstance(spec, TaskRecipe):
+            return spec, TASKS.build(spec.task, spec.options), table_of(data, spec, self.seed)
+        if not _may_be_rows(data):
+            return None
+        recipe = TaskRecipe("rows", "", samples=None)
+        table = table_of(data, recipe, self.seed)
+        fitting = fitting_task(self.subjects.model, table.columns)
+        if fitting is None:
+            return None
+        recipe = replace(recipe, task=fitting[0])
+        if spec is not None:
+            recipe = replace(recipe, samples=spec.samples, length=spec.length, batch_size=spec.batch_size)
+        return recipe, fitting[1], table
+
+    def _made(self, data: Any, spec: EvaluationSpec | None) -> tuple[CalibrationData, EvaluationSpec | None]:
+        """Batches and what they are in words, and the spec that asked for them."""
+        if isinstance(data, list | tuple) and all(isinstance(item, Mapping) for item in data):
+            data = CalibrationData([dict(batch) for batch in data], "given batches", {"source": "given"})
+        subjects, reader = self.subjects, self.subjects.baseline_processing or self.subjects.processing
+        if not isinstance(data, CalibrationData):
+            source = None
+            if isinstance(data, EvaluationSpec):
+                spec = data
+            elif isinstance(data, str | Path):
+                named = evaluation_spec(data) if spec is None else replace(spec, data=str(data))
+                assert isinstance(named, EvaluationSpec)  # the other kind is about rows
+                spec = named
+            else:
+                source = data
+            # Text that a model writes itself is written by the dense one: it is the function to keep.
+            data = calibration_batches(
+                spec or EvaluationSpec(),
+                source=source,
+                model=subjects.models[-1],
+                tokenizer=reader,
+                seed=self.seed,
+                purpose="evaluation",
+                progress=self.progress,
+            )
+        if spec is not None and spec.stride is not None:
+            if kind_of(subjects.model) != "causal":
+                raise CalibrationError(f"{type(subjects.model).__name__} does not read on: leave the stride out")
+            data = sliding(data, reader, spec.stride, spec.batch_size)
+        return data, spec
 
 
-def _add(totals: Totals, kind: Kind, batch: Batch, model: Any, baseline: Any) -> None:
-    own = forward(kind, batch, model)
-    dense = None if baseline is None else forward(kind, batch, baseline)
-    if isinstance(own, Logits):
-        totals.add_logits(own, dense if isinstance(dense, Logits) else None)
-    elif isinstance(dense, Hidden):
-        totals.add_hidden(own, dense)
+def _may_be_rows(data: Any) -> bool:
+    """Whether it could be rows with right answers: raw rows of a data set, of a file or given ones."""
+    if isinstance(data, str | Path):
+        folder = Path(data).is_dir() and str(data) not in (*recipe_names(), *data_names())
+        return Path(data).suffix in ROW_FILES or folder
+    if isinstance(data, list | tuple):
+        first = data[0] if data else None
+        return isinstance(first, Mapping) and not any(isinstance(value, torch.Tensor) for value in first.values())
+    return is_data_set(data) and not isinstance(data, dict)
 
 
-def _rows(model: Any, kind: Kind, batch: Batch) -> int:
-    """How many sequences go through at once, so that their logits fit `LOGITS`."""
-    config: Any = getattr(model, "config", None)
-    text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
-    vocabulary: int | None = getattr(text, "vocab_size", None)
-    if kind == "other" or vocabulary is None:
-        return len(next(iter(batch.values())))
-    target = batch.get("decoder_input_ids", batch.get("labels", batch.get("input_ids")))
-    length = target.shape[1] if target is not None and target.dim() == 2 else 1
-    return max(1, LOGITS["cpu" if device_of(model).type == "cpu" else "accelerator"] // (length * vocabulary))
+def _groups(batch: Mapping[str, Any]) -> list[Any]:
+    groups = batch.get("group", ())
+    return groups.tolist() if isinstance(groups, torch.Tensor) else list(groups)
+
+
+def _excess_loss(observed: Observed, both: bool, seed: int) -> dict[str, Any]:
+    if not both:
+        return {}
+    extra = [own - dense for own, dense in zip(observed.model["nll"], observed.baseline["nll"], strict=True)]
+    value, low, high = ratio_interval(extra, observed.data["predicted"], seed)
+    return {"excess_loss": {"value": value, "low": low, "high": high}}
 
 
 @contextmanager
@@ -196,55 +255,3 @@ def _inference(models: Sequence[torch.nn.Module]) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
-
-
-def _reasons(totals: Totals, kind: Kind, task: Task, model: Any, compared: bool) -> dict[str, str]:
-    """Why a metric cannot be given, by metric."""
-    name = type(model).__name__
-    reasons: dict[str, str] = {}
-    if not sum(totals.predicted):
-        reasons["perplexity"] = f"{name} predicts no tokens"
-        if kind == "masked" and task.mask_id is None:
-            reasons["perplexity"] = "a masked model needs its tokenizer's mask token; pass tokenizer="
-    if not totals.divergence:
-        reason = "needs the dense model as baseline"
-        if compared:
-            reason = f"{name} puts out hidden states and no distribution; cosine is given instead"
-            if not totals.cosine:
-                reason = "the two models put out different numbers of classes"
-        reasons["kl_divergence"] = reasons["top1_agreement"] = reason
-    if not totals.cosine:
-        reasons["cosine"] = f"{name} has logits, which say more" if compared else "needs the dense model as baseline"
-    return reasons
-
-
-def _figures(totals: Totals, wanted: tuple[str, ...], reasons: Mapping[str, str], seed: int) -> dict[str, Any]:
-    """The metrics that `wanted` names and the totals allow, by model."""
-    if totals.cosine and "cosine" not in wanted and {"kl_divergence", "top1_agreement"} & set(wanted):
-        wanted = (*wanted, "cosine")
-    inputs = {
-        "perplexity": (totals.nll, totals.predicted),
-        "kl_divergence": (totals.divergence, totals.compared),
-        "top1_agreement": (totals.agreeing, totals.compared),
-        "cosine": (totals.cosine, totals.compared),
-    }
-    figures: dict[str, Any] = {"model": {}, "baseline": {}, "skipped": {}}
-    with tempfile.TemporaryDirectory(prefix="hf_shrink_metrics_") as cache:
-        for name in wanted:
-            if name in reasons:
-                figures["skipped"][name] = reasons[name]
-                continue
-            figures["model"][name] = _compute(name, *inputs[name], seed, cache)
-            if name == "perplexity" and totals.baseline_nll:
-                figures["baseline"][name] = _compute(name, totals.baseline_nll, totals.predicted, seed, cache)
-    if "perplexity" in figures["baseline"]:
-        extra = [own - dense for own, dense in zip(totals.nll, totals.baseline_nll, strict=True)]
-        figures["excess_loss"] = dict(
-            zip(("value", "low", "high"), ratio_interval(extra, totals.predicted, seed), strict=True)
-        )
-    return figures
-
-
-def _compute(name: str, sums: list[float], counts: list[int], seed: int, cache: str) -> dict[str, float | None]:
-    result = load_metric(name, cache).compute(predictions=sums, references=counts, seed=seed)
-    return {"value": result[name], "low": result["low"], "high": result["high"]}

@@ -17,7 +17,7 @@ MASK_SEED = 20_240_229
 
 
 @dataclass(frozen=True)
-class Task:
+class Prepared:
     """How batches of a kind of model are made ready; `mask_id` is set for a masked model whose mask token is known."""
 
     kind: Kind
@@ -25,10 +25,10 @@ class Task:
     special: frozenset[int]
 
     @classmethod
-    def of(cls, kind: Kind, model: Any, tokenizer: Any) -> Task:
+    def of(cls, kind: Kind, model: Any, tokenizer: Any) -> Prepared:
         return cls(kind, *_mask_of(kind, model, tokenizer))
 
-    def prepared(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+    def of_all(self, batches: Iterable[Batch]) -> Iterator[Batch]:
         # The mask's seed is fixed, not the caller's: figures of different runs stay comparable.
         generator = torch.Generator().manual_seed(MASK_SEED)
         for batch in batches:
@@ -46,13 +46,14 @@ def _mask_of(kind: Kind, model: Any, tokenizer: Any) -> tuple[int | None, frozen
     return known, frozenset(() if tokenizer is None else tokenizer.all_special_ids)
 
 
-def forward(kind: Kind, batch: Batch, model: Any) -> Logits | Hidden:
+def forward(kind: Kind, batch: Batch, model: Any, **options: Any) -> Logits | Hidden:
+    """The scored part of a model's outputs; `options` go to its forward as they are."""
     device, dtype = device_of(model), next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     batch = {k: value.to(device, dtype if value.is_floating_point() else None) for k, value in batch.items()}
     inputs: dict[str, Any] = dict(model_inputs(kind, batch))
     if kind != "other" and "use_cache" in inspect.signature(model.forward).parameters:
         inputs["use_cache"] = False
-    outputs = model(**inputs)
+    outputs = model(**inputs, **options)
     if isinstance(outputs, torch.Tensor):
         outputs = {"logits": outputs}
     if not isinstance(outputs, Mapping):

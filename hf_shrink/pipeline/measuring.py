@@ -16,7 +16,13 @@ from hf_shrink.reporting.progress import Progress
 from hf_shrink.residence import residence_of
 
 SPEED_TOKENS = 16  # of the prompt and decoded, a run: enough for a figure, not for a wait
-PROMPT = "The most important thing to know about the sea is"
+# An opening, a question, a task of another kind: to look at, not to measure by.
+PROMPTS = (
+    "The most important thing to know about the sea is",
+    "Question: Why do leaves turn red in autumn?\nAnswer:",
+    "To bake a loaf of bread, follow these steps:\n1.",
+)
+NEW_TOKENS = 40  # after each
 
 
 def measure(
@@ -55,10 +61,12 @@ def measure(
     record.report.evaluation = for_report(result, speed)
     writer, dense_writer = map(tokenizer_of, processing)
     if speed is not None and dense.can_generate() and not dense.config.is_encoder_decoder and writer is not None:
-        show("comparing completions", 0, 2)
-        record.report.completions = {
-            "prompt": PROMPT,
-            "dense": greedy_completion(dense, dense_writer, PROMPT),
-            "compressed": greedy_completion(model, writer, PROMPT),
-        }
-        show("comparing completions", 2, 2)
+        for done, prompt in enumerate(PROMPTS):
+            show("comparing completions", done, len(PROMPTS))
+            texts = {
+                "prompt": prompt,
+                "dense": greedy_completion(dense, dense_writer, prompt, new=NEW_TOKENS),
+                "compressed": greedy_completion(model, writer, prompt, new=NEW_TOKENS),
+            }
+            record.report.completions.append(texts)
+        show("comparing completions", len(PROMPTS), len(PROMPTS))

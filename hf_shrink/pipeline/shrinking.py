@@ -24,6 +24,8 @@ from hf_shrink.checkpoint.save import model_portability
 from hf_shrink.checkpoint.source import check_finite
 from hf_shrink.checkpoint.ties import settle_ties
 from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.evaluation.machine import hardware
+from hf_shrink.evaluation.scored import device_of
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.budget import Searching
@@ -43,6 +45,7 @@ from hf_shrink.pipeline.vocabulary import apply_vocabulary
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
+from hf_shrink.reporting.layout import layout_of
 from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.residence import residence_of, rest
 from hf_shrink.runtime.packed import PackedModule, count_parameters
@@ -248,6 +251,8 @@ class Job:
         teacher = self._teacher(tuning, data)
         method = plan_method(planned.plan)
         binding = find_binding(model)
+        report.layout = [] if binding is None else [block.to_dict() for block in layout_of(binding)]
+        report.machine = {**hardware(), "threads": torch.get_num_threads(), "device": str(device_of(model))}
         apply_plan(model, binding, planned.plan, method, data.batches, report, self.show, self.seed, keeper=self.keeper)
         if tuning is not None and teacher is not None:
             assert isinstance(model, PreTrainedModel)

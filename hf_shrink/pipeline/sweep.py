@@ -14,7 +14,7 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.errors import RecipeError
 from hf_shrink.evaluation import evaluate_model
 from hf_shrink.front import Front, Point
-from hf_shrink.pipeline.budget import Searching, described
+from hf_shrink.pipeline.budget import Searching, by_part, described
 from hf_shrink.pipeline.recipes import BUDGET_RECIPE, RecipeLike, load_recipe
 from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.recipe import Budget
@@ -109,7 +109,8 @@ class _Sweep:
             points.append(replace(point, paid=paid_in_all(by_group), by_group=by_group, plan=plan))
         source = str(getattr(search.model.config, "_name_or_path", "") or type(search.model).__name__)
         seconds = {"sensitivity": sensed - started, "plans": planning, "in all": time.perf_counter() - started}
-        return Front(source, resource, tuple(points), self.held_out.description, context, seconds)
+        worth = by_part(search.sensitivity, search.binding)
+        return Front(source, resource, tuple(points), self.held_out.description, context, seconds, worth)
 
     def _point(
         self,

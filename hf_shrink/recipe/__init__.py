@@ -64,6 +64,11 @@ class Recipe:
             raise RecipeError("the recipe has no steps; add a prune or a quantize step, or a budget")
         if self.dtype not in DTYPES:
             raise RecipeError(f"unknown dtype {self.dtype!r}; {did_you_mean(str(self.dtype), DTYPES)}")
+        if self.evaluation.stride is not None:
+            raise RecipeError(
+                "after a run windows do not overlap; take evaluation.stride out, and measure the result with "
+                "hf-shrink evaluate --stride"
+            )
         kinds = [step.what if isinstance(step, PruneStep) else "quantize" for step in self.steps]
         order = [*PRUNE_KINDS, "quantize"]
         for before, after in itertools.pairwise(kinds):
@@ -129,7 +134,7 @@ class Recipe:
                 if key in body:
                     body[key] = list(body[key])
             steps.append({"prune" if isinstance(step, PruneStep) else "quantize": body})
-        evaluation = asdict(self.evaluation)
+        evaluation = {k: v for k, v in asdict(self.evaluation).items() if v is not None}
         evaluation["metrics"] = list(evaluation["metrics"])
         what: dict[str, Any] = {"steps": steps}
         if self.budget is not None and self.search is not None:

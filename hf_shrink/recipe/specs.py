@@ -6,8 +6,10 @@ from dataclasses import dataclass
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
+from hf_shrink.resources import metric_names
 
-METRICS = ("perplexity", "kl_divergence", "top1_agreement")
+# What is measured where nothing is named, as far as there are files for it.
+METRICS = tuple(name for name in ("perplexity", "kl_divergence", "top1_agreement") if name in metric_names())
 
 
 @dataclass(frozen=True)
@@ -33,19 +35,34 @@ class CalibrationSpec:
 
 @dataclass(frozen=True)
 class EvaluationSpec:
-    """What is measured after the run, and on what. `data: self` uses samples and a seed disjoint from calibration."""
+    """What is measured after the run, and on what.
+
+    Attributes:
+        data: `self`, a data recipe's name or a file. `self` uses samples and a seed disjoint from calibration.
+        metrics: by name.
+        samples, length: how many windows of how many tokens: `length` is the context.
+        batch_size: sequences per forward pass.
+        stride: tokens between the starts of two windows of running text, of which only the new ones are scored; None:
+            windows do not overlap, and all but the first token of each is scored.
+    """
 
     data: str = "self"
     metrics: tuple[str, ...] = METRICS
     samples: int = 16
     length: int = 512
     batch_size: int = 8
+    stride: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "metrics", tuple(self.metrics))
+        known = metric_names()
         for metric in self.metrics:
-            if metric not in METRICS:
-                raise RecipeError(f"unknown metric {metric!r} in evaluation; {did_you_mean(metric, METRICS)}")
+            if metric not in known:
+                raise RecipeError(f"unknown metric {metric!r} in evaluation; {did_you_mean(metric, known)}")
+        if self.stride is not None and not (isinstance(self.stride, int) and 1 <= self.stride <= self.length):
+            raise RecipeError(
+                f"evaluation.stride must be a whole number from 1 to length ({self.length}), not {self.stride!r}"
+            )
         for name, value in (("samples", self.samples), ("length", self.length), ("batch_size", self.batch_size)):
             if not isinstance(value, int) or value < 1:
                 raise RecipeError(f"evaluation.{name} must be a whole number of at least 1, not {value!r}")

@@ -43,9 +43,8 @@ class PackedModule(nn.Module):
         weight_zero_point: asymmetric schemes only: int32 (ceil(rows * bits / 32), groups); per tensor int8 (1,).
         weight_shape: int64 (2,); None for schemes that are not packed.
         sparse: the weight was pruned before it was packed in this process: training it keeps its zeros.
-        kernel: what holds and multiplies the weight; None while the buffers above do.
-        kernel_note: the kernel's name, or why there is none.
-        optimized: a kernel was asked for (`optimize`), whether or not there is one: so it is again on another device.
+        kernel: what holds and multiplies the weight; None while the buffers above do (`kernel_note`: its name, or why).
+        optimized: a kernel was asked for, found or not: it is again on another device.
         sharing: all modules that hold this weight, the one that is saved first (`share`); empty where it is alone.
         kept_dense: a dense copy of the weight, while many products in a row are made with it (`unpacked.py`).
     """

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from perturbing import perturbed, windows
 from tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 from transformers import (
     BertConfig,
@@ -35,19 +36,6 @@ SMALL = {
     "num_attention_heads": 4,
     "max_position_embeddings": 64,
 }
-
-
-def perturbed(model, size=0.05):
-    other = copy.deepcopy(model)
-    generator = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
-    return other
-
-
-def windows(rows=3, length=20, seed=0):
-    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(seed))
 
 
 def reference(dense_logits, small_logits, labels):
@@ -96,7 +84,7 @@ def test_chunks_and_single_rows_give_the_same(monkeypatch):
     small, data = perturbed(dense), [{"input_ids": windows()}]
     whole = evaluate_model(small, data, baseline=dense)
     monkeypatch.setattr("hf_shrink.evaluation.divergence.CHUNK", {"cpu": 7 * VOCABULARY, "accelerator": 7 * VOCABULARY})
-    monkeypatch.setattr("hf_shrink.evaluation.evaluate.LOGITS", {"cpu": 1, "accelerator": 1})
+    monkeypatch.setattr("hf_shrink.evaluation.batches.LOGITS", {"cpu": 1, "accelerator": 1})
     forwards = []
     small.register_forward_hook(lambda module, inputs, outputs: forwards.append(outputs.logits.shape[0]))
     pieces = evaluate_model(small, data, baseline=dense)

@@ -15,7 +15,7 @@ from hf_shrink.recipe import EvaluationSpec
 
 
 def test_names_paths_and_files(tmp_path):
-    assert recipe_names() == ["self", "text-file"]
+    assert {"self", "text-file", "summarisation", "speech"} < set(recipe_names())
     assert evaluation_spec("self") == EvaluationSpec(data="self", samples=16, length=512)
     assert evaluation_spec("some/novel.txt") == EvaluationSpec(data="some/novel.txt", samples=40, length=512)
     assert evaluation_spec("wikitext") == EvaluationSpec(data="wikitext")

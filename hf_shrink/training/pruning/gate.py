@@ -16,17 +16,17 @@ class Gate:
     A unit behind a closed gate computes nothing: neither the columns that read it nor the rows that make it get a
     gradient, whatever weights, optimizer and adapters are. Nothing of the model itself is changed.
 
+    Args:
+        index: int64 (units, width), the matrix's inputs that belong to each unit.
+        score: sees the gradients by the mask, of every row of the first dimension of the matrix's input: a sample,
+            where the block keeps samples apart. None: gradients are not looked at.
+
     Attributes:
         mask: float32 (units,), 1 or 0; a leaf that does not belong to the model. Its `grad` collects what the score
             says of every backward pass, as long as it requires gradients.
     """
 
     def __init__(self, index: Tensor, score: TrainingScore | None) -> None:
-        """
-        Args:
-            index: int64 (units, width), the matrix's inputs that belong to each unit.
-            score: None: gradients are not looked at.
-        """
         self._index, self._score = index, score
         self.mask = torch.ones(len(index))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import pytest
 import torch
 from tiny import tiny_llama
 from torch import nn
@@ -163,6 +164,29 @@ def test_a_start_whose_method_rounds_elsewhere_moves_the_weights_there() -> None
     quantizer = WeightQuantizer(scheme, 6, 32, torch.float32)
     quantizer.begin(start)
     assert torch.equal(quantizer.quantized(linear.weight).values, values)
+
+
+@pytest.mark.parametrize(("left", "size"), [(48, 16), (40, 20), (37, 37)])
+def test_groups_are_made_of_the_inputs_that_are_left(left: int, size: int) -> None:
+    """48 inputs in groups of 16, 40 in groups of 20 and not 10, for which there is no room; 37 is a prime."""
+    weight, kept = torch.randn(6, 64), torch.randperm(64)[:left].sort().values
+    quantizer = WeightQuantizer(Scheme(4, False, "group", 16), 6, 64, torch.float32, loses_inputs=True)
+    quantizer.step.data = quantizer.step.data[:, :3]  # as if there were room for three groups
+    quantizer.unit, quantizer.zero_point = quantizer.unit[:, :3], quantizer.zero_point[:, :3]
+    quantizer.keep(kept)
+    assert quantizer.scheme.group_size == size
+    found = METHODS.build("rtn", {}).solve(weight[:, kept], quantizer.scheme, None, scale_dtype=torch.float32)
+    quantizer.begin(Start.of(quantizer.left(weight), found))
+    trained = weight.clone().requires_grad_()
+    fake = quantizer(trained)
+    fake.square().sum().backward()
+    gone = torch.ones(64, dtype=torch.bool).index_fill(0, kept, False)
+    assert not fake[:, gone].any() and not trained.grad[:, gone].any()
+    assert quantizer.step.grad[:, : left // size].any() and not quantizer.step.grad[:, left // size :].any()
+    rows = torch.tensor([0, 2, 5])
+    quantizer.cut(rows)
+    packed = quantizer.quantized(weight[rows][:, kept])
+    torch.testing.assert_close(packed.dequantized(), fake.detach()[rows][:, kept], rtol=0, atol=1e-6)
 
 
 def test_a_weight_of_zeros_only_stays_so() -> None:

@@ -12,17 +12,12 @@ from conformance.cases_mixtures import MIXTURES
 from stock import Stock
 from tiny import QUICK_GPTQ, tiny_llama
 from torch import Tensor
-from training.trained import TASKS, image, language, outputs, tiny_vit, trainer, weights
+from training.trained import TASKS, image, language, outputs, quantize, tiny_vit, trainer, weights, width
 from transformers import TrainerCallback
 
 import hf_shrink
 from hf_shrink import RecipeError, ShrinkCallback, ShrinkError
 from hf_shrink.runtime.linear import CompressedLinear
-
-
-def quantize(scheme: str = "W4A16", **options: Any) -> dict[str, Any]:
-    shape = {"group_size": 16} if scheme.endswith("A16") and "strategy" not in options else {}
-    return {"steps": [{"quantize": {"method": "rtn", "scheme": scheme, **shape, **options}}]}
 
 
 class Before(TrainerCallback):
@@ -155,6 +150,37 @@ def test_zeros_of_a_prune_step_stay_zeros(tmp_path: Path) -> None:
     assert model.shrink_record.plan.weights is not None and model.shrink_record.plan.schemes
 
 
+@pytest.mark.parametrize("name", ["groups", "channels and inputs"])
+def test_heads_and_channels_go_first_and_what_is_left_is_rounded(name: str, tmp_path: Path) -> None:
+    few = quantize("W4A16", symmetric=False) if name == "groups" else quantize("W8A8")
+    recipe = {"steps": width(0.4, "movement")["steps"] + few["steps"]}
+
+    def train(folder: Path, stop: int = 0, resume: bool = False) -> tuple[Any, dict[str, Tensor]]:
+        model, before = tiny_llama(num_hidden_layers=2), Before()
+        callbacks = [before, ShrinkCallback(recipe, start=0.1, end=0.5), *([StopAt(stop)] if stop else [])]
+        run = trainer(model, language, folder, callbacks, save_strategy="steps", save_steps=2)
+        run.train(resume_from_checkpoint=resume or None)
+        return model, before.said
+
+    model, said = train(tmp_path)
+    torch.testing.assert_close(outputs(model, language)["logits"], said["logits"], rtol=0, atol=1e-4)
+    down = model.model.layers[1].mlp.down_proj
+    assert isinstance(down, CompressedLinear) and down.in_features < 80
+    assert (
+        model.shrink_record.plan.stacks
+        and model.shrink_record.plan.schemes["model.layers.1.mlp.down_proj"] == down.scheme
+    )
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(
+        tmp_path / "saved", quantization_config=hf_shrink.LoadingConfig(optimize=False)
+    )
+    torch.testing.assert_close(outputs(loaded, language)["logits"], said["logits"], rtol=0, atol=1e-4)
+    train(tmp_path / "6", stop=6)
+    resumed, _ = train(tmp_path / "6", resume=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
+
+
 def test_adapters_are_part_of_the_weight_that_is_rounded(tmp_path: Path) -> None:
     base = tiny_llama(num_hidden_layers=2)
     config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
@@ -237,7 +263,7 @@ def test_a_late_callback_is_refused_with_the_remedy(tmp_path: Path) -> None:
     [
         ({"steps": [{"quantize": {"effort": "best"}}]}, "effort: balanced"),
         ({"steps": [{"quantize": {"method": "gptq", "transforms": ["awq"]}}]}, "transforms"),
-        ({"steps": [{"quantize": {"method": "rtn", "scheme": "FP8A16"}}]}, "integer scheme"),
+        (quantize("FP8A16"), "integer scheme"),
         ({"steps": [{"quantize": {"method": "bitsandbytes", "scheme": "NF4"}}]}, "bitsandbytes"),
     ],
 )

@@ -1,0 +1,111 @@
+"""Classes or a score of texts, pairs of texts, images or sounds."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from transformers.models.auto import modeling_auto as auto
+
+from hf_shrink.errors import CalibrationError
+from hf_shrink.evaluation.media import read_clips, read_images
+from hf_shrink.evaluation.observed import Columns, same
+from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+
+_HEADS = (
+    auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+    auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+)
+
+
+@TASKS.register("classification")
+@dataclass(frozen=True)
+class Classification(Task):
+    """One class of several for each row; a head with one output gives a score instead (as for STS-B)."""
+
+    roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text": ("text", "sentence", "sentence1", "premise", "question", "question1"),
+        "pair": ("pair", "text_pair", "sentence2", "hypothesis", "question2", "passage"),
+        "image": ("image", "img", "images", "image_path"),
+        "audio": ("audio", "speech", "file", "path"),
+        "label": ("label", "labels", "target", "fine_label", "score"),
+        "group": ("group",),
+    }
+    optional: ClassVar[tuple[str, ...]] = ("text", "pair", "image", "audio", "group")
+
+    def suits(self, model: Any) -> bool:
+        return any(is_of(model, names) for names in _HEADS)
+
+    def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
+        if self._scores(subject):
+            return {"reference_score": [float(row["label"]) for row in rows]}
+        return {"reference": [class_of(row["label"], subject.model) for row in rows], "compared": [1] * len(rows)}
+
+    def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
+        logits = torch.cat(
+            [subject.model(**self._inputs(subject, batch)).logits.float().cpu() for batch in run.batches(rows)]
+        )
+        if self._scores(subject):
+            return {"score": logits[:, 0].tolist()}
+        choices = logits.argmax(-1).tolist()
+        right = self.references(subject, rows)["reference"]
+        return {"prediction": choices, "correct": same(choices, right), "log_probabilities": [*logits.log_softmax(-1)]}
+
+    def between(self, own: Columns, dense: Columns) -> Columns:
+        return between_classes(own, dense)
+
+    def batches(self, subject: Subject, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
+        return [self._inputs(subject, [row]) for row in rows]
+
+    def _scores(self, subject: Subject) -> bool:
+        return int(subject.model.config.num_labels) == 1
+
+    def _inputs(self, subject: Subject, rows: Sequence[Row]) -> dict[str, Tensor]:
+        main = getattr(subject.model, "main_input_name", "input_ids")
+        if main == "input_ids":
+            texts, pairs = [str(needed(row, "text")) for row in rows], [row.get("pair") for row in rows]
+            return subject.padded(texts, None if pairs[0] is None else [str(pair) for pair in pairs])
+        if main == "pixel_values":
+            return subject.inputs(read_images([needed(row, "image") for row in rows], subject.media))
+        return subject.inputs(read_clips([needed(row, "audio") for row in rows], subject.media))
+
+
+def is_of(model: Any, names: Mapping[str, Any]) -> bool:
+    """Whether the model's class is one of a table of transformers'."""
+    mine = type(model).__name__
+    return any(mine == entry or (isinstance(entry, tuple) and mine in entry) for entry in names.values())
+
+
+def needed(row: Row, role: str) -> Any:
+    """What the row has there. Raises CalibrationError where it has nothing."""
+    if row.get(role) is None:
+        raise CalibrationError(f"the model reads {role}, and the rows have no column for it; name it under `columns`")
+    return row[role]
+
+
+def class_of(label: Any, model: Any) -> int:
+    """A label as the number of the model's class. Raises CalibrationError for one that the model does not have."""
+    known = {str(name).lower(): int(number) for name, number in (model.config.label2id or {}).items()}
+    number = label if isinstance(label, int) else known.get(str(label).lower())
+    if number is None and str(label).lstrip("-").isdigit():
+        number = int(label)
+    if number is None or not 0 <= number < model.config.num_labels:
+        raise CalibrationError(
+            f"the data has the label {label!r}, but the model's are {', '.join(map(str, model.config.label2id))}; "
+            "rename the labels, or take the model that they belong to"
+        )
+    return int(number)
+
+
+def between_classes(own: Columns, dense: Columns) -> Columns:
+    """KL(dense || own) of each row's classes, and whether both choose the same."""
+    if "log_probabilities" not in own or own["log_probabilities"][0].shape != dense["log_probabilities"][0].shape:
+        return {}
+    pair = torch.stack(own["log_probabilities"]), torch.stack(dense["log_probabilities"])
+    divergence = F.kl_div(*pair, reduction="none", log_target=True).double().sum(-1)
+    return {"divergence": divergence.tolist(), "agreeing": same(own["prediction"], dense["prediction"])}

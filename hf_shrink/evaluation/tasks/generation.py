@@ -1,0 +1,92 @@
+"""Texts that a model writes for texts: summaries, translations, answers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from hf_shrink.calibration.targets import kind_of
+from hf_shrink.errors import CalibrationError
+from hf_shrink.evaluation.answers import same_answer
+from hf_shrink.evaluation.greedy import greedy_config
+from hf_shrink.evaluation.observed import Columns, same
+from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+
+
+@TASKS.register("generation")
+@dataclass(frozen=True)
+class Generation(Task):
+    """The greedy continuation of a text.
+
+    Attributes:
+        template: what the model reads, with {text}.
+        new: tokens that it may write.
+        until: what it writes is cut there; empty: nowhere.
+    """
+
+    template: str = "{text}"
+    new: int = 64
+    until: str = ""
+
+    roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "text": ("text", "document", "article", "dialogue", "source", "question", "input", "prompt"),
+        "target": ("target", "summary", "highlights", "translation", "answers", "answer", "output", "completion"),
+        "group": ("group",),
+    }
+    optional: ClassVar[tuple[str, ...]] = ("group",)
+
+    def suits(self, model: Any) -> bool:
+        reads = getattr(model, "main_input_name", "")
+        return kind_of(model) == "seq2seq" and reads == "input_ids"
+
+    def check(self, subject: Subject) -> None:
+        writes = getattr(subject.model, "can_generate", lambda: False)()
+        if not writes or getattr(subject.model, "main_input_name", "") != "input_ids":
+            raise CalibrationError(f"{type(subject.model).__name__} does not write texts for texts; use another recipe")
+
+    def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
+        return {"reference_texts": [_texts(row["target"]) for row in rows], "compared": [1] * len(rows)}
+
+    def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
+        model, tokenizer = subject.model, subject.tokenizer
+        decoder_only = not model.config.is_encoder_decoder
+        alone = tokenizer.pad_token_id is None  # then inputs of different lengths do not fit one batch
+        config = greedy_config(model, self.new, pad_token_id=tokenizer.pad_token_id)
+        texts: list[str] = []
+        for batch in run.batches(rows):
+            prompts = [self._prompt(row) for row in batch]
+            for group in [[prompt] for prompt in prompts] if alone else [prompts]:
+                encoded = tokenizer(
+                    group,
+                    padding=not alone,
+                    truncation=True,
+                    max_length=max(subject.tokens - (self.new if decoder_only else 0), 1),
+                    padding_side="left" if decoder_only else None,
+                    return_tensors="pt",
+                )
+                inputs = subject.inputs(encoded)
+                inputs.pop("token_type_ids", None)  # made by some tokenizers, refused by decoders
+                ids = model.generate(**inputs, generation_config=config)
+                start = inputs["input_ids"].shape[1] if decoder_only else 0
+                texts += [self._cut(text) for text in tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)]
+        right = self.references(subject, rows)["reference_texts"]
+        correct = [float(same_answer(text, wanted)) for text, wanted in zip(texts, right, strict=True)]
+        return {"text": texts, "correct": correct}
+
+    def between(self, own: Columns, dense: Columns) -> Columns:
+        return {"agreeing": same(own["text"], dense["text"])}
+
+    def _prompt(self, row: Row) -> str:
+        if "{text}" not in self.template:
+            raise CalibrationError(f"the template {self.template!r} has no {{text}}")
+        return self.template.replace("{text}", str(row["text"]))
+
+    def _cut(self, text: str) -> str:
+        return (text.partition(self.until)[0] if self.until else text).strip()
+
+
+def _texts(target: Any) -> list[str]:
+    """The texts of SQuAD's {text, answer_start}, of a list, or the one text."""
+    found = target["text"] if isinstance(target, Mapping) else target
+    return [found] if isinstance(found, str) else [str(one) for one in found]

@@ -1,0 +1,76 @@
+"""Which document answers a query, by the cosine of their embeddings."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from hf_shrink.evaluation.embeddings import Pooling, check_pooling, cosines, embeddings, embeds_texts
+from hf_shrink.evaluation.observed import Columns, same
+from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+
+KEPT = 10
+
+
+@TASKS.register("retrieval")
+@dataclass(frozen=True)
+class Retrieval(Task):
+    """Every query looks among the documents of all rows for those that stand beside it.
+
+    Attributes:
+        pooling: "mean", "first" or "last".
+        query, document: what is put before a query and a document ("query: " and "passage: " for E5).
+    """
+
+    pooling: Pooling = "mean"
+    query: str = ""
+    document: str = ""
+
+    roles: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "query": ("query", "question", "anchor"),
+        "document": ("document", "answer", "positive", "passage", "text"),
+        "group": ("group",),
+    }
+    optional: ClassVar[tuple[str, ...]] = ("group",)
+
+    def __post_init__(self) -> None:
+        check_pooling(self.pooling)
+
+    def suits(self, model: Any) -> bool:
+        return embeds_texts(model)
+
+    def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
+        relevant = _relevant(rows)
+        return {"ideal_gains": [[1.0] * len(relevant[row["query"]]) for row in rows], "compared": [1] * len(rows)}
+
+    def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
+        documents, relevant = list(dict.fromkeys(str(row["document"]) for row in rows)), _relevant(rows)
+        texts = [f"{self.query}{row['query']}" for row in rows] + [f"{self.document}{text}" for text in documents]
+        vectors = embeddings(subject, texts, self.pooling, run)
+        queries, found = vectors[: len(rows)], vectors[len(rows) :]
+        gains, first = [], []
+        for row, query in zip(rows, queries, strict=True):
+            order = (found @ query).topk(min(KEPT, len(documents))).indices.tolist()
+            first.append(order[0])
+            gains.append([float(documents[place] in relevant[row["query"]]) for place in order])
+        return {"gains": gains, "first": first, "correct": [one[0] for one in gains], "vectors": [*queries]}
+
+    def between(self, own: Columns, dense: Columns) -> Columns:
+        cosine = cosines(own["vectors"], dense["vectors"])
+        found: Columns = {"agreeing": same(own["first"], dense["first"])}
+        return found if cosine is None else {**found, "cosine": cosine}
+
+    def batches(self, subject: Subject, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
+        return [subject.padded([f"{self.query}{row['query']}"]) for row in rows]
+
+
+def _relevant(rows: Sequence[Row]) -> Mapping[Any, set[str]]:
+    """The documents beside each query."""
+    found: dict[Any, set[str]] = defaultdict(set)
+    for row in rows:
+        found[row["query"]].add(str(row["document"]))
+    return found

@@ -1,0 +1,76 @@
+"""scripts/train_text_classification.py, from CSV files to a small model."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+from from_scripts import load_script
+from tiny import VOCABULARY, tiny_tokenizer
+from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
+
+ACCURACY = """
+import datasets
+import evaluate
+
+class Accuracy(evaluate.Metric):
+    def _info(self):
+        columns = {"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}
+        return evaluate.MetricInfo(
+            description="", citation="", inputs_description="", features=datasets.Features(columns)
+        )
+
+    def _compute(self, predictions, references):
+        return {"accuracy": sum(p == r for p, r in zip(predictions, references)) / len(references)}
+"""
+
+
+@pytest.fixture(scope="module")
+def words(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The arguments of a run: a dense model's folder, and two files."""
+    folder = tmp_path_factory.mktemp("example")
+    config = DistilBertConfig(
+        vocab_size=VOCABULARY, dim=48, hidden_dim=80, n_layers=2, n_heads=6, max_position_embeddings=40
+    )
+    DistilBertForSequenceClassification(config).save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    for name, count in (("train", 48), ("test", 16)):
+        with (folder / f"{name}.csv").open("w", newline="") as file:
+            rows = csv.writer(file)
+            rows.writerow(["text", "label"])
+            rows.writerows(
+                ["the tide goes out" if i % 2 else "a child counts stones", "tb"[i % 2]] for i in range(count)
+            )
+    (folder / "own_accuracy.py").write_text(ACCURACY)
+    settings = {
+        "model_name_or_path": folder / "dense",
+        "train_file": folder / "train.csv",
+        "validation_file": folder / "test.csv",
+        "output_dir": folder / "out",
+        "max_length": 16,
+        "max_steps": 12,
+        "learning_rate": 0.01,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "metrics": folder / "own_accuracy.py",  # as evaluate.load("accuracy") would fetch it from the Hub
+    }
+    return [str(word) for key, value in settings.items() for word in (f"--{key}", value)]
+
+
+def test_it_trains_and_saves_a_small_model(words: list[str]) -> None:
+    found = load_script("train_text_classification.py").main([*words, "--ratio", "0.4", "--method", "taylor"])
+    assert found["eval_accuracy"] == 1.0  # two sentences are told apart
+    folder = Path(words[words.index("--output_dir") + 1])
+    small = AutoModelForSequenceClassification.from_pretrained(folder)
+    dense = AutoModelForSequenceClassification.from_pretrained(words[1])
+    blocks = [sum(p.numel() for p in m.distilbert.transformer.parameters()) for m in (small, dense)]
+    assert blocks[0] / blocks[1] == pytest.approx(0.6, abs=0.03)
+    assert small.config.id2label == {0: "b", 1: "t"} and (folder / "shrink.json").is_file()
+
+
+def test_without_data_it_says_what_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="--train_file"):
+        load_script("train_text_classification.py").main(["--model_name_or_path", "x", "--output_dir", str(tmp_path)])
