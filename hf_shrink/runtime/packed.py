@@ -287,14 +287,6 @@ class PackedModule(nn.Module):
         return f"{scheme.name}{size} {'symmetric' if scheme.symmetric else 'asymmetric'}"
 
 
-def share(*modules: PackedModule) -> None:
-    """Let modules hold one weight, the first one's, from now on: also after moves, casts, loading and copies."""
-    for module in modules:
-        module.sharing = modules
-        if module is not modules[0]:
-            module.adopt(modules[0])
-
-
 def count_parameters(model: nn.Module) -> int:
     """Logical parameters: every parameter once, and a packed weight's unpacked elements."""
     packed = {id(m.held): m.numel for m in model.modules() if isinstance(m, PackedModule)}
