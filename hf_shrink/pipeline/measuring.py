@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,6 +16,7 @@ from hf_shrink.evaluation import compare_decode_speed, evaluate_model, for_repor
 from hf_shrink.recipe import EvaluationSpec
 from hf_shrink.reporting.progress import Progress
 from hf_shrink.residence import residence_of
+from hf_shrink.sharding import ranks
 
 SPEED_TOKENS = 16  # of the prompt and decoded, a run: enough for a figure, not for a wait
 # An opening, a question, a task of another kind: to look at, not to measure by.
@@ -56,17 +59,19 @@ def measure(
         )
     else:
         show("comparing speed", 0, 1)
-        speed = compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS)
+        speed = ranks().on_first(lambda: compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS))
         show("comparing speed", 1, 1)
     record.report.evaluation = for_report(result, speed)
     writer, dense_writer = map(tokenizer_of, processing)
     if speed is not None and dense.can_generate() and not dense.config.is_encoder_decoder and writer is not None:
+        sides = {"dense": (dense, dense_writer), "compressed": (model, writer)}
         for done, prompt in enumerate(PROMPTS):
             show("comparing completions", done, len(PROMPTS))
-            texts = {
-                "prompt": prompt,
-                "dense": greedy_completion(dense, dense_writer, prompt, new=NEW_TOKENS),
-                "compressed": greedy_completion(model, writer, prompt, new=NEW_TOKENS),
-            }
-            record.report.completions.append(texts)
+            record.report.completions.append(ranks().on_first(functools.partial(_completions, prompt, sides)))
         show("comparing completions", len(PROMPTS), len(PROMPTS))
+
+
+def _completions(prompt: str, sides: Mapping[str, tuple[PreTrainedModel, Any]]) -> dict[str, str]:
+    """A prompt, and how each model, with its tokenizer, goes on."""
+    written = {name: greedy_completion(*side, prompt, new=NEW_TOKENS) for name, side in sides.items()}
+    return {"prompt": prompt, **written}
