@@ -17,6 +17,7 @@ from hf_shrink.reporting.figures import (
     measured_on,
     number,
     rows,
+    said_text,
     skipped,
 )
 from hf_shrink.reporting.pictures import Picture
@@ -148,7 +149,7 @@ def _completions(report: ShrinkReport) -> str:
     lines = ["## What both models write", "", "Greedy decoding: an illustration, not a measurement."]
     for texts in report.completions:
         for key, title in (("prompt", "Prompt"), ("dense", "Dense"), ("compressed", "Compressed")):
-            lines += ["", f"{title}:", "", _fenced(texts[key], "text")]
+            lines += ["", f"{title}:", "", _fenced(said_text(texts[key]), "text")]
     return "\n".join(lines)
 
 

@@ -240,6 +240,11 @@ def skipped(evaluation: Mapping[str, Any]) -> list[str]:
     return [f"{metric_row(k)[0]} is not given: {why}." for k, why in evaluation.get("skipped", {}).items()]
 
 
+def said_text(text: str) -> str:
+    """What a model wrote, to be shown: that it wrote nothing is said."""
+    return text.strip() or "(it ends at once)"
+
+
 def display_name(record: Record) -> str:
     """A name for titles: the source's last part and the recipe's name."""
     last = re.split(r"[/\\]", record.source.rstrip("/\\"))[-1] or "model"

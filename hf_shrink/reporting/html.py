@@ -8,7 +8,7 @@ from html import escape
 
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.charts import bar_chart, dot_chart
-from hf_shrink.reporting.figures import Record, display_name, headline, measured_on, rows, skipped
+from hf_shrink.reporting.figures import Record, display_name, headline, measured_on, rows, said_text, skipped
 from hf_shrink.reporting.front_chart import front_figure
 from hf_shrink.reporting.headline import tiles_html
 from hf_shrink.reporting.layout import BlockLayout
@@ -141,7 +141,7 @@ def _samples(report: ShrinkReport) -> str:
     parts = []
     for number, texts in enumerate(report.completions, 1):
         sides = "".join(
-            f"<div><h4>{title}</h4><blockquote>{escape(texts[key])}</blockquote></div>"
+            f"<div><h4>{title}</h4><blockquote>{escape(said_text(texts[key]))}</blockquote></div>"
             for key, title in (("dense", "Dense"), ("compressed", "Compressed"))
         )
         parts.append(f"<h3>Prompt {number}</h3><blockquote>{escape(texts['prompt'])}</blockquote>")

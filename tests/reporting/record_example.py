@@ -65,7 +65,10 @@ def full_record(source: str = "owner/tiny-llama", blocks: int = 4) -> ExampleRec
             notes=["group size 128 does not divide 48; 16 is used", "<b>note & more</b>"],
             block_errors={f"model.layers.{i}": 0.01 * (i + 1) for i in range(blocks - 1)},
             evaluation=evaluation(),
-            completions=[{"prompt": "The <tide>", "dense": "goes out", "compressed": "```goes``` & comes"}] * 2,
+            completions=[
+                {"prompt": "The <tide>", "dense": " goes out", "compressed": "```goes``` & comes"},
+                {"prompt": "The ebb", "dense": "comes", "compressed": "\n"},
+            ],
             layout=layout(blocks),
             machine={"processor": "A processor", "cores": 2, "memory_gb": 24.0, "threads": 1, "device": "cpu"},
         ),
