@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hf_shrink.cli import bench, evaluate, inspect, plan, push, recipes, report, run
+from hf_shrink.cli import bench, evaluate, inspect, plan, push, recipes, recover, report, run
 from hf_shrink.cli.options import one_line
 from hf_shrink.errors import ShrinkError
 from hf_shrink.sharding import Ended, ProcessLost, Ranks, check_started, heeding_the_launcher, launched_first, together
@@ -23,6 +23,7 @@ from a model to a smaller one:
   hf-shrink run ./my-model --output ./small           do it: 4-bit weights, measured against the dense model
   hf-shrink report ./small                            the figures again; ./small/report.html shows them
   hf-shrink bench ./small                             speed and memory on this machine, beside the dense model
+  hf-shrink recover ./small --output ./small-recovered   train it against the dense model for 15 minutes
   hf-shrink push ./small me/my-model-w4               share it
 
 run and plan take the same choices:
@@ -91,6 +92,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for module in (run, plan, inspect, evaluate, bench, report, push, recipes):
+    for module in (run, plan, inspect, evaluate, recover, bench, report, push, recipes):
         module.add(commands)
     return parser

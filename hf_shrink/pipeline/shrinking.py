@@ -236,7 +236,7 @@ class Job:
 
         def work() -> list[str]:
             assert teacher is not None
-            return tune(model, teacher, tuning, self.seed, self.show)
+            return list(tune(model, teacher, tuning, self.seed, self.show).notes)
 
         residence = residence_of(model)
         with nullcontext() if residence is None else residence.awake():

@@ -16,7 +16,7 @@ from training.trained import TASKS, image, language, outputs, quantize, tiny_vit
 from transformers import TrainerCallback
 
 import hf_shrink
-from hf_shrink import RecipeError, ShrinkCallback, ShrinkError
+from hf_shrink import CalibrationError, RecipeError, ShrinkCallback, ShrinkError
 from hf_shrink.runtime.linear import CompressedLinear
 
 
@@ -229,7 +229,9 @@ def test_calibration_data_lets_a_method_with_statistics_choose_the_start(tmp_pat
         run = trainer(model, language, tmp_path, [callback], learning_rate=0.0, weight_decay=0.0, max_steps=1)
         run.train()
         weights_of[name] = {n: m.weight for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
-        assert any(("gptq on calibration" if data else "without data") in note for note in model.shrink_report.notes)
+        assert any(
+            ("by gptq on calibration" if data else "by rtn without data") in note for note in model.shrink_report.notes
+        )
     expected = hf_shrink.shrink(tiny_llama(num_hidden_layers=1), recipe, calibration=batches, optimize=False)
     for path, weight in weights_of["data"].items():
         torch.testing.assert_close(weight, expected.get_submodule(path).weight, rtol=1e-6, atol=1e-7)
@@ -256,6 +258,20 @@ def test_a_late_callback_is_refused_with_the_remedy(tmp_path: Path) -> None:
     ShrinkCallback(quantize()).attach(run)
     run.train()
     assert type(model.model.layers[0].mlp.up_proj) is CompressedLinear
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    run = trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, [ShrinkCallback(quantize())])
+    run.args._n_gpu = 2
+    with pytest.raises(ShrinkError, match="torchrun"):
+        run.train()
+
+
+def test_calibration_beside_a_prune_step_is_refused(tmp_path: Path) -> None:
+    recipe = {"steps": weights(sparsity=0.5)["steps"] + quantize(**QUICK_GPTQ)["steps"]}
+    callback = ShrinkCallback(recipe, calibration=[{"input_ids": torch.ones(1, 8, dtype=torch.long)}])
+    with pytest.raises(CalibrationError, match="prune step first"):
+        trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, [callback])
 
 
 @pytest.mark.parametrize(
