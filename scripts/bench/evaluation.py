@@ -91,7 +91,10 @@ def with_and_without_copies(model: Any, rows: torch.Tensor) -> dict[str, float]:
     """CPU seconds of measuring a packed model, and what it says, with dense copies and without."""
     data, found = [{"input_ids": rows}], {}
     real = evaluate.dense_copies
-    choices: Sequence[tuple[str, Callable[..., Any]]] = [("with", real), ("without", lambda models: real(models, 0))]
+    choices: Sequence[tuple[str, Callable[..., Any]]] = [
+        ("with", real),
+        ("without", lambda models, **_: real(models, 0)),
+    ]
     for name, chosen in choices:
         evaluate.dense_copies = chosen
         seconds, result = timed(lambda: evaluate_model(model, data, metrics=["perplexity"]))
