@@ -89,12 +89,9 @@ def beside_bare_passes(model: Any, rows: torch.Tensor) -> dict[str, float]:
 
 def with_and_without_copies(model: Any, rows: torch.Tensor) -> dict[str, float]:
     """CPU seconds of measuring a packed model, and what it says, with dense copies and without."""
-    data, found = [{"input_ids": rows}], {}
-    real = evaluate.dense_copies
-    choices: Sequence[tuple[str, Callable[..., Any]]] = [
-        ("with", real),
-        ("without", lambda models, **_: real(models, 0)),
-    ]
+    data, found, real = [{"input_ids": rows}], {}, evaluate.dense_copies
+    none: Callable[..., Any] = lambda models, **_: real(models, 0)  # noqa: E731
+    choices: Sequence[tuple[str, Callable[..., Any]]] = [("with", real), ("without", none)]
     for name, chosen in choices:
         evaluate.dense_copies = chosen
         seconds, result = timed(lambda: evaluate_model(model, data, metrics=["perplexity"]))
