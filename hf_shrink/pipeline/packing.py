@@ -17,7 +17,8 @@ from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.embedding import CompressedEmbedding
 from hf_shrink.runtime.linear import CompressedLinear
-from hf_shrink.runtime.packed import PackedModule, share
+from hf_shrink.runtime.packed import PackedModule
+from hf_shrink.runtime.sharing import share
 from hf_shrink.sharding import ranks, spread
 
 AT_ONCE = 1 << 24  # elements of a weight without statistics that are solved at a time

@@ -26,7 +26,7 @@ def shown_recipe(record: Record) -> str:
     """The recipe as YAML, files by their names; empty where a plan was given instead."""
     if not record.recipe:
         return ""
-    return yaml.safe_dump(_named(dict(record.recipe)), sort_keys=False, default_flow_style=None).rstrip()
+    return yaml.safe_dump(without_folders(dict(record.recipe)), sort_keys=False, default_flow_style=None).rstrip()
 
 
 def command(record: Record) -> str:
@@ -62,12 +62,12 @@ def seconds(amount: float) -> str:
     return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
 
 
-def _named(value: Any) -> Any:
-    """Decoded YAML without folders."""
+def without_folders(value: Any) -> Any:
+    """Decoded YAML or JSON in which files of this machine have their names only."""
     if isinstance(value, Mapping):
-        return {key: _named(entry) for key, entry in value.items()}
+        return {key: without_folders(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
-        return [_named(entry) for entry in value]
+        return [without_folders(entry) for entry in value]
     return _last(value) if isinstance(value, str) and Path(value).is_absolute() else value
 
 

@@ -78,7 +78,7 @@ def test_rounded_inputs_give_the_integers_that_they_give_on_the_cpu(scheme, dtyp
         # A quotient half way between two integers may fall to either side.
         assert ((tokens.values.int() - there.values.cpu().int()).abs() <= 1).all()
         assert (tokens.values != there.values.cpu()).float().mean() < 1e-3
-        torch.testing.assert_close(fast(input.cuda()).cpu(), plain(input), rtol=0.02, atol=0.05)
+        close(fast(input.cuda()), plain(input).double())
 
 
 def test_inputs_of_all_kinds():
@@ -106,7 +106,8 @@ def test_checkpoints_and_moves_stay_bit_for_bit(scheme, dtype):
     state, kept = plain.state_dict(), fast.state_dict()
     assert list(state) == list(kept)
     for name, tensor in state.items():
-        assert kept[name].is_cuda and torch.equal(kept[name].cpu().view(torch.uint8), tensor.view(torch.uint8)), name
+        assert kept[name].is_cuda and kept[name].dtype == tensor.dtype
+        assert torch.equal(kept[name].cpu().double(), tensor.double()), name
     back = copy.deepcopy(fast).cpu()
     assert torch.equal(back.weight, plain.weight) and back.device.type == "cpu"
     again = back.cuda()
@@ -198,13 +199,13 @@ def test_a_weight_is_held_once():
     "steps",
     [
         [{"quantize": {"method": "gptq", "scheme": "W4A16", "group_size": 64}}],
-        [{"quantize": {"effort": "best", "scheme": "W3A16", "group_size": 64, "tune": {"steps": 4}}}],
+        [{"quantize": {"method": "gptq", "scheme": "W3A16", "group_size": 64, "tune": {"steps": 4, "rounding": True}}}],
         [{"prune": {"what": "width", "method": "obs", "ratio": 0.2}}, {"quantize": {"method": "gptq"}}],
         [{"prune": {"what": "depth", "method": "kl_greedy", "blocks": 1}}],
         [{"prune": {"what": "depth", "method": "evolve", "blocks": 1, "generations": 2}}],
         [{"prune": {"what": "weights", "method": "sparsegpt", "pattern": "2:4"}}],
     ],
-    ids=["gptq", "best", "width", "greedy", "evolve", "sparse"],
+    ids=["gptq", "tuned", "width", "greedy", "evolve", "sparse"],
 )
 def test_compression_runs_where_the_model_is(steps):
     model = small_llama()

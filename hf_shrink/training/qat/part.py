@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +14,7 @@ from hf_shrink.calibration.data import calibration_batches
 from hf_shrink.checkpoint.packed import packed_schemes
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.errors import CalibrationError
-from hf_shrink.pipeline.planning import Planned
+from hf_shrink.plan import Plan
 from hf_shrink.recipe import Recipe
 from hf_shrink.training.models import is_sharded, without_adapters
 from hf_shrink.training.qat.adapters import adapted_layers, attach_adapted, weight_now
@@ -25,7 +24,7 @@ from hf_shrink.training.qat.plan import plan_training
 from hf_shrink.training.qat.quantizer import Start, WeightQuantizer
 from hf_shrink.training.qat.sharded import add_whole, check_shapes, whole
 from hf_shrink.training.qat.size import effective_bits
-from hf_shrink.training.qat.start import solving_method, start_on_data, start_without_data
+from hf_shrink.training.qat.start import solving_method, start_of, start_on_data, without_data
 from hf_shrink.training.schedule import Window
 
 
@@ -62,10 +61,11 @@ class QuantizationTraining:
         self._model = model
         self._layers: Mapping[int, nn.Module] = adapted_layers(model)
         with without_adapters(model):
-            self._planned: Planned = plan_training(model, self._recipe)
-            schemes = self._planned.plan.schemes
+            planned = plan_training(model, self._recipe)
+            schemes, self._notes = planned.plan.schemes, planned.notes
             self._losing = frozenset(path for path, axis in self._cuts() if axis == "in")
-            self._batches = self._calibration_batches(model)
+            self._batches = self._calibration_batches(model, planned.plan)
+            self._plan = planned.plan if self._batches else without_data(planned.plan)
             self._dense_bits, self._packed_bits = effective_bits(model, {}), effective_bits(model, schemes)
             self._quantizers: Mapping[str, WeightQuantizer] = place_quantizers(model, schemes, self._losing)
             self._modules = {path: model.get_submodule(path) for path in schemes}
@@ -74,13 +74,13 @@ class QuantizationTraining:
                 attach_adapted(self._layers[id(module)], path)
 
     def attach_copy(self, model: PreTrainedModel) -> None:
-        self._keep_inputs(place_quantizers(model, self._planned.plan.schemes, self._losing))
+        self._keep_inputs(place_quantizers(model, self._plan.schemes, self._losing))
 
     def begin(self, model: PreTrainedModel, window: Window) -> None:
         self._start = self.settled(window)
         for quantizer in self._quantizers.values():
             quantizer.reset()
-        check_shapes(self._modules.values())
+        check_shapes(model, self._modules.values())
         if self._batches and is_sharded(model):
             raise CalibrationError(
                 "FSDP has spread the weights, so no copy can be calibrated; leave calibration out: scales then start "
@@ -100,7 +100,7 @@ class QuantizationTraining:
             self._begin_rounding()
 
     def finish(self, model: PreTrainedModel, record: ShrinkRecord) -> None:
-        plan, cuts = self._planned.plan, self._cuts()
+        plan, cuts = self._plan, self._cuts()
         for path, quantizer in owned_quantizers(model, plan.schemes).items():
             quantizer.cut(cuts.get((path, "out")))
         pack_trained(model, plan.schemes, sparse=self._recipe.prune("weights") is not None)
@@ -108,9 +108,9 @@ class QuantizationTraining:
         record.plan = replace(
             record.plan, schemes=schemes, method=plan.method, options=plan.options, effort=plan.effort
         )
-        found = f"by {plan.method} on calibration data" if self._batches else "without data"
+        found = f"by {plan.method} {'on calibration data' if self._batches else 'without data'}"
         note = f"weights were rounded from step {self._start} on, with learned scales that were first found {found}"
-        record.report.notes += [*self._planned.notes, note]
+        record.report.notes += [*self._notes, note]
 
     def tensors(self) -> dict[str, Tensor]:
         if not self._layers:
@@ -130,13 +130,13 @@ class QuantizationTraining:
         active = all(quantizer.active for quantizer in self._quantizers.values())
         return {"effective_bits": self._packed_bits if active else self._dense_bits}
 
-    def _calibration_batches(self, model: PreTrainedModel) -> Sequence[Mapping[str, Any]]:
-        if self._calibration is None or not solving_method(self._planned.plan).needs_statistics:
+    def _calibration_batches(self, model: PreTrainedModel, plan: Plan) -> Sequence[Mapping[str, Any]]:
+        if self._calibration is None or not solving_method(plan).needs_statistics:
             return []
-        if self._losing:
+        if self._after_pruning:
             raise CalibrationError(
-                "what is calibrated is the uncut model, but weights are rounded without the heads and channels that "
-                "will go; leave calibration out, or train with the width step first and quantize the small model"
+                "what would be calibrated does not know what the prune step takes; leave calibration out, or train "
+                "with the prune step first, and then the pruned model with the quantize step"
             )
         return calibration_batches(
             self._recipe.calibration,
@@ -147,27 +147,18 @@ class QuantizationTraining:
         ).batches
 
     def _begin_rounding(self) -> None:
-        plan = self._planned.plan
         self._keep_inputs(self._quantizers)
-        with torch.no_grad():
-            weights = {path: q.left(whole(self._weight_now(path))) for path, q in self._quantizers.items()}
-            if self._batches:
-                found = start_on_data(self._model, plan, self._batches, self._seed)
-            else:
-                schemes = {path: quantizer.scheme for path, quantizer in self._quantizers.items()}
-                found = start_without_data(replace(plan, schemes=schemes), weights)
-            for path, quantizer in self._quantizers.items():
-                start = Start.of(weights[path], found[path])
-                quantizer.begin(start)
-                if start.correction is not None:
-                    add_whole(self._modules[path], start.correction)
+        on_data = start_on_data(self._model, self._plan, self._batches, self._seed) if self._batches else {}
+        for path, quantizer in self._quantizers.items():
+            module = self._modules[path]
+            weight = quantizer.left(whole(weight_now(module, self._layers.get(id(module)))))
+            start = Start.of(weight, on_data.get(path) or start_of(self._plan, quantizer.scheme, weight))
+            quantizer.begin(start)
+            if start.correction is not None:
+                add_whole(module, start.correction)
 
     def _keep_inputs(self, quantizers: Mapping[str, WeightQuantizer]) -> None:
         """Let matrices make groups of the inputs that they will have left."""
         cuts = self._cuts()
         for path in self._losing & quantizers.keys():
             quantizers[path].keep(cuts[path, "in"])
-
-    def _weight_now(self, path: str) -> Tensor:
-        module = self._modules[path]
-        return weight_now(module, self._layers.get(id(module)))

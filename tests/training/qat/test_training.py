@@ -16,7 +16,7 @@ from training.trained import TASKS, image, language, outputs, quantize, tiny_vit
 from transformers import TrainerCallback
 
 import hf_shrink
-from hf_shrink import RecipeError, ShrinkCallback, ShrinkError
+from hf_shrink import CalibrationError, RecipeError, ShrinkCallback, ShrinkError
 from hf_shrink.runtime.linear import CompressedLinear
 
 
@@ -99,6 +99,35 @@ def test_in_company(name: str, plain: dict[str, Tensor], tmp_path: Path) -> None
     if name != "bfloat16":  # where the Trainer's autocast is around the model until the end
         torch.testing.assert_close(found["logits"], before.said["logits"], rtol=0, atol=1e-4)
     assert all(type(m) is CompressedLinear for n, m in model.model.layers.named_modules() if n.endswith("proj"))
+
+
+def test_a_model_in_bfloat16_keeps_its_scales_in_bfloat16(tmp_path: Path) -> None:
+    model, before = tiny_llama(num_hidden_layers=1).bfloat16(), Before()
+    run = trainer(model, language, tmp_path, [before, ShrinkCallback(quantize("W3A16", symmetric=False), start=0)])
+    run.train()
+    assert model.model.layers[0].mlp.down_proj.weight_scale.dtype == torch.bfloat16
+    assert torch.equal(outputs(model, language)["logits"], before.said["logits"])
+
+
+def test_the_best_checkpoint_is_packed_with_its_own_scales(tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run = trainer(
+        model,
+        language,
+        tmp_path,
+        [ShrinkCallback(quantize(), start=0.25)],
+        load_best_model_at_end=True,
+        learning_rate=1.0,  # so that training makes it worse
+        lr_scheduler_type="constant",
+        **settings,
+    )
+    run.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step] if step >= 2 else float("inf"))
+    assert run.state.best_global_step == best < 8
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert isinstance(model.model.layers[0].mlp.down_proj, CompressedLinear)
 
 
 class StopAt(TrainerCallback):
@@ -229,7 +258,9 @@ def test_calibration_data_lets_a_method_with_statistics_choose_the_start(tmp_pat
         run = trainer(model, language, tmp_path, [callback], learning_rate=0.0, weight_decay=0.0, max_steps=1)
         run.train()
         weights_of[name] = {n: m.weight for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
-        assert any(("gptq on calibration" if data else "without data") in note for note in model.shrink_report.notes)
+        assert any(
+            ("by gptq on calibration" if data else "by rtn without data") in note for note in model.shrink_report.notes
+        )
     expected = hf_shrink.shrink(tiny_llama(num_hidden_layers=1), recipe, calibration=batches, optimize=False)
     for path, weight in weights_of["data"].items():
         torch.testing.assert_close(weight, expected.get_submodule(path).weight, rtol=1e-6, atol=1e-7)
@@ -256,6 +287,20 @@ def test_a_late_callback_is_refused_with_the_remedy(tmp_path: Path) -> None:
     ShrinkCallback(quantize()).attach(run)
     run.train()
     assert type(model.model.layers[0].mlp.up_proj) is CompressedLinear
+
+
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    run = trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, [ShrinkCallback(quantize())])
+    run.args._n_gpu = 2
+    with pytest.raises(ShrinkError, match="torchrun"):
+        run.train()
+
+
+def test_calibration_beside_a_prune_step_is_refused(tmp_path: Path) -> None:
+    recipe = {"steps": weights(sparsity=0.5)["steps"] + quantize(**QUICK_GPTQ)["steps"]}
+    callback = ShrinkCallback(recipe, calibration=[{"input_ids": torch.ones(1, 8, dtype=torch.long)}])
+    with pytest.raises(CalibrationError, match="prune step first"):
+        trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, [callback])
 
 
 @pytest.mark.parametrize(
