@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_shrink.cli.options import Commands, add_common
+from hf_shrink.cli.options import Commands, add_common, check_alone
 
 METHODS = ("lora", "full", "scales")
 MINUTES = 15.0
@@ -29,10 +29,11 @@ def add(commands: Commands) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="of the adapters")
     parser.add_argument("--learning-rate", type=float, metavar="X")
     add_common(parser)
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, shared=True)
 
 
 def command(options: argparse.Namespace) -> None:
+    check_alone("recover", "call hf_shrink.recover in a script, which trains in several")
     recover_checkpoint = recovering()
     names = ("method", "minutes", "steps", "samples", "length", "rank", "learning_rate")
     chosen: dict[str, Any] = {n: getattr(options, n) for n in names if getattr(options, n) is not None}

@@ -35,9 +35,9 @@ class _Problem:
         with fast_precision(inputs.device):
             output = first_output(self._walk.run(batch))
         target = self._dense.target(batch)
-        lost, added = output.float() - target, target - inputs
+        lost, added = output.float() - target, target - inputs.to(target.device)
         if mask is not None and mask.shape == target.shape[:2]:
-            lost, added = lost[mask], added[mask]
+            lost, added = lost[mask.to(lost.device)], added[mask.to(added.device)]
         found = lost.square().sum() / added.square().sum().clamp_min(1e-30)
         return found
 

@@ -176,8 +176,13 @@ def _by_rows(
     apart = stretches(len(target), ROW_MULTIPLE)
     if len(apart) == 1 or scheme.strategy == "tensor":
         return solve(slice(None))
-    sizes = [float(((target[rows] @ moment) * target[rows]).sum(dtype=torch.float64)) for rows in apart]
-    return QuantizedWeight.stacked(spread(apart, solve), sizes)
+
+    def part(rows: slice) -> tuple[QuantizedWeight, float]:
+        own = target[rows]
+        return solve(rows), float(((own @ moment) * own).sum(dtype=torch.float64))
+
+    found = spread(apart, part)
+    return QuantizedWeight.stacked([solved for solved, _ in found], [size for _, size in found])
 
 
 def _notes(hessian: Tensor, asked: float, used: float) -> tuple[str, ...]:

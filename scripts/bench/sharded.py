@@ -2,7 +2,8 @@
 
     python scripts/bench/sharded.py SOURCE --calibration text.txt --held-out other.txt --samples 64
 
-Runs alternate, each in fresh processes; seconds are of the phases "calibrate" and "solve" of a `shrink` in memory.
+Runs alternate, each in fresh processes; seconds are of the phases "calibrate" and "solve" of a `shrink` in memory. CPU
+seconds, of the whole `shrink` and the busiest process, say what a busy machine hides, but not what waiting costs.
 Statistics are second moments of the dense model's inputs in its first, middle and last block, compared by their
 relative Frobenius distance. The processes are started by torchrun, which is what `accelerate launch` runs on machines
 with GPUs. Results: results/sharded.json.
@@ -106,9 +107,11 @@ def run(job: dict[str, Any], processes: int) -> tuple[dict[str, Any], dict[str, 
 def compared(one: list[dict[str, Any]], two: list[dict[str, Any]], distances: dict[str, float]) -> dict[str, Any]:
     """The figures that are asked for, from the rounds of each."""
     seconds = [statistics.median(sum(found["seconds"].values()) for found in rounds) for rounds in (one, two)]
+    cpu = [min(max(found["cpu_seconds"]) for found in rounds) for rounds in (one, two)]
     perplexities = [rounds[0]["perplexity"] for rounds in (one, two)]
     return {
         "speedup": round(seconds[0] / seconds[1], 3),
+        "speedup_in_cpu_seconds": round(cpu[0] / cpu[1], 3),
         "statistics_relative_distance": max(distances.values()),
         "perplexity": [round(value, 4) for value in perplexities],
         "perplexity_ratio": perplexities[1] / perplexities[0],

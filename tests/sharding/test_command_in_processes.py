@@ -118,11 +118,21 @@ def test_as_many_go_on_as_began(source: Path, tmp_path: Path, capsys: pytest.Cap
     assert re.search("processes was 2, is 1", capsys.readouterr().err)
 
 
-def test_bad_input_is_said_once(source: Path, tmp_path: Path) -> None:
-    def work(rank: int) -> int:
-        return main([*arguments(source, tmp_path / "out"), "--set=quantize.method=gpqt"])
-
-    assert join(start(work, tmp_path / "log")) == [2, 2]
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        (["run", "--set=quantize.method=gpqt"], "did you mean 'gptq'"),
+        (["recover"], "recover works in one process"),
+    ],
+)
+def test_bad_input_is_said_once(asked: list[str], message: str, source: Path, tmp_path: Path) -> None:
+    command = [asked[0], str(source), "--output", str(tmp_path / "out"), *asked[1:]]
+    assert join(start(lambda rank: main(command), tmp_path / "log")) == [2, 2]
     text = said(tmp_path / "log", 0) + said(tmp_path / "log", 1)
-    assert text.count("hf-shrink:") == 1 and "gptq" in text
+    assert text.count("hf-shrink:") == 1 and message in text
     assert [path.name for path in tmp_path.iterdir()] == ["log"]
+
+
+def test_what_shares_no_work_is_done_once(source: Path, tmp_path: Path) -> None:
+    assert join(start(lambda rank: main(["recipes"]), tmp_path)) == [0, 0]
+    assert "w4a16" in said(tmp_path, 0) and said(tmp_path, 1) == ""

@@ -80,7 +80,7 @@ class QuantizationTraining:
         self._start = self.settled(window)
         for quantizer in self._quantizers.values():
             quantizer.reset()
-        check_shapes(self._modules.values())
+        check_shapes(model, self._modules.values())
         if self._batches and is_sharded(model):
             raise CalibrationError(
                 "FSDP has spread the weights, so no copy can be calibrated; leave calibration out: scales then start "

@@ -6,21 +6,23 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.errors import ShrinkError
 
 
-def check_shapes(modules: Iterable[nn.Module]) -> None:
+def check_shapes(model: nn.Module, modules: Iterable[nn.Module]) -> None:
     """Raises ShrinkError where weights are flat pieces, which have no rows and groups."""
+    flat = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
     for module in modules:
         weight = module.weight
         assert isinstance(weight, Tensor)
-        if weight.dim() != 2:
+        if flat or weight.dim() != 2:
             raise ShrinkError(
-                "FSDP1 keeps weights as flat pieces, which cannot be rounded group by group; use FSDP2 (version: 2 in "
-                "fsdp_config) or DDP"
+                "FSDP1 and DeepSpeed's ZeRO-3 keep weights as flat pieces, which cannot be rounded group by group; use "
+                "FSDP2 (version: 2 in fsdp_config), ZeRO-2 or DDP"
             )
 
 

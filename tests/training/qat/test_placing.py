@@ -11,6 +11,7 @@ from tiny import tiny_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_shrink.errors import ShrinkError
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS
 from hf_shrink.runtime.embedding import CompressedEmbedding
@@ -18,6 +19,7 @@ from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.training.qat.forward import rows_of
 from hf_shrink.training.qat.placing import pack_trained, place_quantizers
 from hf_shrink.training.qat.quantizer import Start, WeightQuantizer
+from hf_shrink.training.qat.sharded import check_shapes
 
 SCHEMES = {
     "self_attn.q_proj": Scheme(4, True, "group", 16),
@@ -187,6 +189,14 @@ def test_groups_are_made_of_the_inputs_that_are_left(left: int, size: int) -> No
     quantizer.cut(rows)
     packed = quantizer.quantized(weight[rows][:, kept])
     torch.testing.assert_close(packed.dequantized(), fake.detach()[rows][:, kept], rtol=0, atol=1e-6)
+
+
+def test_flat_pieces_of_weights_are_refused_with_the_remedy() -> None:
+    linear = nn.Linear(4, 3)
+    check_shapes(linear, [linear])
+    linear.weight = nn.Parameter(linear.weight.detach().flatten()[:6])
+    with pytest.raises(ShrinkError, match="FSDP2"):
+        check_shapes(linear, [linear])
 
 
 def test_a_weight_of_zeros_only_stays_so() -> None:

@@ -16,7 +16,7 @@ from training.trained import TASKS, image, language, outputs, quantize, tiny_vit
 from transformers import TrainerCallback
 
 import hf_shrink
-from hf_shrink import CalibrationError, RecipeError, ShrinkCallback, ShrinkError
+from hf_shrink import CalibrationError, DistillationTrainer, RecipeError, ShrinkCallback, ShrinkError
 from hf_shrink.runtime.linear import CompressedLinear
 
 
@@ -99,6 +99,52 @@ def test_in_company(name: str, plain: dict[str, Tensor], tmp_path: Path) -> None
     if name != "bfloat16":  # where the Trainer's autocast is around the model until the end
         torch.testing.assert_close(found["logits"], before.said["logits"], rtol=0, atol=1e-4)
     assert all(type(m) is CompressedLinear for n, m in model.model.layers.named_modules() if n.endswith("proj"))
+
+
+def test_a_model_in_bfloat16_keeps_its_scales_in_bfloat16(tmp_path: Path) -> None:
+    model, before = tiny_llama(num_hidden_layers=1).bfloat16(), Before()
+    run = trainer(model, language, tmp_path, [before, ShrinkCallback(quantize("W3A16", symmetric=False), start=0)])
+    run.train()
+    assert model.model.layers[0].mlp.down_proj.weight_scale.dtype == torch.bfloat16
+    assert torch.equal(outputs(model, language)["logits"], before.said["logits"])
+
+
+def test_the_best_checkpoint_is_packed_with_its_own_scales(tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run = trainer(
+        model,
+        language,
+        tmp_path,
+        [ShrinkCallback(quantize(), start=0.25)],
+        load_best_model_at_end=True,
+        learning_rate=1.0,  # so that training makes it worse
+        lr_scheduler_type="constant",
+        **settings,
+    )
+    run.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step] if step >= 2 else float("inf"))
+    assert run.state.best_global_step == best < 8
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert isinstance(model.model.layers[0].mlp.down_proj, CompressedLinear)
+
+
+def test_a_dense_teacher_leads_a_student_of_few_bits(tmp_path: Path) -> None:
+    dense, model, before = tiny_llama(num_hidden_layers=1), tiny_llama(num_hidden_layers=1), Before()
+    plain = trainer(model, language, tmp_path)  # for its arguments and rows
+    run = DistillationTrainer(
+        model,
+        plain.args,
+        train_dataset=plain.train_dataset,
+        teacher=dense,
+        distillation={"logits": 1.0, "task": 0.0},
+        callbacks=[before, ShrinkCallback(quantize("W2A16"), start=0)],
+    )
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]  # the first step's is that of rounding alone: both have the same weights
+    torch.testing.assert_close(outputs(model, language)["logits"], before.said["logits"], rtol=0, atol=1e-4)
 
 
 class StopAt(TrainerCallback):
