@@ -123,7 +123,7 @@ code {{ overflow-wrap: anywhere; }}
   .figure {{ font-size: 1.375rem; }}
   .wide {{ font-size: .875rem; }} .wide thead th {{ font-size: .8125rem; }}
   th, td {{ padding-left: .375rem; }}
-  .interval {{ display: block; font-size: .75rem; }}
+  .interval {{ display: block; font-size: .75rem; white-space: normal; }}
   section {{ margin-top: 2.25rem; }}
 }}
 @media print {{ nav, .skip {{ display: none; }} section {{ break-inside: avoid; }} }}
