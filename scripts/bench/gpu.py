@@ -84,7 +84,7 @@ class Run:
             made = {"dense": dense}
             for kind, quantize in RECIPES.items():
                 step = {"method": "rtn", "search": False, "group_size": GROUPS[name], **quantize}
-                if kind == "W8A8":
+                if kind in ("W8A8", "FP8"):
                     del step["group_size"]
                 recipe = {"portable": False, "steps": [{"quantize": step}]}
                 made[kind] = shrink(copy.deepcopy(dense), recipe, progress=False)
