@@ -186,6 +186,12 @@ def test_stopped_before_the_end_nothing_is_cut(tmp_path: Path, caplog: pytest.Lo
     run.train()
     assert small(model) == 0 and not hasattr(model, "shrink_report")
     assert math.isfinite(run.evaluate()["eval_loss"])
+    again = ShrinkCallback(width())  # of what was given up no mask stays
+    trainer(model, language, tmp_path, [again]).train()
+    assert small(model) == pytest.approx(0.3, abs=0.05)
+    other = tiny_llama(num_hidden_layers=2)
+    trainer(other, language, tmp_path, [again]).train()  # the same callback for another model
+    assert small(other) == pytest.approx(0.3, abs=0.05)
 
 
 def test_late_and_made_anew_and_first_among_callbacks(tmp_path: Path) -> None:
