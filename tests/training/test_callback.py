@@ -11,6 +11,7 @@ import pytest
 import torch
 from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama
+from torch._dynamo.utils import counters
 from training.trained import TASKS, image, language, outputs, tiny_vit, trainer, weights, width
 from transformers import TrainerCallback
 
@@ -55,7 +56,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
 def test_in_company(name: str, plain: dict[str, torch.Tensor], tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=2)
     run = trainer(model, language, tmp_path, [ShrinkCallback(width())], **SETTINGS[name])
+    counters.clear()
     run.train()
+    if name == "compiled":  # once with the scores, once when the masks have settled
+        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     assert small(model) == pytest.approx(0.3, abs=0.05)
     found = outputs(model, language)
     if name in ("checkpointing", "compiled"):  # ways to compute the same
