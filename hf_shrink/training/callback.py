@@ -129,6 +129,7 @@ class ShrinkCallback(TrainerCallback):
             )
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        _check_deepspeed(args)
         if kwargs.get("optimizer") is not None:
             self._refuse_late()
         self._attach(kwargs["model"])
@@ -136,6 +137,7 @@ class ShrinkCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _check_deepspeed(args)
         model = bare(kwargs["model"])
         sharded = is_sharded(kwargs["model"])
         if self._model is not model:  # added late, or made anew by `model_init`
@@ -261,6 +263,12 @@ def _recompile(args: TrainingArguments) -> None:
     """Forget what `torch.compile` made of the model as it was."""
     if args.torch_compile:
         torch.compiler.reset()
+
+
+def _check_deepspeed(args: TrainingArguments) -> None:
+    """Raises ShrinkError: its engine keeps weights, gradients and scales where only it finds them."""
+    if args.deepspeed is not None:
+        raise ShrinkError("ShrinkCallback does not work with DeepSpeed; train with DDP, or with FSDP")
 
 
 def _check_sharded(model: nn.Module) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -254,6 +255,12 @@ def test_refused_for_the_model(tmp_path: Path) -> None:
         trainer(adapted, language, tmp_path, [ShrinkCallback(weights(sparsity=0.5))])
     with pytest.raises(ArchitectureError, match="transformers model"):
         trainer(torch.nn.Linear(2, 2), language, tmp_path, [ShrinkCallback(width())])  # type: ignore[arg-type]
+
+
+def test_deepspeed_is_refused() -> None:
+    args: Any = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 3}})
+    with pytest.raises(ShrinkError, match="DeepSpeed"):
+        ShrinkCallback(width()).on_init_end(args, None, None, model=tiny_llama())  # type: ignore[arg-type]
 
 
 def test_it_is_exported_and_only_imported_when_asked_for() -> None:
