@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from hf_shrink.checkpoint.adapters import load_adapter
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
 from hf_shrink.checkpoint.push import push_shrunk_to_hub
@@ -34,6 +35,8 @@ from hf_shrink.runtime.optimizing import kernel_summary
 
 if TYPE_CHECKING:
     from hf_shrink.training.callback import ShrinkCallback
+    from hf_shrink.training.distillation import CachedTeacher, DistillationTrainer, cache_teacher
+    from hf_shrink.training.recovery import Recovered, recover, recover_checkpoint
 
 try:
     __version__ = metadata.version("hf_shrink")
@@ -42,8 +45,12 @@ except metadata.PackageNotFoundError:  # run from a source tree
 
 _register()
 
-# What needs transformers' Trainer, which takes seconds to import: by name, the module that has it.
-_LAZY = {"ShrinkCallback": "hf_shrink.training.callback"}
+# What needs transformers' Trainer or PEFT, which take seconds to import: by name, the module that has it.
+_LAZY = {
+    "ShrinkCallback": "hf_shrink.training.callback",
+    **dict.fromkeys(("CachedTeacher", "DistillationTrainer", "cache_teacher"), "hf_shrink.training.distillation"),
+    **dict.fromkeys(("Recovered", "recover", "recover_checkpoint"), "hf_shrink.training.recovery"),
+}
 
 
 def __getattr__(name: str) -> Any:
@@ -54,8 +61,10 @@ def __getattr__(name: str) -> Any:
 
 __all__ = [
     "ArchitectureError",
+    "CachedTeacher",
     "CalibrationError",
     "CheckpointError",
+    "DistillationTrainer",
     "Front",
     "HubError",
     "LoadingConfig",
@@ -63,19 +72,24 @@ __all__ = [
     "PushInterrupted",
     "Recipe",
     "RecipeError",
+    "Recovered",
     "ShrinkCallback",
     "ShrinkError",
     "ShrinkReport",
     "bench_checkpoint",
+    "cache_teacher",
     "evaluate_model",
     "keep_zeros",
     "kernel_summary",
+    "load_adapter",
     "load_module",
     "make_front",
     "make_plan",
     "optimize_for_inference",
     "prune_weights",
     "push_shrunk_to_hub",
+    "recover",
+    "recover_checkpoint",
     "register_importance",
     "save_module",
     "shrink",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +52,7 @@ class Front:
         data: what quality was measured on, in words.
         context: tokens in the KV cache, of `memory`.
         seconds: that it took: "sensitivity" once, "plans" all plans together.
+        sensitivity: nats that each part of the model costs, by its name and what is done to it.
     """
 
     source: str
@@ -60,6 +61,7 @@ class Front:
     data: str = ""
     context: int = 0
     seconds: Mapping[str, float] = field(default_factory=dict)
+    sensitivity: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     def takes(self, point: Point) -> float:
         """What a point takes of the resource."""
@@ -67,19 +69,38 @@ class Front:
         return found or point.seconds[self.resource]
 
     def plan(self, name: str) -> Plan:
-        """The plan of a budget. Raises RecipeError where there is none of that name."""
+        """The plan of a budget, which keeps the points beside it for its report.
+
+        Raises:
+            RecipeError: there is none of that name.
+        """
         for point in self.points:
             if point.name == name and point.plan is not None:
-                return Plan.from_json(point.plan)
+                plan = Plan.from_json(point.plan)
+                points = tuple(replace(p, plan=None, by_group={}) for p in self.points)
+                front = replace(self, points=points, sensitivity={})
+                said = {"front": {**front.to_dict(), "chosen": name}, "sensitivity": dict(self.sensitivity)}
+                return replace(plan, search={**plan.search, **said})
         known = ", ".join(point.name for point in self.points if point.plan is not None)
         raise RecipeError(f"there is no plan for {name!r}; there are plans for {known}")
 
     def to_json(self, path: str | Path | None = None) -> str:
         """JSON text, also written to `path` when given."""
-        text = json.dumps({"front_format": FRONT_FORMAT, **asdict(self)}, indent=1)
+        text = json.dumps({"front_format": FRONT_FORMAT, **self.to_dict()}, indent=1)
         if path is not None:
             Path(path).write_text(text + "\n")
         return text
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON values."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Front:
+        """The inverse of `to_dict`; what it does not know is left out. Raises TypeError where points lack something."""
+        known, own = ({f.name for f in fields(kind)} for kind in (Point, cls))
+        points = tuple(Point(**{k: v for k, v in point.items() if k in known}) for point in data["points"])
+        return cls(**{**{k: v for k, v in data.items() if k in own}, "points": points})
 
     @classmethod
     def from_json(cls, source: str | Path) -> Front:
@@ -89,8 +110,6 @@ class Front:
             data = json.loads(text)
             if data.pop("front_format", None) != FRONT_FORMAT:
                 raise RecipeError("not a front of this format; make one with `hf-shrink plan --sweep`")
-            names = {f.name for f in fields(Point)}
-            points = tuple(Point(**{k: v for k, v in point.items() if k in names}) for point in data.pop("points"))
-            return cls(points=points, **data)
-        except (json.JSONDecodeError, TypeError, AttributeError) as error:
+            return cls.from_dict(data)
+        except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a front: {error}") from error

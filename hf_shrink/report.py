@@ -16,11 +16,14 @@ class ShrinkReport:
         parameters_before, parameters_after: logical parameters (a packed weight counts its unpacked elements).
         bytes_before, bytes_after: of all weights as stored, tied ones once.
         seconds: wall time by phase ("plan", "calibrate", "solve", ...), and "total".
+        trained: whether it was made while the model was trained, so that the recipe alone does not give it again.
         portable: loads in stock transformers; `not_portable_because` says why when it does not.
         notes: what the user should know: resolved group sizes, grown damping, excluded choices.
         block_errors: relative squared output error by block path, compressed against dense function.
         evaluation: {"data", "dense": {metric: value}, "compressed": {metric: value}} when it was run.
-        completions: {"prompt", "dense", "compressed"} when made.
+        completions: {"prompt", "dense", "compressed"} each, when made.
+        layout: what the dense model's blocks are made of (`reporting.layout.BlockLayout` each), to show the plan by.
+        machine: what made it: processor, cores, memory, threads, device.
     """
 
     seed: int = 0
@@ -30,12 +33,15 @@ class ShrinkReport:
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    trained: bool = False
     portable: bool = True
     not_portable_because: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     block_errors: dict[str, float] = field(default_factory=dict)
     evaluation: dict[str, Any] = field(default_factory=dict)
-    completions: dict[str, str] = field(default_factory=dict)
+    completions: list[dict[str, str]] = field(default_factory=list)
+    layout: list[dict[str, Any]] = field(default_factory=list)
+    machine: dict[str, Any] = field(default_factory=dict)
 
     @property
     def compression(self) -> float:

@@ -5,7 +5,7 @@
         --learning_rate 2e-5 --num_train_epochs 1 --per_device_train_batch_size 8
 
 The callback is all that differs from an ordinary fine-tuning. `--recipe` is what `hf-shrink run` takes: a built-in name
-or the path of a YAML file, with a quantize step, a prune step of weights, or both.
+or the path of a YAML file, with a quantize step, a prune step of heads and channels or of weights, or both.
 """
 
 from __future__ import annotations
@@ -64,8 +64,8 @@ def losses_of(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     return losses.sum(1)
 
 
-def main() -> int:
-    arguments, training = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses()
+def main(words: list[str] | None = None) -> dict[str, float]:
+    arguments, training = HfArgumentParser((Arguments, TrainingArguments)).parse_args_into_dataclasses(words)
     set_seed(training.seed)
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     model = AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32)
@@ -91,10 +91,13 @@ def main() -> int:
         )
         trainer.log_metrics("dense", trainer.evaluate())
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
-        trainer.log_metrics("packed", trainer.evaluate())
-    trainer.save_model()
-    return 0
+        measured = trainer.evaluate()
+        trainer.log_metrics("packed", measured)
+    trainer.save_model()  # packed, with its card and its record
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return measured
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main(sys.argv[1:])

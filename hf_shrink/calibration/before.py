@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.capture import model_inputs
+from hf_shrink.calibration.merging import merged
 from hf_shrink.calibration.statistics import InputStatistics
+from hf_shrink.sharding import share
 
 
 class _Arrived(Exception):
@@ -21,7 +23,9 @@ def batches_reaching(
     model: nn.Module, block: nn.Module, batches: Sequence[Mapping[str, Any]]
 ) -> list[Mapping[str, Any]]:
     """The batches on which the model runs `block` (an image encoder's: those with images)."""
-    return [batch for batch in batches if _run_until(model, block, batch)]
+    shared = share(len(batches))
+    reached = shared.gather(_run_until(model, block, batch) for batch in shared.of(batches))
+    return [batch for batch, there in zip(batches, reached, strict=True) if there]
 
 
 def statistics_before(
@@ -32,6 +36,7 @@ def statistics_before(
     Raises:
         CalibrationError: numbers are not finite.
     """
+    shared = share(len(batches))
     found: dict[str, InputStatistics] = {}
 
     def hook(path: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
@@ -46,11 +51,10 @@ def statistics_before(
     with ExitStack() as stack:
         for path, module in matrices.items():
             stack.callback(module.register_forward_pre_hook(hook(path)).remove)
-        for batch in batches:
+        for batch in shared.of(batches):
             _run_until(model, block, batch)
-    for path, statistics in found.items():
-        statistics.finish(path)
-    return found
+    sums = merged({path: found.get(path) for path in matrices}, shared)
+    return {path: statistics.finish(path) for path, statistics in sums.items() if statistics is not None}
 
 
 def _run_until(model: nn.Module, block: nn.Module, batch: Mapping[str, Any]) -> bool:

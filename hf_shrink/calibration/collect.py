@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_shrink.calibration.merging import merged
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
+from hf_shrink.sharding import Share
 
 
 class LastInputSeen(Exception):
@@ -68,12 +70,19 @@ class Collector:
         if self._last is None and self._order:
             self._last = self._order[-1]
 
-    def finish(self, without: Callable[[str], bool] = lambda path: False) -> dict[str, InputStatistics]:
-        """The statistics by path, of all matrices but those `without`. Raises CalibrationError."""
-        silent = [path for path in self._matrices if path not in self._shared]
-        if silent:
-            raise CalibrationError(f"{silent[0]} saw no calibration tokens; give more or other calibration data")
-        for path, statistics in self._statistics.items():
+    def finish(self, share: Share, without: Callable[[str], bool] = lambda path: False) -> dict[str, InputStatistics]:
+        """The statistics by path, of all matrices but those `without`. Raises CalibrationError.
+
+        Args:
+            share: which batches were listened to here; what comes back is of all.
+        """
+        own = {p: self._statistics[self._shared[p]] if p in self._shared else None for p in self._matrices}
+        finished: set[int] = set()
+        found: dict[str, InputStatistics] = {}
+        for path, statistics in merged(own, share).items():
+            if statistics is None:
+                raise CalibrationError(f"{path} saw no calibration tokens; give more or other calibration data")
             if not without(path):
-                statistics.finish(path)
-        return {path: self._statistics[owner] for path, owner in self._shared.items() if not without(path)}
+                found[path] = statistics if id(statistics) in finished else statistics.finish(path)
+                finished.add(id(statistics))
+        return found

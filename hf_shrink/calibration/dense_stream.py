@@ -13,6 +13,7 @@ from hf_shrink.calibration.shelf import IN_MEMORY
 from hf_shrink.calibration.stages import StagedRun
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.residence import Room
+from hf_shrink.sharding import Share, share
 
 HELD_OUT = 8  # one batch in so many is kept to check corrections with
 ENOUGH = 12  # tokens a column of the widest matrix, with which drift is measured well
@@ -26,8 +27,11 @@ class DenseStream:
             are what the dense block put out.
         held_out: batches of the compressed walk with which corrections are checked, the last eighth (none of one).
 
+    Batches are called by their place among those that this process has of the compressed walk.
+
     Args:
         model, blocks, batches: as of the compressed walk, when that is made.
+        shared: the compressed walk's; None: as `sharding.share` says.
         tokens: in all batches.
         everything: follow all batches. Otherwise those held out and at most half of the others, fewer where `ENOUGH`
             tokens come together sooner: so many are enough to measure how far inputs have drifted.
@@ -40,19 +44,27 @@ class DenseStream:
         blocks: Sequence[nn.Module],
         batches: Sequence[Mapping[str, Any]],
         *,
+        shared: Share | None = None,
         tokens: int,
         everything: bool,
         measure_all: bool = False,
         **settings: Any,
     ) -> None:
         count = len(batches)
+        shared = share(count) if shared is None else shared
         held = -(-count // HELD_OUT) if count > 1 else 0
-        self.held_out = frozenset(range(count - held, count))
+        held_out = range(count - held, count)
         sparing = max(2, tokens // (ENOUGH * _widest(blocks)))
-        self._measured = self.held_out | frozenset(range(0, count - held, 1 if measure_all else sparing))
-        followed = range(count) if everything else sorted(self._measured)
-        self._place = {batch: place for place, batch in enumerate(followed)}
-        self.walk = StackWalk(model, blocks, [batches[batch] for batch in followed], room=Room(IN_MEMORY), **settings)
+        measured = {*held_out, *range(0, count - held, 1 if measure_all else sparing)}
+        followed = range(count) if everything else sorted(measured)
+        among = shared.among(followed)
+        places = {followed[number]: place for place, number in enumerate(among.own)}
+        own = dict(enumerate(shared.own))
+        self.held_out = frozenset(batch for batch, number in own.items() if number in held_out)
+        self._measured = frozenset(batch for batch, number in own.items() if number in measured)
+        self._place = {batch: places[number] for batch, number in own.items() if number in places}
+        given = [batches[number] for number in followed]
+        self.walk = StackWalk(model, blocks, given, room=Room(IN_MEMORY), shared=among, **settings)
 
     def advance(self) -> None:
         """Run the current block, which must still be dense, on every batch followed."""

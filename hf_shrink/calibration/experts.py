@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from hf_shrink.errors import CalibrationError
 from hf_shrink.runtime.experts import Watch, separate_modules
+from hf_shrink.sharding import Share
 
 # An expert needs one token for so many inputs of its widest matrix. Error of GPTQ on fresh tokens against RTN's, random
 # matrices of 96 and 256 inputs with a decaying spectrum: 0.87 and 0.80 with a token for 8 inputs, 0.75 and 0.71 for 4,
@@ -56,16 +57,22 @@ class ExpertTokens:
             found.append((own, given))
         return found
 
-    def starved(self, matrices: Mapping[str, nn.Module]) -> dict[str, int]:
-        """Experts with a matrix among `matrices` that got fewer tokens than `least_tokens`, by path, and how many."""
+    def starved(self, matrices: Mapping[str, nn.Module], share: Share) -> dict[str, int]:
+        """Experts with a matrix among `matrices` that got fewer tokens than `least_tokens`, by path, and how many.
+
+        Args:
+            share: which batches this process has; tokens of all count.
+        """
         wanted: dict[str, int] = {}
         for path, matrix in matrices.items():
             if (place := self._place(path)) is not None:
                 expert = f"{place[0]}.{place[1]}"
                 width = int(matrix.in_features)  # type: ignore[arg-type]
                 wanted[expert] = max(wanted.get(expert, 0), least_tokens(width))
-        totals = {expert: self._total(expert) for expert in wanted}
-        return {expert: totals[expert] for expert in wanted if totals[expert] < wanted[expert]}
+        if not wanted:
+            return {}
+        totals = share.totals([self._total(expert) for expert in wanted])
+        return {expert: int(total) for expert, total in zip(wanted, totals, strict=True) if total < wanted[expert]}
 
     def _total(self, expert: str) -> int:
         where, _, index = expert.rpartition(".")

@@ -13,6 +13,11 @@ from hf_shrink.calibration.targets import IGNORED, Batch, Hidden, Kind, targets_
 Labels = Literal["auto", "data", "model"]
 
 
+def generator_of(seed: int, batch: int) -> torch.Generator:
+    """What a batch's labels are drawn with: the same, whoever has which of the batches before it."""
+    return torch.Generator().manual_seed((seed << 24) + batch)
+
+
 def log_loss(kind: Kind, batch: Batch, outputs: Any, labels: Labels, generator: torch.Generator) -> Tensor:
     """Negative log-likelihood of a batch, summed over all that the model predicts; a float32 scalar.
 

@@ -13,7 +13,7 @@ def without_padding(x: Tensor, mask: Tensor | None) -> Tensor:
         mask: bool (batch, sequence) of the real tokens; None when nothing is padded.
     """
     if mask is not None and x.dim() > 2 and x.shape[:2] == mask.shape:
-        return x[mask]
+        return x[mask.to(x.device)]
     if mask is not None and x.dim() == 2 and x.shape[0] == mask.numel():
-        return x[mask.reshape(-1)]
+        return x[mask.reshape(-1).to(x.device)]
     return x

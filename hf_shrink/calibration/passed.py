@@ -15,5 +15,5 @@ class Passed(NamedTuple):
 
     def relative_error(self, inputs: Tensor) -> float:
         """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
-        size = (self.before - inputs).float().square().sum()
+        size = (self.before - inputs.to(self.before.device)).float().square().sum()
         return float((self.after - self.before).float().square().sum() / size.clamp_min(1e-30))

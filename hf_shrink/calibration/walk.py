@@ -10,12 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.arguments import Arguments
-from hf_shrink.calibration.capture import capture, first_output, run_with_outputs
+from hf_shrink.calibration.capture import Captured, capture, first_output, run_with_outputs
 from hf_shrink.calibration.collect import Collector, LastInputSeen
 from hf_shrink.calibration.experts import ExpertTokens, refuse_starved
 from hf_shrink.calibration.padding import without_padding
 from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.shelf import Shelf
+from hf_shrink.calibration.stage_sums import StageSums
 from hf_shrink.calibration.stages import StagedRun, find_stages
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError
@@ -23,19 +24,22 @@ from hf_shrink.ops.precision import fast_precision
 from hf_shrink.residence import Room, residence_of
 from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.experts import Watch, watching
+from hf_shrink.sharding import Share, share
 
 if TYPE_CHECKING:
-    from hf_shrink.calibration.dense_stream import DenseStream, Follower
+    from hf_shrink.calibration.dense_stream import DenseStream
 
 MOST_WAITING = 16 << 30  # bytes of batches that wait inside a block, most of them in a file
 
 
 class StackWalk:
-    """Holds the hidden states in front of the current block, for all batches.
+    """Holds the hidden states in front of the current block, for all batches of this process.
 
-    Use: for each block in order, `statistics(...)` on it, change it, then `advance(...)`.
+    Use: for each block in order, `statistics(...)` on it, change it, then `advance(...)`. Where several processes share
+    the batches, statistics are of all of them, and the same in every process; what is by batch is of the own ones.
 
     Attributes:
+        share: which of the batches are this process's.
         hidden: inputs of the current block, one (batch, sequence, width) tensor a batch.
         position: index of the current block.
         reference: the current block's output for the first batch when statistics were first taken; None before that.
@@ -50,6 +54,7 @@ class StackWalk:
         starved_experts: "error", or "rtn": their matrices get no statistics.
         fast: blocks may multiply in bfloat16 where that is native. Hidden states and statistics stay in float32.
         room: as of `capture`.
+        shared: which of the batches are this process's, which may be none of them; None: as `sharding.share` says.
     """
 
     def __init__(
@@ -62,8 +67,12 @@ class StackWalk:
         starved_experts: Literal["error", "rtn"] = "error",
         fast: bool = False,
         room: Room | None = None,
+        shared: Share | None = None,
     ) -> None:
-        found = capture(model, blocks, batches, compute_dtype, room)
+        self.share = share(len(batches)) if shared is None else shared
+        batches = self.share.of(batches)
+        spare = self.share.split and not batches
+        found = Captured() if spare else capture(model, blocks, batches, compute_dtype, room)
         self._blocks = list(blocks)
         self._batches = batches
         self._dtype = compute_dtype
@@ -89,11 +98,12 @@ class StackWalk:
 
     @property
     def tokens(self) -> int:
-        """Tokens that pass through the stack, padding not counted."""
-        return sum(
+        """Tokens of all processes that pass through the stack, padding not counted."""
+        own = sum(
             int(mask.sum()) if mask is not None else self.hidden.kind(batch).shape[:-1].numel()
             for batch, mask in enumerate(self._masks)
         )
+        return int(self.share.totals([own])[0])
 
     def call(self, batch: int) -> Any:
         """Run the current block on one batch, without gradients; returns its whole output."""
@@ -139,11 +149,11 @@ class StackWalk:
                 # Only the first batch gets here: it runs to the end, to learn which matrix comes last.
                 self.reference = output if self.reference is None else self.reference
         starved = self._find_starved(matrices)
-        return collector.finish(without=lambda path: path.rpartition(".")[0] in starved)
+        return collector.finish(self.share, without=lambda path: path.rpartition(".")[0] in starved)
 
     def _find_starved(self, matrices: Mapping[str, nn.Module]) -> dict[str, int]:
         """Experts that saw too few tokens. Raises CalibrationError unless these may go without statistics."""
-        found = self._experts.starved(matrices)
+        found = self._experts.starved(matrices, self.share)
         if self._refuses_starved:
             refuse_starved(found, matrices)
         self.starved.update(found)
@@ -187,35 +197,12 @@ class StackWalk:
         found = find_stages(matrices, self.call, self._experts.phase)
         # A waiting batch holds about three more tensors like its hidden states. Decided by sizes alone, never by what
         # memory there is, since the two ways to walk do not give the same bytes.
-        if found is None or len(self.hidden) * (found.largest + 3 * self.hidden.kind(0).nbytes) > MOST_WAITING:
+        waiting = 0 if found is None else self.share.count * (found.largest + 3 * self.hidden.kind(0).nbytes)
+        if any(self.share.ranks.gather(found is None or waiting > MOST_WAITING)):
             return None
+        assert found is not None
         stages = found.stages
         before = first_output(found.output) if self.reference is None else self.reference
-        collected: dict[str, InputStatistics] = {}
-
-        def seen(stage: int, batch: int, x: Tensor, follower: Follower | None) -> None:
-            for paths, given in self._experts.inputs(batch, stages[stage], x):
-                if paths[0] not in collected:
-                    empty = InputStatistics.empty(given.shape[-1], given.device, longest)
-                    collected.update(dict.fromkeys(paths, empty))
-                real = self.real_tokens(batch)(given)
-                dense_input = follower.real_input(batch, stage) if follower is not None else None
-                if follower is None or dense_input is None:
-                    collected[paths[0]].add(real)
-                else:
-                    collected[paths[0]].add_drift(real, dense_input, held_out=follower.is_held_out(batch))
-
-        def settle(stage: int) -> None:
-            found: dict[str, InputStatistics | None] = {}
-            starved = self._find_starved(matrices) if self._experts.phase(stages[stage][0]) else {}
-            for path in stages[stage]:
-                statistics = collected.pop(path, None) or InputStatistics.empty(1)
-                expert_starved = path.rpartition(".")[0] in starved
-                if not expert_starved and not any(statistics is other for other in found.values()):
-                    statistics.finish(path)
-                found[path] = None if expert_starved else statistics
-            solve(found)
-
         block = self._blocks[self.position]
         if dense is not None and any(self._experts.phase(path) for path in matrices):
             dense.advance()  # tokens of an expert here and there are not the same ones
@@ -224,16 +211,17 @@ class StackWalk:
             # Before the block's modules are made to wait, which a copy of them must not.
             follower = None if dense is None else stack.enter_context(dense.following(block, matrices, stages))
             own = stack.enter_context(self.staged(matrices, stages, current, block))
-            for stage in range(len(stages)):
+            sums = StageSums(self._experts, self.real_tokens, self.share, longest, follower)
+            for stage, paths in enumerate(stages):
                 for batch in range(len(self.hidden)):
                     x = own.reach(batch, stage)
                     if x is not None:
-                        seen(stage, batch, x, follower)
+                        sums.add(batch, stage, paths, x)
                     own.rest(batch)
                     if follower is not None:
                         follower.rest(batch)
                 release_free_memory()
-                settle(stage)
+                solve(sums.finish(paths, self._find_starved(matrices) if self._experts.phase(paths[0]) else ()))
             first = first_output(own.finish(0) if not further else self.take(0, own.finish(0)))
             for batch in range(1, len(self.hidden)) if further else ():
                 self.take(batch, own.finish(batch))
@@ -286,7 +274,7 @@ class StackWalk:
         for batch, inputs in enumerate(self._batches):
             with collector.listening(self.real_tokens(batch)), suppress(LastInputSeen):
                 run_with_outputs(model, self._blocks, inputs, self.hidden[batch])
-        return collector.finish()
+        return collector.finish(self.share)
 
     def real_tokens(self, batch: int) -> Callable[[Tensor], Tensor]:
         """From a matrix's input to its rows that are not padding, of the encoder where cross attention reads that."""

@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_shrink.errors import CheckpointError
 from hf_shrink.residence import flush_folder
+from hf_shrink.sharding import ranks
 
 NAME = "journal.json"
 FORMAT = 1
@@ -20,6 +21,8 @@ WRITTEN = "written"  # the entry that is made when all that is left is to rename
 @dataclass
 class Journal:
     """A JSON file that is replaced as a whole whenever something more is finished.
+
+    Of several processes the first one writes it; the entries are the same in all.
 
     Attributes:
         path: of the file.
@@ -38,6 +41,10 @@ class Journal:
         Raises:
             CheckpointError: there is one of another run; says what is different.
         """
+        return ranks().on_first(lambda: cls._read(folder, key))
+
+    @classmethod
+    def _read(cls, folder: Path, key: Mapping[str, Any]) -> Journal:
         path, now = folder / NAME, dict(json.loads(json.dumps(key)))
         if not path.is_file():
             return cls(path, now)
@@ -63,8 +70,12 @@ class Journal:
         return self.entries.get(name)
 
     def add(self, **entries: Any) -> None:
-        """Write down that more is finished. When this returns, it is on the disk."""
-        self.entries.update(json.loads(json.dumps(entries)))
+        """Write down that more is finished in all processes. When this returns, it is on the disk."""
+        self.entries.update(ranks().on_first(lambda: self._added(entries)))
+
+    def _added(self, entries: Mapping[str, Any]) -> dict[str, Any]:
+        added: dict[str, Any] = json.loads(json.dumps(entries))
+        self.entries.update(added)
         partial = self.path.with_name(f"{NAME}.partial")
         with partial.open("w", encoding="utf-8") as file:
             json.dump({"format": FORMAT, "key": self.key, "entries": self.entries}, file)
@@ -72,6 +83,7 @@ class Journal:
             os.fsync(file.fileno())
         os.replace(partial, self.path)
         flush_folder(self.path.parent)
+        return added
 
 
 def written(folder: Path) -> bool:

@@ -18,7 +18,7 @@ from hf_shrink.checkpoint.staging import check_whole, named_in_card, put_text, s
 from hf_shrink.errors import HubError
 from hf_shrink.hub import Destination, Pushed, check_destination, upload
 from hf_shrink.reporting import write_report
-from hf_shrink.reporting.figures import display_name, rows
+from hf_shrink.reporting.figures import display_name, headline
 
 logger = logging.get_logger(__name__)
 LONGEST = 120  # characters of a commit message's first line
@@ -117,7 +117,7 @@ def push_shrunk_to_hub(
 
 def commit_message(record: ShrinkRecord) -> str:
     """One line: what was done and what came of it, as far as it was measured."""
-    said = ", ".join(f"{row.name.lower()} {row.dense} to {row.compressed}" for row in rows(record.report))
+    said = headline(record.report)
     line = f"{display_name(record)}{f': {said}' if said else ''}"
     return line if len(line) <= LONGEST else f"{line[: LONGEST - 3]}..."
 

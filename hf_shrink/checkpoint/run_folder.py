@@ -15,18 +15,19 @@ from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.checkpoint.journal import NAME, WRITTEN, Journal, written
 from hf_shrink.checkpoint.record import RECORD_NAME
 from hf_shrink.errors import CheckpointError
+from hf_shrink.sharding import ProcessLost, ranks
 
 
 class RunFolder:
     """A temporary sibling of the output folder, which appears, or is replaced, when everything is written.
 
     When the body raises, the sibling is removed, unless its journal says that something is finished: then it stays,
-    and the next run with the same output goes on from there.
+    and the next run with the same output goes on from there. Of several processes the first one does all this.
 
     Attributes:
         folder: the sibling.
         output: becomes the output folder.
-        scratch: for what is of no use to another process; empty at the beginning.
+        scratch: for what is of no use to another process; each has its own, empty at the beginning.
         finished: for what the journal speaks of.
         whole: an earlier process had put the output into its place, and was cut off while it tidied up.
 
@@ -43,16 +44,23 @@ class RunFolder:
         self._resume = resume
         place = self._target.path
         self.folder = place.parent / f".{place.name}.partial-run"
-        self.output, self.scratch = self.folder / "output", self.folder / "scratch"
+        self.output, self.scratch = self.folder / "output", self.folder / "scratch" / str(ranks().rank)
         self.finished = self.folder / "finished"
         self._lock = FileLock(place.parent / f".{place.name}.lock", blocking=False)
         self._journal: Journal | None = None
         self.whole = False
 
     def __enter__(self) -> RunFolder:
-        left = self._resume and not self.output.exists() and written(self.folder)
-        self.whole = left and (self._target.path / RECORD_NAME).is_file()
+        self.whole = ranks().on_first(self._take)
         if not self.whole:
+            self.scratch.mkdir(parents=True, exist_ok=True)
+        return self
+
+    def _take(self) -> bool:
+        """Make the folder ready, for this run alone; whether the output was whole already."""
+        left = self._resume and not self.output.exists() and written(self.folder)
+        whole = left and (self._target.path / RECORD_NAME).is_file()
+        if not whole:
             self._target.check()
         place = self._target.path
         try:
@@ -62,15 +70,15 @@ class RunFolder:
             raise CheckpointError(f"another process is writing {place}; wait for it, or give another folder") from error
         except OSError as error:
             raise CheckpointError(f"cannot write beside {place}: {error}; give another output folder") from error
-        if self.whole:
-            return self
+        if whole:
+            return True
         if not self._resume or not (self.folder / NAME).is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
-        for old in (self.output, self.scratch):
+        for old in (self.output, self.scratch.parent):
             shutil.rmtree(old, ignore_errors=True)
-        for new in (self.output, self.scratch, self.finished):
+        for new in (self.output, self.finished):
             new.mkdir(parents=True, exist_ok=True)
-        return self
+        return False
 
     @property
     def target(self) -> Path:
@@ -90,13 +98,37 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if kind is not None:
+            self._leave()
+            return
         try:
-            if kind is None and not self.whole:
+            ranks().wait()
+        except ProcessLost:
+            self._leave()
+            raise
+        ranks().on_first(self._put)
+
+    def _put(self) -> None:
+        """Everything is written: the output goes to its place."""
+        try:
+            if not self.whole:
                 if self._journal is not None:
                     self._journal.add(**{WRITTEN: True})
                 self._target.put(self.output)
-            if kind is None or not self._worth_keeping:
+            shutil.rmtree(self.folder, ignore_errors=True)
+        finally:
+            self._unlock()
+
+    def _leave(self) -> None:
+        """Something went wrong, in this process at least: the others may be gone."""
+        if not ranks().first:
+            return
+        try:
+            if not self._worth_keeping:
                 shutil.rmtree(self.folder, ignore_errors=True)
         finally:
-            Path(self._lock.lock_file).unlink(missing_ok=True)
-            self._lock.release()
+            self._unlock()
+
+    def _unlock(self) -> None:
+        Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()

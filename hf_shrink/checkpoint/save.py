@@ -21,7 +21,7 @@ from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.checkpoint.streamed import save_streamed
 from hf_shrink.checkpoint.ties import saved_state, settle_ties
 from hf_shrink.errors import CheckpointError
-from hf_shrink.residence import residence_of
+from hf_shrink.residence import at_home, residence_of
 from hf_shrink.surgery import build_skeleton, is_uneven
 from hf_shrink.surgery.sizes import RECORD_FORMAT
 
@@ -88,7 +88,7 @@ def save_model(
     directory = Path(directory)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs} if push_to_hub else {}
     streams = residence_of(model) is not None and getattr(model, "hf_quantizer", None) is None and not kwargs
-    with _block_in_config(model):
+    with at_home(model), _block_in_config(model):
         state = saved_state(model, state_dict)
         type(model).save_pretrained(
             model, directory, is_main_process, {} if streams else state, push_to_hub=False, **kwargs

@@ -16,7 +16,7 @@ from huggingface_hub import get_token
 from hf_shrink.checkpoint.record import CARD_NAME, RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.shards import find_shards, read_json
 from hf_shrink.errors import CheckpointError, HubError
-from hf_shrink.reporting.card import is_hub_id
+from hf_shrink.reporting.reproduce import is_hub_id, without_folders
 
 # What training leaves beside a model, and what is pickled: `training_args.bin` holds the Trainer's token.
 LEFT_BEHIND = (".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.lock", "*.partial", "checkpoint-*", "runs", "__pycache__")
@@ -61,17 +61,16 @@ def staged(folder: Path, token: str | bool | None = None) -> Iterator[tuple[Path
                 shutil.copytree(path.resolve(), stage / path.name, copy_function=_link, ignore=_ignored)
             elif path.name == RECORD_NAME:
                 record = json.loads(path.read_text(encoding="utf-8"))
-                put_text(stage / path.name, json.dumps(without_folders(record), indent=1) + "\n")
+                put_text(stage / path.name, json.dumps(public(record), indent=1) + "\n")
             else:
                 _link(path.resolve(), stage / path.name)
         yield stage, [path.name for path in left]
 
 
-def without_folders(record: Mapping[str, Any]) -> dict[str, Any]:
-    """The content of a shrink.json with files and folders of this machine by their names only."""
-    named = {key: _named(value) for key, value in record.items()}
+def public(record: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of a shrink.json as others may see it: files and folders of this machine by their names."""
     source = str(record["source"])
-    return {**named, "source": source if is_hub_id(source) else Path(source).name}
+    return {**without_folders(record), "source": source if is_hub_id(source) else Path(source).name}
 
 
 def named_in_card(card: str, names: Iterable[str], repo_id: str) -> str:
@@ -86,14 +85,6 @@ def put_text(path: Path, text: str) -> None:
     """A file with `text` in place of a link, whose target stays as it is."""
     path.unlink(missing_ok=True)
     path.write_text(text, encoding="utf-8")
-
-
-def _named(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _named(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [_named(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 def _left_behind(path: Path) -> bool:

@@ -25,6 +25,7 @@ from hf_shrink.architectures.binding import bind
 from hf_shrink.checkpoint.shards import find_shards
 from hf_shrink.checkpoint.source import Source, check_finite, load_source_model
 from hf_shrink.residence import Residence, residence_of, write_tensors
+from hf_shrink.sharding import ranks
 
 SEQUENTIAL = "HF_DEACTIVATE_ASYNC_LOAD"  # transformers' switch: one tensor after the other, not all in threads
 UNKNOWN = 1 << 62  # bytes of weights that are not here yet
@@ -55,7 +56,7 @@ def load_streamed(source: Source, scratch: Path, max_memory: int, *, check: bool
     residence.attach(model, {block.path: block.module for stack in stacks for block in stack.blocks})
     residence.rest_all()
     if check:
-        check_finite(model, source.name)
+        ranks().on_first(lambda: check_finite(model, source.name))
     return model
 
 

@@ -15,7 +15,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_shrink.runtime import PackedModule
 from hf_shrink.runtime.packed import CHECKPOINT_BUFFERS as BUFFERS
-from hf_shrink.runtime.packed import share
+from hf_shrink.runtime.sharing import share
 
 Pair = tuple[str, str]  # module paths: target (the head), source (the embedding)
 

@@ -1,6 +1,7 @@
 """`hf-shrink`: thin commands over the functions of the package.
 
-Exit codes: 0 done, 2 bad input (one line on stderr, nothing written), 1 failure while running.
+Exit codes: 0 done, 2 bad input (one line on stderr, nothing written), 1 failure while running. Of several processes one
+says what went wrong.
 """
 
 from __future__ import annotations
@@ -10,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from typing import NoReturn
 
-from hf_shrink.cli import bench, evaluate, inspect, plan, push, recipes, report, run
+from hf_shrink.cli import bench, evaluate, inspect, plan, push, recipes, recover, report, run
 from hf_shrink.cli.options import one_line
 from hf_shrink.errors import ShrinkError
+from hf_shrink.sharding import Ended, ProcessLost, Ranks, check_started, heeding_the_launcher, launched_first, together
 
 NEXT_STEPS = """\
 from a model to a smaller one:
@@ -21,6 +23,7 @@ from a model to a smaller one:
   hf-shrink run ./my-model --output ./small           do it: 4-bit weights, measured against the dense model
   hf-shrink report ./small                            the figures again; ./small/report.html shows them
   hf-shrink bench ./small                             speed and memory on this machine, beside the dense model
+  hf-shrink recover ./small --output ./small-recovered   train it against the dense model for 15 minutes
   hf-shrink push ./small me/my-model-w4               share it
 
 run and plan take the same choices:
@@ -40,27 +43,45 @@ Exit codes: 0 done, 2 something to change first (nothing was written), 1 a failu
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n")
+        self.exit(2, f"{self.prog}: {message}; see {self.prog} --help\n" if launched_first() else None)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     options = _parser().parse_args(arguments)
     try:
-        options.command(options)
+        check_started()
     except ShrinkError as error:
         print(f"hf-shrink: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print(
-            "hf-shrink: interrupted; nothing was left half-written, and a run goes on when it is started again",
-            file=sys.stderr,
+    with together() as here, heeding_the_launcher(here):
+        code, line = _outcome(options, here)
+        if line:
+            here.complain(f"hf-shrink: {line}")
+        if not code:
+            here.leave()
+    return code
+
+
+def _outcome(options: argparse.Namespace, here: Ranks) -> tuple[int, str]:
+    """Run a command: its exit code, and what to say of an error. What shares no work is the first process's alone."""
+    try:
+        if here.first or getattr(options, "shared", False):
+            options.command(options)
+    except ShrinkError as error:
+        return 2, one_line(error)
+    except Ended:
+        return 1, (
+            "ended by the launcher: another process failed, or the launcher was stopped; what is finished is kept, and "
+            "a run goes on when it is started again"
         )
-        return 1
+    except KeyboardInterrupt:
+        return 1, "interrupted; nothing was left half-written, and a run goes on when it is started again"
+    except ProcessLost as error:
+        return 1, one_line(error)
     except (OSError, RuntimeError, MemoryError) as error:
-        print(f"hf-shrink: failed while running: {type(error).__name__}: {one_line(error)}", file=sys.stderr)
-        return 1
-    return 0
+        return 1, f"failed while running: {type(error).__name__}: {one_line(error)}"
+    return 0, ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -71,6 +92,6 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True, parser_class=_Parser)
-    for module in (run, plan, inspect, evaluate, bench, report, push, recipes):
+    for module in (run, plan, inspect, evaluate, recover, bench, report, push, recipes):
         module.add(commands)
     return parser

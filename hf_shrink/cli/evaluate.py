@@ -45,7 +45,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows of a text that overlap")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
     add_common(parser)
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, shared=True)
 
 
 def command(options: argparse.Namespace) -> None:
@@ -54,6 +54,7 @@ def command(options: argparse.Namespace) -> None:
     from hf_shrink.evaluation import evaluate_model
     from hf_shrink.evaluation.metrics import check_names
     from hf_shrink.reporting import Progress, silence
+    from hf_shrink.sharding import ranks
 
     data, spec = _asked(options)
     metrics = None if options.metrics is None else [name.strip() for name in options.metrics.split(",") if name.strip()]
@@ -74,6 +75,8 @@ def command(options: argparse.Namespace) -> None:
             seed=options.seed,
             progress=progress,
         )
+    if not ranks().first:
+        return
     if options.json:
         Path(options.json).write_text(json.dumps(result, indent=1) + "\n")
     _show(result)

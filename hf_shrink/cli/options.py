@@ -16,7 +16,12 @@ def add_source(parser: argparse.ArgumentParser) -> None:
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--recipe", metavar="R", help="built-in name, YAML file, or plan JSON file (default: w4a16)")
+    parser.add_argument(
+        "--recipe",
+        metavar="R",
+        help="built-in name, YAML file, plan JSON file, a budget of a sweep (front.json:30%%), or the shrink.json of a "
+        "run to do again (default: w4a16)",
+    )
     parser.add_argument(
         "--budget",
         action="append",
@@ -50,7 +55,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 
 def recipe_of(options: argparse.Namespace) -> Any:
-    """The recipe with the command line's changes, or the plan in a JSON file."""
+    """The recipe with the command line's changes, or what a JSON file holds."""
     from dataclasses import replace
 
     from hf_shrink.errors import RecipeError
@@ -61,15 +66,15 @@ def recipe_of(options: argparse.Namespace) -> Any:
 
     budgets = [*options.budget, *getattr(options, "sweep", ())]
     name = options.recipe or (BUDGET_RECIPE if budgets else DEFAULT_RECIPE)
-    if str(name).endswith(".json"):
-        if not Path(name).is_file():
-            raise RecipeError(f"there is no plan file {name}")
+    file, _, point = str(name).partition(".json:")
+    as_json = point or file.endswith(".json")
+    recipe = _from_json(Path(f"{file}.json" if point else file), point) if as_json else load_recipe(name)
+    if isinstance(recipe, Plan):
         if options.set or options.effort or budgets:
             raise RecipeError(
                 "--set, --effort and --budget change a recipe, not a plan; leave them out or give the recipe"
             )
-        return Plan.from_json(Path(name))
-    recipe = load_recipe(name)
+        return recipe
     if options.budget:
         if recipe.budget is None:
             raise RecipeError(
@@ -93,9 +98,35 @@ def recipe_of(options: argparse.Namespace) -> Any:
     return recipe
 
 
+def _from_json(file: Path, point: str) -> Any:
+    """The plan in a file, or that of a budget in a sweep's file, or the recipe (else the plan) in a run's record."""
+    from hf_shrink.checkpoint.record import RECORD_NAME, read_record
+    from hf_shrink.errors import RecipeError
+    from hf_shrink.front import Front
+    from hf_shrink.pipeline.recipes import load_recipe
+    from hf_shrink.plan import Plan
+
+    if not file.is_file():
+        raise RecipeError(f"there is no plan file {file}")
+    if point:
+        return Front.from_json(file).plan(point)
+    if file.name == RECORD_NAME:
+        record = read_record(file)
+        return load_recipe(record.recipe) if record.recipe else record.plan
+    return Plan.from_json(file)
+
+
 def one_line(text: object) -> str:
     """What is printed on one line, whatever it holds."""
     return " ".join(str(text).split())
+
+
+def check_alone(command: str, remedy: str) -> None:
+    """Raises ShrinkError where several processes were started for a command that is one process's."""
+    from hf_shrink.sharding import ranks
+
+    if ranks().size > 1:
+        raise ShrinkError(f"hf-shrink {command} works in one process: start it without a launcher, or {remedy}")
 
 
 def check_folder(file: str) -> None:

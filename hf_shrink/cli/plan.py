@@ -24,7 +24,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--figure", metavar="FILE", help="draw the plan, or the points of a sweep, as .html or .png")
     add_memory(parser)
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, shared=True)
 
 
 def _budgets(text: str) -> list[str]:
@@ -56,8 +56,11 @@ def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[st
     from hf_shrink.reporting.plan_chart import write_plan_map
     from hf_shrink.reporting.plan_table import print_plan
     from hf_shrink.residence import bytes_of
+    from hf_shrink.sharding import ranks
 
     plan = recipe if isinstance(recipe, Plan) else make_plan(model, recipe, **settings)
+    if not ranks().first:
+        return
     binding = find_binding(model)
     if binding is not None:
         print_plan(plan, binding)
@@ -74,8 +77,11 @@ def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[st
 def _sweep(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[str, Any]) -> None:
     from hf_shrink.pipeline.sweep import make_front
     from hf_shrink.reporting.front_chart import front_lines, write_front
+    from hf_shrink.sharding import ranks
 
     front = make_front(model, recipe, options.sweep, **settings)
+    if not ranks().first:
+        return
     print("\n".join(front_lines(front)))
     print(f"measured on {front.data}")
     if options.json:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, one_line, recipe_of
 from hf_shrink.cli.push import add_private
+from hf_shrink.cli.recover import recovering
 
 if TYPE_CHECKING:
     from hf_shrink.hub import Destination
@@ -31,11 +32,17 @@ def add(commands: Commands) -> None:
         help="go on from what an interrupted run with this output has finished (default), or delete that",
     )
     parser.add_argument(
+        "--recover",
+        type=float,
+        metavar="MINUTES",
+        help="then train the result against the dense model for so long, as `hf-shrink recover` does",
+    )
+    parser.add_argument(
         "--push-to-hub", metavar="REPO", help="push the result to OWNER/NAME; whether that may be is asked first"
     )
     add_private(parser)
     parser.add_argument("--log-file", metavar="FILE", help="write progress there, a line now and then, not to stderr")
-    parser.set_defaults(command=command)
+    parser.set_defaults(command=command, shared=True)
 
 
 def command(options: argparse.Namespace) -> None:
@@ -43,13 +50,19 @@ def command(options: argparse.Namespace) -> None:
     from hf_shrink.hub import Destination, check_destination
     from hf_shrink.pipeline import shrink_checkpoint
     from hf_shrink.reporting import print_table
+    from hf_shrink.sharding import ranks
 
     if options.log_file:
         check_folder(options.log_file)
     recipe = recipe_of(options)
     destination = None
     if options.push_to_hub:
-        destination = check_destination(Destination(options.push_to_hub, options.private or None), RECORD_NAME)
+        wanted = Destination(options.push_to_hub, options.private or None)
+        destination = ranks().on_first(lambda: check_destination(wanted, RECORD_NAME))
+    recover = None
+    if options.recover is not None:
+        recover = recovering()
+        _check_recovery(recipe, options.recover, ranks().size)
     report = shrink_checkpoint(
         options.source,
         options.output,
@@ -61,18 +74,55 @@ def command(options: argparse.Namespace) -> None:
         max_memory=options.max_memory,
         progress=options.log_file or not options.quiet,
     )
+    if not ranks().first:
+        return
+    if recover is not None:
+        report = _recovered(recover, options)
     print_table(report, title=f"{options.source} -> {options.output}")
     for note in report.notes:
         print(f"note: {note}")
     for reason in report.not_portable_because:
         print(f"not portable: {reason} (load it after `import hf_shrink`)")
-    if report.completions:
-        print(f"\nprompt:     {report.completions['prompt']}")
-        for name in ("dense", "compressed"):
-            print(f"{name + ':':<12}{one_line(report.completions[name])}")
+    for texts in report.completions[:1]:
+        print()
+        for name in ("prompt", "dense", "compressed"):
+            print(f"{name + ':':<12}{one_line(texts[name])}")
     print(f"\n{Path(options.output).resolve()}")
     if destination is not None:
         _push(options.output, destination, options.quiet)
+
+
+def _check_recovery(recipe: Any, minutes: float, processes: int) -> None:
+    """Raises RecipeError for what would be found after the work otherwise."""
+    from hf_shrink.errors import RecipeError
+    from hf_shrink.plan import Plan
+    from hf_shrink.training.recovery import Recovery
+
+    Recovery(minutes=minutes)
+    if processes > 1:
+        raise RecipeError("--recover trains in one process; run hf-shrink recover on the result of this one")
+    if (recipe.vocabulary if isinstance(recipe, Plan) else recipe.prune("vocabulary")) is not None:
+        raise RecipeError(
+            "a model whose tokens are cut does not predict the dense model's tokens, so it cannot be recovered; "
+            "recover it first and prune its vocabulary in a second run"
+        )
+
+
+def _recovered(recover: Any, options: argparse.Namespace) -> Any:
+    """The report of the output folder after it was recovered, in its place."""
+    from hf_shrink.checkpoint.record import RECORD_NAME, read_record
+
+    recover(
+        options.output,
+        options.output,
+        baseline=options.source,
+        data=options.calibration or "self",
+        overwrite=True,
+        seed=options.seed,
+        progress=not options.quiet,
+        minutes=options.recover,
+    )
+    return read_record(Path(options.output) / RECORD_NAME).report
 
 
 def _push(output: str, destination: Destination, quiet: bool) -> None:

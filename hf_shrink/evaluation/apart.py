@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +13,6 @@ from hf_shrink.calibration.targets import Batch, Hidden, Kind, Logits
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.divergence import Totals
 from hf_shrink.evaluation.scored import Prepared, forward, length_of
-from hf_shrink.progress import ProgressCallback
 
 TEXT = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
 Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
@@ -22,11 +21,10 @@ Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | Non
 def add_apart(
     totals: Totals,
     prepared: Prepared,
-    batches: Sequence[Batch],
+    batch: Batch,
     models: tuple[Any, Any],
     tokenizers: Tokenizers,
     scored: Callable[[Batch, Logits], None],
-    progress: ProgressCallback | None,
 ) -> int:
     """Add both models' likelihoods of the same texts to `totals`, a row at a time; returns the longest row's length.
 
@@ -35,7 +33,7 @@ def add_apart(
     differs) the baseline's mean stands for as many.
 
     Args:
-        batches: in the baseline's tokens.
+        batch: in the baseline's tokens.
         models, tokenizers: the model and its baseline.
         scored: called with each row and what the model puts out for it.
 
@@ -49,16 +47,13 @@ def add_apart(
     limit = min((n for m in models if (n := longest_text(m)) is not None), default=None)
     context = 0
     kind, both = prepared.kind, (prepared, Prepared.of(prepared.kind, baseline, dense))
-    for done, batch in enumerate(batches, 1):
-        for row in _rows(batch):
-            pair = [next(p.of_all([b])) for p, b in zip(both, _same_text(row, own, dense, limit), strict=True)]
-            context = max(context, length_of(pair[0]))
-            outputs = forward(kind, pair[0], model)
-            _add(totals, kind, outputs, forward(kind, pair[1], baseline))
-            if isinstance(outputs, Logits):
-                scored(pair[0], outputs)
-        if progress is not None:
-            progress("evaluate", done, len(batches))
+    for row in _rows(batch):
+        pair = [next(p.of_all([b])) for p, b in zip(both, _same_text(row, own, dense, limit), strict=True)]
+        context = max(context, length_of(pair[0]))
+        outputs = forward(kind, pair[0], model)
+        _add(totals, kind, outputs, forward(kind, pair[1], baseline))
+        if isinstance(outputs, Logits):
+            scored(pair[0], outputs)
     return context
 
 

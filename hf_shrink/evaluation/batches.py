@@ -17,6 +17,7 @@ from hf_shrink.evaluation.observed import Observed, same
 from hf_shrink.evaluation.scored import Prepared, device_of, forward, length_of
 from hf_shrink.evaluation.text_bytes import bytes_of_labels
 from hf_shrink.progress import ProgressCallback
+from hf_shrink.sharding import share
 
 # Logits of one forward pass and model, in elements: sequences go in one by one where a batch would make more.
 LOGITS = {"cpu": 2**25, "accelerator": 2**28}
@@ -59,21 +60,34 @@ class Pass:
 def pass_over(subjects: Subjects, kind: Kind, batches: Sequence[Batch], progress: ProgressCallback | None) -> Pass:
     """Run both models on every batch and keep a few numbers of each sequence."""
     prepared = Prepared.of(kind, subjects.model, subjects.processing)
-    totals, context, sizes = Totals(), 0, _Bytes(kind, subjects.processing)
-    if subjects.apart:
-        tokenizers = tokenizer_of(subjects.processing), tokenizer_of(subjects.baseline_processing)
-        models = subjects.model, subjects.baseline
-        context = add_apart(totals, prepared, batches, models, tokenizers, sizes.add, progress)
-    else:
-        for done, batch in enumerate(prepared.of_all(batches), 1):
-            context = max(context, length_of(batch))
-            for part in cut_by_rows(batch, _rows(subjects.model, kind, batch)):
-                _add(totals, sizes, kind, part, subjects)
+    shared = share(len(batches))
+    found: list[tuple[Totals, list[int], int]] = []
+    for number, batch in enumerate(batches if subjects.apart else prepared.of_all(batches)):
+        if number in shared.own:
+            found.append(_over(subjects, prepared, batch))
             if progress is not None:
-                progress("evaluate", done, len(batches))
+                progress("evaluate", len(found), len(shared.own))
+    totals, context, sizes = Totals(), 0, _Bytes(kind, subjects.processing)
+    for own, counts, length in shared.gather(found):
+        totals.extend(own)
+        sizes.counts += counts
+        context = max(context, length)
     observed = _columns(totals, sizes)
     observed.missing = _reasons(totals, kind, prepared, subjects, sizes)
     return Pass(observed, context, TASKS.get(kind) or ("feature-extraction" if totals.cosine else "classification"))
+
+
+def _over(subjects: Subjects, prepared: Prepared, batch: Batch) -> tuple[Totals, list[int], int]:
+    """What a batch adds: totals and bytes of its sequences, and the length of the longest."""
+    totals, sizes, length = Totals(), _Bytes(prepared.kind, subjects.processing), length_of(batch)
+    if subjects.apart:
+        tokenizers = tokenizer_of(subjects.processing), tokenizer_of(subjects.baseline_processing)
+        models = subjects.model, subjects.baseline
+        length = add_apart(totals, prepared, batch, models, tokenizers, sizes.add)
+    else:
+        for part in cut_by_rows(batch, _rows(subjects.model, prepared.kind, batch)):
+            _add(totals, sizes, prepared.kind, part, subjects)
+    return totals, sizes.counts, length
 
 
 def _add(totals: Totals, sizes: _Bytes, kind: Kind, batch: Batch, subjects: Subjects) -> None:

@@ -7,6 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from transformers.utils import CONFIG_NAME
+
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.evaluation.machine import can_measure_memory
 from hf_shrink.evaluation.made_up import made_up_inputs
@@ -47,13 +49,13 @@ def _add_seconds(observed: Observed, sides: Mapping[str, Columns], models: Mappi
 
 
 def _add_peaks(observed: Observed, sides: Mapping[str, Columns], models: Mapping[str, Any]) -> None:
-    folders = {name: Path(str(getattr(model, "name_or_path", ""))) for name, model in models.items()}
+    named = {name: str(getattr(model, "name_or_path", "")) for name, model in models.items()}
+    folders = {name: Path(path) for name, path in named.items() if path and Path(path, CONFIG_NAME).is_file()}
     if not can_measure_memory():
         observed.missing["peak_bytes"] = "memory is only counted on Linux"
-    elif not folders["model"].is_dir():
+    elif "model" not in folders:
         observed.missing["peak_bytes"] = "memory is counted in a process of its own, which takes a saved model's folder"
     else:
         observed.data["processes"] = [1]
         for name, folder in folders.items():
-            if folder.is_dir():
-                sides[name]["peak_bytes"] = [float(measure_memory(Load(str(folder), length=LENGTH)).peak)]
+            sides[name]["peak_bytes"] = [float(measure_memory(Load(str(folder), length=LENGTH)).peak)]

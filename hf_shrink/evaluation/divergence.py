@@ -86,6 +86,11 @@ class Totals:
         if baseline is not None:
             self.baseline_choices += baseline.logits[:, 0].argmax(-1).tolist()
 
+    def extend(self, other: Totals) -> None:
+        """Add another's sequences."""
+        for name, values in vars(other).items():
+            getattr(self, name).extend(values)
+
     def add_hidden(self, model: Hidden, baseline: Hidden) -> None:
         """Add a batch of hidden states, compared by their cosine in float32."""
         cosine = F.cosine_similarity(model.states.float(), baseline.states.to(model.states.device).float(), dim=-1)

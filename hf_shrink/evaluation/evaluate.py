@@ -29,6 +29,7 @@ from hf_shrink.evaluation.tasks import TASKS, Row, Subject, Task
 from hf_shrink.evaluation.windows import sliding
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import METRICS, EvaluationSpec
+from hf_shrink.sharding import ranks, together
 
 Spec = EvaluationSpec | TaskRecipe
 
@@ -55,6 +56,9 @@ def evaluate_model(
 
     On rows, each model answers alone: classes, tags, stretches of text, choices, written text, transcripts, embeddings
     (`evaluation/tasks/`).
+
+    In processes that accelerate or torchrun started, all of them call this on the same models; they share the batches,
+    and the first one asks rows.
 
     Args:
         model: the compressed model.
@@ -88,13 +92,22 @@ def evaluate_model(
     own_tokens = baseline is None or baseline_tokenizer is None
     subjects = Subjects(model, baseline, tokenizer, None if own_tokens else baseline_tokenizer)
     job = _Job(subjects, seed, progress)
-    with _inference(subjects.models), dense_copies(subjects.models), opened_metrics() as known:
-        measured = job.on_rows(data, spec) or job.on_batches(data, spec)
+    with (
+        together() as here,
+        _inference(subjects.models),
+        dense_copies(subjects.models, processes=here.size),
+        opened_metrics() as known,
+    ):
+        measured = here.on_first(lambda: job.on_rows(data, spec)) or job.on_batches(data, spec)
         wanted = metrics if metrics is not None else measured.metrics
-        needed = {column for name in wanted or () for column in known.get(name).reads}
-        add_insights(measured.found.observed, needed, subjects, measured.examples)
-        result = known.figures(measured.found.observed, wanted, seed)
-    observed = measured.found.observed
+
+        def figures() -> tuple[Observed, dict[str, Any]]:
+            observed = measured.found.observed
+            needed = {column for name in wanted or () for column in known.get(name).reads}
+            add_insights(observed, needed, subjects, measured.examples)
+            return observed, known.figures(observed, wanted, seed)
+
+        observed, result = here.on_first(figures)
     return {
         **result,
         **_excess_loss(observed, "perplexity" in result["baseline"], seed),
@@ -150,7 +163,8 @@ class _Job:
         """Run over model inputs, made of text or media where they are not given."""
         if isinstance(spec, TaskRecipe):
             raise CalibrationError(f"the task {spec.task} is about rows with right answers, and the data has none")
-        made, spec = self._made(data, spec)
+        asked: EvaluationSpec | None = spec
+        made, spec = ranks().on_first(lambda: self._made(data, asked))
         groups = [one for batch in made.batches for one in _groups(batch)]
         batches = [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in made.batches]
         if not batches or not all(batches):

@@ -41,6 +41,8 @@ class QuantizedWeight:
     @classmethod
     def stacked(cls, parts: Sequence[QuantizedWeight], sizes: Sequence[float]) -> QuantizedWeight:
         """One weight of parts of its rows. `sizes`: the sums of squares that their errors are relative to."""
+        if len(parts) == 1:
+            return parts[0]
         first = parts[0].grid
         zero_points = [part.grid.zero_point for part in parts if part.grid.zero_point is not None]
         grid = Grid(

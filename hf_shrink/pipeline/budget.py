@@ -33,7 +33,7 @@ from hf_shrink.search.limits import Limits
 from hf_shrink.search.measured import MeasuredAssignments
 from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Problem
-from hf_shrink.search.problem import make_problem
+from hf_shrink.search.problem import make_problem, short
 from hf_shrink.search.reachable import check_reachable
 from hf_shrink.search.replacements import IN_MEMORY, RoundedWeights, input_statistics
 from hf_shrink.search.sensitivity import Sensitivity
@@ -231,11 +231,26 @@ def plan_budget(
     programme = Programme(problem, search.limits(recipe.budget, problem))
     chosen = search.choose(programme)
     plan = described(problem, programme.limits, chosen)
+    plan = replace(plan, search={**plan.search, "sensitivity": by_part(search.sensitivity, search.binding)})
     if not plan.prunes and not plan.schemes:
         raise RecipeError(f"the dense model keeps the budget ({recipe.budget}) as it is; ask for less")
     ended = time.perf_counter()
     notes = [f"search: {sensed - started:.1f} s to measure what everything is worth, {ended - sensed:.1f} s to choose"]
     return plan, notes
+
+
+def by_part(sensitivity: Sensitivity, binding: Binding) -> dict[str, dict[str, float]]:
+    """Nats that it costs to round, or to leave out, each part of the model: by its name and what is done to it."""
+    found = {
+        name: {short(scheme): nats for scheme, nats in rounding.damage.items()}
+        for name, rounding in sensitivity.rounding.items()
+    }
+    for path, damage in sensitivity.outer.items():
+        found[path] = {short(scheme): nats for scheme, nats in damage.items()}
+    for (stack, index, part), nats in sensitivity.dropped.items():
+        if part is None:
+            found[binding.stack(stack).blocks[index].path] = {"dropped": nats}
+    return found
 
 
 def described(problem: Problem, limits: Limits, chosen: Chosen) -> Plan:

@@ -19,7 +19,7 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.fingerprint import digest, fingerprint
 from hf_shrink.checkpoint.folder import copy_side_files
-from hf_shrink.checkpoint.record import RECORD_NAME, current_versions, read_record
+from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, current_versions, read_record
 from hf_shrink.checkpoint.run_folder import RunFolder
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.source import Source, load_processing, open_source
@@ -35,6 +35,7 @@ from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting import write_report
 from hf_shrink.reporting.progress import Progress, showing, silence
 from hf_shrink.residence import bytes_of
+from hf_shrink.sharding import ranks, together
 
 MAX_MEMORY = "4GB"
 
@@ -59,6 +60,9 @@ def shrink_checkpoint(
     block that it finished when it is started again in the same way. The result is measured against the dense model as
     the recipe's `evaluation` says, on data that overlaps neither in seed nor in text with the calibration.
 
+    In processes that accelerate or torchrun started, all of them call this; they share the work, and the first writes.
+    An interrupted run goes on with as many processes as it had.
+
     Args:
         source: folder or Hub id of a dense model in safetensors.
         output_dir: must not exist, or be empty, unless `overwrite`.
@@ -80,12 +84,13 @@ def shrink_checkpoint(
     spec = EvaluationSpec() if isinstance(asked, Plan) else asked.evaluation
     memory = bytes_of(max_memory)
     found = open_source(source)
-    with RunFolder(output_dir, overwrite, resume) as run, silence(), showing(progress) as show:
+    with together(), RunFolder(output_dir, overwrite, resume) as run, silence(), showing(progress) as show:
         processing = tokenizer if tokenizer is not None else load_processing(found)
         model = None if found.shards else load_streamed(found, run.scratch, memory)  # of the Hub: fetched first
-        journal = run.journal(_key(found, asked, tokenizer, calibration, seed))
+        key = ranks().on_first(lambda: _key(found, asked, tokenizer, calibration, seed))
+        journal = run.journal({**key, "processes": ranks().size})
         if run.whole:
-            return read_record(run.target / RECORD_NAME).report
+            return ranks().on_first(lambda: read_record(run.target / RECORD_NAME).report)
         model = load_streamed(found, run.scratch, memory) if model is None else model
         keeper = JournalKeeper(journal, run.finished, lambda: time.perf_counter() - since, memory, show.say)
         job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
@@ -95,17 +100,26 @@ def shrink_checkpoint(
             before = copy.deepcopy(processing)  # its tokens, where the run takes some out
             record = replace(job.run(job.data()), source=found.name)
         bind_save(model, record)
-        model.save_pretrained(run.output)
-        source_card = copy_side_files(found, run.output, tokens=record.tokenizer is None)
+        source_card = ranks().on_first(lambda: _save(model, found, record, run.output))
         record.report.bytes_before = _source_bytes(found, record.report.bytes_before)
-        record.report.bytes_after = stored_bytes(run.output)
+        record.report.bytes_after = ranks().on_first(lambda: stored_bytes(run.output))
         if held_out is not None:
             dense = load_streamed(found, run.scratch / "dense", memory, check=False)
             measure(dense, model, held_out, spec, (processing, before), record, show)
             del dense
-        write_report(run.output, record, source_card=source_card)
-        record.write(run.output)
+        ranks().on_first(lambda: _describe(record, run.output, source_card))
     return record.report
+
+
+def _save(model: PreTrainedModel, found: Source, record: ShrinkRecord, output: Path) -> str | None:
+    """Write the model, and what lies beside the source's weights; returns the source's model card."""
+    model.save_pretrained(output)
+    return copy_side_files(found, output, tokens=record.tokenizer is None)
+
+
+def _describe(record: ShrinkRecord, output: Path, source_card: str | None) -> None:
+    write_report(output, record, source_card=source_card)
+    record.write(output)
 
 
 @contextmanager
@@ -152,7 +166,7 @@ def _held_out(
             spec, model=model, tokenizer=processing, seed=seed, purpose="evaluation", progress=show
         )
 
-    return keeper.data("evaluation", make, named=True)
+    return keeper.data("evaluation", lambda: ranks().on_first(make), named=True)
 
 
 def _source_bytes(source: Source, loaded: int) -> int:

@@ -3,6 +3,9 @@
 A block that is finished lies in a file of its own; beside it lie the hidden states behind it, of the compressed and of
 the dense model. Everything else that a run has decided or counted is in the journal. What comes before the first block
 (the plan aside) is done again: it is the same.
+
+Of several processes the first one writes the journal and the blocks, which the others then read from there as well, so
+that all hold the same bits; each writes the hidden states of its own batches. To go on there must be as many as before.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from hf_shrink.pipeline.restoring import rebuild
 from hf_shrink.plan import Plan
 from hf_shrink.quantization.base import Learnt
 from hf_shrink.residence import map_tensors, residence_of, rest, write_tensors
+from hf_shrink.sharding import ranks
 
 if TYPE_CHECKING:
     from hf_shrink.pipeline.planning import Planned
@@ -59,8 +63,10 @@ class Keeper:
         """Bring walks to where they were when the last finished block was left."""
 
     def finished(self, run: Run, stack: KeptStack, place: int, **walks: StackWalk | None) -> None:
-        """A block, the stack's at `place`, is finished."""
-        rest(stack.stack.blocks[place].module)
+        """A block, the stack's at `place`, is finished. All processes end with the same bits of it."""
+        block = stack.stack.blocks[place].module
+        ranks().copy_first(*block.parameters(), *block.buffers())
+        rest(block)
 
 
 NOTHING_KEPT = Keeper()
@@ -101,7 +107,7 @@ class JournalKeeper(Keeper):
         file = f"{name}.safetensors" if named and storable and data.batches else None
         if file is not None:
             flat = {f"{i}.{key}": v.contiguous() for i, batch in enumerate(data.batches) for key, v in batch.items()}
-            write_tensors(self.folder / file, flat)
+            ranks().on_first(lambda: write_tensors(self.folder / file, flat))
         entry: dict[str, Any] = {"file": file, "digest": digest, "description": data.description}
         entry |= {"details": data.details, "tokens": data.tokens, "batches": [[*batch] for batch in data.batches]}
         self.journal.add(**{name: entry})
@@ -122,7 +128,7 @@ class JournalKeeper(Keeper):
     def begin(self, model: nn.Module, plan: Plan, batches: Sequence[Mapping[str, Any]]) -> None:
         if not self.journal.get("blocks"):
             needs = estimate(model, plan, sum(map(tokens_of, batches)), self.max_memory)
-            needs.check_disk(self.folder)
+            ranks().on_first(lambda: needs.check_disk(self.folder))
             self.note(needs.summary())
 
     def restore(self, run: Run, stack: KeptStack) -> int:
@@ -142,19 +148,21 @@ class JournalKeeper(Keeper):
         for name, walk in walks.items():
             entry = known.get(name)
             if walk is not None and entry is not None and entry["stack"] == stack.stack.path:
-                read_walk(walk, self.folder / entry["file"], entry["position"], entry["starved"])
+                read_walk(walk, self._own(entry["file"]), entry["position"], entry["starved"])
 
     def finished(self, run: Run, stack: KeptStack, place: int, **walks: StackWalk | None) -> None:
         block, name = stack.stack.blocks[place], _names(stack)[place]
         file = f"block-{len(self.journal.get('blocks') or {})}.safetensors"
-        _residence(run).finish(name, block.module, self.folder / file)
+        ranks().on_first(lambda: _residence(run).finish(name, block.module, self.folder / file))
+        if not ranks().first:
+            _residence(run).adopt(name, block.module, self.folder / file)
         rest(block.module)
         before = {entry["file"] for entry in (self.journal.get("walks") or {}).values()}
         after = {}
         for kind, walk in walks.items():
             if walk is not None and walk.position == place + 1:
                 states = f"{kind}-{file}"
-                write_walk(walk, self.folder / states)
+                write_walk(walk, self._own(states))
                 after[kind] = {
                     "stack": stack.stack.path,
                     "position": walk.position,
@@ -162,9 +170,14 @@ class JournalKeeper(Keeper):
                     "file": states,
                 }
         blocks = {**(self.journal.get("blocks") or {}), name: file}
+        ranks().wait()  # for everybody's hidden states
         self.journal.add(blocks=blocks, walks=after, state=_state(run), elapsed=self._now())
         for old in before:
-            (self.folder / old).unlink(missing_ok=True)
+            self._own(old).unlink(missing_ok=True)
+
+    def _own(self, file: str) -> Path:
+        """Where this process has what each has for itself."""
+        return self.folder / f"{ranks().rank}-{file}"
 
     def _now(self) -> float:
         return self.elapsed + self.clock()

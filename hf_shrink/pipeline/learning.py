@@ -19,6 +19,7 @@ from hf_shrink.ops.precision import fast_precision
 from hf_shrink.quantization.base import LearningMethod, Learnt
 from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.runtime.trainable import TrainableLinear
+from hf_shrink.sharding import ranks
 
 
 class _Problem:
@@ -34,16 +35,16 @@ class _Problem:
         with fast_precision(inputs.device):
             output = first_output(self._walk.run(batch))
         target = self._dense.target(batch)
-        lost, added = output.float() - target, target - inputs
+        lost, added = output.float() - target, target - inputs.to(target.device)
         if mask is not None and mask.shape == target.shape[:2]:
-            lost, added = lost[mask], added[mask]
+            lost, added = lost[mask.to(lost.device)], added[mask.to(added.device)]
         found = lost.square().sum() / added.square().sum().clamp_min(1e-30)
         return found
 
 
 @dataclass
 class Learning:
-    """Learned rounding over a whole model, and what came of it."""
+    """Learned rounding over a whole model, and what came of it. Of several processes the first one learns."""
 
     model: nn.Module
     method: LearningMethod
@@ -86,7 +87,9 @@ class Learning:
             if opened:
                 problem = _Problem(walk, dense, [linear for linear, _ in opened.values()])
                 with torch.enable_grad():
-                    self.gains.append(self.method.learn(problem, self.seed))
+                    self.gains.append(ranks().on_first(lambda: self.method.learn(problem, self.seed)))
+                for linear, _ in opened.values():
+                    ranks().copy_first(*linear.parameters(), *linear.buffers())
         finally:
             for path, (linear, _) in opened.items():
                 self.model.set_submodule(path, linear.packed())
@@ -98,7 +101,8 @@ class Learning:
             return "learned rounding found nothing to learn"
         before = sum(gain.before for gain in self.gains) / len(self.gains)
         after = sum(gain.after for gain in self.gains) / len(self.gains)
+        others = "" if ranks().size == 1 else f"; only one of the {ranks().size} processes can do that"
         return (
             f"learned rounding took the blocks' mean relative output error on held-out batches from {before:.4g} to "
-            f"{after:.4g} in {sum(self.seconds):.0f} s"
+            f"{after:.4g} in {sum(self.seconds):.0f} s{others}"
         )

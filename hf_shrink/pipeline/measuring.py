@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -14,9 +16,16 @@ from hf_shrink.evaluation import compare_decode_speed, evaluate_model, for_repor
 from hf_shrink.recipe import EvaluationSpec
 from hf_shrink.reporting.progress import Progress
 from hf_shrink.residence import residence_of
+from hf_shrink.sharding import ranks
 
 SPEED_TOKENS = 16  # of the prompt and decoded, a run: enough for a figure, not for a wait
-PROMPT = "The most important thing to know about the sea is"
+# An opinion, a reason, a list: to look at, not to measure by.
+PROMPTS = (
+    "The most important thing to know about the sea is",
+    "Leaves turn red in autumn because",
+    "To bake a loaf of bread, follow these steps:\n1.",
+)
+NEW_TOKENS = 40  # after each
 
 
 def measure(
@@ -50,15 +59,19 @@ def measure(
         )
     else:
         show("comparing speed", 0, 1)
-        speed = compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS)
+        speed = ranks().on_first(lambda: compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS))
         show("comparing speed", 1, 1)
     record.report.evaluation = for_report(result, speed)
     writer, dense_writer = map(tokenizer_of, processing)
     if speed is not None and dense.can_generate() and not dense.config.is_encoder_decoder and writer is not None:
-        show("comparing completions", 0, 2)
-        record.report.completions = {
-            "prompt": PROMPT,
-            "dense": greedy_completion(dense, dense_writer, PROMPT),
-            "compressed": greedy_completion(model, writer, PROMPT),
-        }
-        show("comparing completions", 2, 2)
+        sides = {"dense": (dense, dense_writer), "compressed": (model, writer)}
+        for done, prompt in enumerate(PROMPTS):
+            show("comparing completions", done, len(PROMPTS))
+            record.report.completions.append(ranks().on_first(functools.partial(_completions, prompt, sides)))
+        show("comparing completions", len(PROMPTS), len(PROMPTS))
+
+
+def _completions(prompt: str, sides: Mapping[str, tuple[PreTrainedModel, Any]]) -> dict[str, str]:
+    """A prompt, and how each model, with its tokenizer, goes on."""
+    written = {name: greedy_completion(*side, prompt, new=NEW_TOKENS) for name, side in sides.items()}
+    return {"prompt": prompt, **written}

@@ -17,9 +17,12 @@ from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.embedding import CompressedEmbedding
 from hf_shrink.runtime.linear import CompressedLinear
-from hf_shrink.runtime.packed import PackedModule, share
+from hf_shrink.runtime.packed import PackedModule
+from hf_shrink.runtime.sharing import share
+from hf_shrink.sharding import ranks, spread
 
 AT_ONCE = 1 << 24  # elements of a weight without statistics that are solved at a time
+EACH = 4  # groups of weights for each of several processes at a time
 
 
 @dataclass(frozen=True)
@@ -47,21 +50,44 @@ def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: Quantization
     Modules that share one weight are solved once.
     """
     notes: list[str] = []
-    for group in _groups(tasks, method):
+    groups = _groups(tasks, method)
+    step = 1 if ranks().size == 1 else EACH * ranks().size  # what is solved need not be in memory all at once
+    for start in range(0, len(groups), step):
+        some = groups[start : start + step]
+        for group, solved in zip(some, _solved(some, method), strict=True):
+            notes += [f"{group[0].path}: {note}" for note in solved.notes]
+            _put(model, group, solved)
+        release_free_memory()
+    return notes
+
+
+def _solved(groups: Sequence[Sequence[Task]], method: QuantizationMethod) -> list[QuantizedWeight]:
+    """The groups' weights on their grids. Each is solved by one process; a single one by all of them together, as far
+    as the method knows how to."""
+
+    def solve(group: Sequence[Task]) -> QuantizedWeight:
         first = group[0]
         solver = method if first.statistics is not None or not method.needs_statistics else _data_free()
         if len(group) == 1 and first.statistics is None:
-            solved = solve_alone(solver, first)
-        else:
-            solved = _solve(solver, torch.cat([_weight(task) for task in group]), first)
-        notes += [f"{first.path}: {note}" for note in solved.notes]
-        start = 0
-        for task in group:
-            stop = start + _dense(task.module).shape[0]
-            put_packed(model, task.module, solved.rows(start, stop) if len(group) > 1 else solved)
-            start = stop
-        release_free_memory()
-    return notes
+            return solve_alone(solver, first)
+        return _solve(solver, torch.cat([_weight(task) for task in group]), first)
+
+    return [solve(groups[0])] if len(groups) == 1 else spread(groups, solve, [_cost(group) for group in groups])
+
+
+def _cost(group: Sequence[Task]) -> float:
+    """How long a group takes, in proportion."""
+    width = _dense(group[0].module).shape[1]
+    return float(sum(_dense(task.module).shape[0] for task in group) * width * width)
+
+
+def _put(model: nn.Module, group: Sequence[Task], solved: QuantizedWeight) -> None:
+    """Packed modules in the places of a group's modules."""
+    start = 0
+    for task in group:
+        stop = start + _dense(task.module).shape[0]
+        put_packed(model, task.module, solved.rows(start, stop) if len(group) > 1 else solved)
+        start = stop
 
 
 def put_packed(model: nn.Module, module: nn.Module, weight: QuantizedWeight) -> None:

@@ -24,6 +24,7 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.repair import Errors, best_change
 from hf_shrink.report import ShrinkReport
 from hf_shrink.residence import rest
+from hf_shrink.sharding import ranks
 from hf_shrink.surgery import check_plan, without_blocks
 
 HELD_OUT = 8  # every so many sequences one is held out
@@ -157,7 +158,7 @@ class _Repair:
     ) -> None:
         """Refit the block's last writing matrix; `walk` is in front of the block, whose removed parts are out."""
         writer = _writer(block, plan)
-        if writer is None or not _adds(walk, writer):
+        if writer is None or not ranks().from_first(_adds(walk, writer)):
             self._passed_over += 1
             return
         weight = matrix(writer)
@@ -174,6 +175,7 @@ class _Repair:
             for held in (False, True):
                 rows = real & (held_out[batch].to(real.device) == held)[:, None]
                 errors.add(x[rows], (target - output)[rows], target[rows], held_out=held)
+        errors.merge(walk.share)
         change, gain = best_change(errors)
         self._gains.append(gain)
         weight += change[:, : weight.shape[1]].to(weight.dtype)
@@ -240,9 +242,10 @@ def _adds(walk: StackWalk, writer: nn.Module) -> bool:
 
 
 def _held_out(walk: StackWalk) -> list[Tensor]:
-    """For every batch, bool (sequences,): the last of every HELD_OUT sequences, and the last of all of fewer."""
-    counts = [len(hidden) for hidden in walk.hidden]
+    """For every batch of this process, bool (sequences,): the last of every HELD_OUT sequences of all processes, and
+    the last of all of fewer."""
+    counts = walk.share.gather(len(hidden) for hidden in walk.hidden)
     total = sum(counts)
     numbers = torch.arange(total)
     held = numbers % HELD_OUT == HELD_OUT - 1 if total >= HELD_OUT else numbers == total - 1
-    return list(torch.split(held, counts))
+    return walk.share.of(torch.split(held, counts))

@@ -33,6 +33,7 @@ from hf_shrink.progress import ProgressCallback, working_on
 from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.unpacked import kept_dense
+from hf_shrink.sharding import ranks, share, whole
 from hf_shrink.surgery import consumer_cuts, cut_block, cut_experts, stack_configs
 
 COARSE = 4  # bits up to which a weight's error is far above what products in bfloat16 add
@@ -114,6 +115,8 @@ class Run:
                     "padded": batches is None,
                     "fast": bool(self.schemes) and all(s.bits <= COARSE for s in self.schemes.values()),
                 }
+                # Who learns a block has to see all batches of it.
+                settings["shared"] = (share if self.learning is None else whole)(len(given))
                 self.walk = StackWalk(self.model, modules, given, **settings)
                 if refits or (solves and (self.learning is not None or self.follows)):
                     everything = self.learning is not None or refits
@@ -128,6 +131,7 @@ class Run:
             further = block.index + 1 < len(blocks) or bool(heads and solves)
             with in_float32(block.module, enabled=self.walk is not None), self._at_work:
                 self._block(stack.stack, block, stack.plan.blocks.get(source, BlockPlan()), stored, further)
+            self.moved = ranks().from_first(self.moved)  # on its first batch, which is the first of all
             if self.moved is not None:
                 self.report.block_errors[f"{stack.stack.path}.{source}"] = self.moved
             self.done += 1

@@ -24,6 +24,8 @@ from hf_shrink.checkpoint.save import model_portability
 from hf_shrink.checkpoint.source import check_finite
 from hf_shrink.checkpoint.ties import settle_ties
 from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.evaluation.machine import hardware
+from hf_shrink.evaluation.scored import device_of
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.budget import Searching
@@ -43,9 +45,11 @@ from hf_shrink.pipeline.vocabulary import apply_vocabulary
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
+from hf_shrink.reporting.layout import layout_of
 from hf_shrink.reporting.progress import Progress, silence
-from hf_shrink.residence import residence_of, rest
+from hf_shrink.residence import at_home, residence_of, rest
 from hf_shrink.runtime.packed import PackedModule, count_parameters
+from hf_shrink.sharding import ranks, together
 from hf_shrink.tuning import Teacher, Tuning, regrouped, tune
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -67,6 +71,9 @@ def shrink(
     Afterwards `generate`, `save_pretrained` and `push_to_hub` just work and `model.shrink_report` says what came of
     it. Nothing is changed before the whole plan is made; a failure while it is carried out leaves the model half done.
 
+    In processes that accelerate or torchrun started, all of them call this on the same model; they share the work, and
+    end with the same bits. A model that accelerate dispatched (`device_map`) is shrunk where its weights are.
+
     Args:
         model: a transformers model, dense; any `torch.nn.Module` for data-free steps (`quantize` with `method: rtn`,
             `prune` with `what: weights` and `method: magnitude`).
@@ -85,14 +92,16 @@ def shrink(
         ArchitectureError: the model's structure does not allow a step.
         CalibrationError: the data is missing or too short, or numbers are not finite.
     """
-    job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
-    with silence(), evaluating(model):
-        record = job.run(job.data())
-    if isinstance(model, PreTrainedModel):
-        bind_save(model, record)
-    else:
-        model.shrink_record, model.shrink_report = record, record.report  # type: ignore[assignment]
-    return optimize_for_inference(model) if optimize else model
+    with at_home(model, changes=True) as offloads:
+        with together(), silence(), evaluating(model):
+            job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
+            record = job.run(job.data())
+        if isinstance(model, PreTrainedModel):
+            bind_save(model, record)
+        else:
+            model.shrink_record, model.shrink_report = record, record.report  # type: ignore[assignment]
+        # What comes and goes keeps the layout of the files.
+        return optimize_for_inference(model) if optimize and not offloads else model
 
 
 def make_plan(
@@ -105,8 +114,8 @@ def make_plan(
     progress: bool = True,
 ) -> Plan:
     """What `shrink` would do, without doing it. Arguments and errors as in `shrink`."""
-    job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
-    with silence(), evaluating(model):
+    with at_home(model), together(), silence(), evaluating(model):
+        job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
         return job.plan(job.data()).plan
 
 
@@ -200,22 +209,40 @@ class Job:
             exclude=self.exclude,
             progress=self.show,
         )
-        return self.keeper.data("calibration", make, named=self.calibration is None)
+        return self.keeper.data("calibration", lambda: ranks().on_first(make), named=self.calibration is None)
 
     def plan(self, data: CalibrationData) -> Planned:
         if isinstance(self.asked, Plan):
             check_inputs(self.model, self.asked.schemes)
             return Planned(self.asked, ())
         assert self.recipe is not None
-        return plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show, self.tokenizer)
+        return ranks().from_first(
+            plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show, self.tokenizer)
+        )
 
     def _teacher(self, tuning: Tuning | None, data: CalibrationData) -> Teacher | None:
-        """What the dense model says, before anything is changed; None without tuning."""
+        """What the dense model says, before anything is changed; None without tuning, and where the first process has
+        it: tuning is one process's work."""
         if tuning is None:
             return None
         if not isinstance(self.model, PreTrainedModel) or not data.batches:
             raise CalibrationError("tune works on transformers models with calibration data")
-        return Teacher(self.model, regrouped(data.batches, tuning.tokens), self.show)
+        return Teacher(self.model, regrouped(data.batches, tuning.tokens), self.show) if ranks().first else None
+
+    def _tune(self, tuning: Tuning, teacher: Teacher | None) -> list[str]:
+        """Tune the model in place; returns notes."""
+        model = self.model
+        assert isinstance(model, PreTrainedModel)
+
+        def work() -> list[str]:
+            assert teacher is not None
+            return list(tune(model, teacher, tuning, self.seed, self.show).notes)
+
+        residence = residence_of(model)
+        with nullcontext() if residence is None else residence.awake():
+            notes = ranks().on_first(work)
+            ranks().copy_first(*model.parameters(), *model.buffers())
+        return notes
 
     def _with_fewer_tokens(
         self, plan: Plan, data: CalibrationData
@@ -248,13 +275,12 @@ class Job:
         teacher = self._teacher(tuning, data)
         method = plan_method(planned.plan)
         binding = find_binding(model)
+        report.layout = [] if binding is None else [block.to_dict() for block in layout_of(binding)]
+        report.machine = {**hardware(), "threads": torch.get_num_threads(), "device": str(device_of(model))}
         apply_plan(model, binding, planned.plan, method, data.batches, report, self.show, self.seed, keeper=self.keeper)
-        if tuning is not None and teacher is not None:
-            assert isinstance(model, PreTrainedModel)
+        if tuning is not None:
             since = time.perf_counter()
-            residence = residence_of(model)
-            with nullcontext() if residence is None else residence.awake():
-                report.notes += tune(model, teacher, tuning, self.seed, self.show)
+            report.notes += self._tune(tuning, teacher)
             report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)
@@ -263,6 +289,7 @@ class Job:
         report.parameters_after, report.bytes_after = count_parameters(model), unique_bytes(model)
         report.seconds["total"] = time.perf_counter() - started
         self.show.close()
+        report = ranks().from_first(report)  # seconds are not the same everywhere
         recipe = self.recipe.to_dict() if self.recipe is not None else {}
         if recipe and self.calibration is not None:  # an object: the recipe can only say what it was
             recipe["calibration"]["data"] = data.description

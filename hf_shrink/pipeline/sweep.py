@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import time
 from collections.abc import Sequence
@@ -14,16 +15,18 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.errors import RecipeError
 from hf_shrink.evaluation import evaluate_model
 from hf_shrink.front import Front, Point
-from hf_shrink.pipeline.budget import Searching, described
+from hf_shrink.pipeline.budget import Searching, by_part, described
 from hf_shrink.pipeline.recipes import BUDGET_RECIPE, RecipeLike, load_recipe
 from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.recipe import Budget
 from hf_shrink.recipe.budget import budget_data
 from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.residence import at_home
 from hf_shrink.search.levers import paid, paid_in_all, uniform
 from hf_shrink.search.measured import MeasuredAssignments
 from hf_shrink.search.options import Assignment, Problem
 from hf_shrink.search.solve import Programme
+from hf_shrink.sharding import ranks, together
 
 
 def make_front(
@@ -58,12 +61,14 @@ def make_front(
     resources = {key for _, budget in asked for key in ("bytes", "memory", "decode", "prefill") if getattr(budget, key)}
     if len(resources) != 1:
         raise RecipeError(f"a sweep is over one resource, not over {' and '.join(sorted(resources)) or 'none'}")
-    job = Job(model, replace(loaded, budget=asked[0][1]), tokenizer, calibration, seed, Progress(quiet=not progress))
-    assert job.recipe is not None
-    with silence(), evaluating(model):
+    with at_home(model), together(), silence(), evaluating(model):
+        wanted = replace(loaded, budget=asked[0][1])
+        job = Job(model, wanted, tokenizer, calibration, seed, Progress(quiet=not progress))
+        assert job.recipe is not None
         for _, budget in asked:
             Searching.of(model, job.recipe, (), seed, job.show).check(budget)
-        held_out = calibration_batches(
+        make = functools.partial(
+            calibration_batches,
             job.recipe.evaluation,
             model=model,
             tokenizer=tokenizer,
@@ -71,6 +76,7 @@ def make_front(
             purpose="evaluation",
             progress=job.show,
         )
+        held_out = ranks().on_first(make)
         job.exclude = held_out.texts(tokenizer) if job.recipe.evaluation.data != "self" else None
         search = Searching.of(model, job.recipe, job.data().batches, seed, job.show)
         timed = bool(resources & {"decode", "prefill"})
@@ -109,7 +115,8 @@ class _Sweep:
             points.append(replace(point, paid=paid_in_all(by_group), by_group=by_group, plan=plan))
         source = str(getattr(search.model.config, "_name_or_path", "") or type(search.model).__name__)
         seconds = {"sensitivity": sensed - started, "plans": planning, "in all": time.perf_counter() - started}
-        return Front(source, resource, tuple(points), self.held_out.description, context, seconds)
+        worth = by_part(search.sensitivity, search.binding)
+        return Front(source, resource, tuple(points), self.held_out.description, context, seconds, worth)
 
     def _point(
         self,

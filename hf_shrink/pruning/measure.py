@@ -22,6 +22,7 @@ from hf_shrink.pruning.items import Items, Left
 from hf_shrink.pruning.predicting import Predictor, Reference
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
+from hf_shrink.sharding import Share, share
 from hf_shrink.surgery.depth import without_blocks
 
 KEPT_BYTES = 800 * 2**20  # of the dense model's log-probabilities
@@ -58,7 +59,7 @@ class MeasuredModel:
         stacks = {item.stack.name: item.stack for item in items.all}
         self._blocks = {(s.name, block.index): block.module for s in stacks.values() for block in s.blocks}
         self._stacks = tuple(stacks.values())
-        self._chosen: dict[int | None, list[dict[str, Any]]] = {}
+        self._chosen: dict[int | None, tuple[Share, list[dict[str, Any]]]] = {}
         self._dense: dict[Look, tuple[Predictor, list[Reference]]] = {}
 
     def candidates(self, removed: Sequence[int]) -> tuple[int, ...]:
@@ -72,20 +73,24 @@ class MeasuredModel:
     def influences(self, removed: Sequence[int], tokens: int | None = None) -> Mapping[int, float]:
         sums: dict[int, float] = {}
         counts: dict[int, int] = {}
-        chosen = self._samples(tokens)
+        shared, chosen = self._samples(tokens)
         runner = Predictor(self._model, fast=False)
+        seen: list[list[tuple[int, float, int]]] = []  # by sample: a number, and the sum and count of its tokens
         for done, inputs in enumerate(chosen):
             self._progress("measuring block influence", done, len(chosen))
+            seen.append([])
 
             def add(number: int, states: tuple[Tensor, Tensor], inputs: Mapping[str, Any] = inputs) -> None:
                 before, after = (state.float() for state in states)
                 turned = 1 - F.cosine_similarity(before, after.to(before.device), dim=-1)
                 turned = _real(turned, inputs, self._items.all[number].stack)
-                sums[number] = sums.get(number, 0.0) + float(turned.double().sum())
-                counts[number] = counts.get(number, 0) + turned.numel()
+                seen[-1].append((number, float(turned.double().sum()), turned.numel()))
 
             with self._without(self._items.left(removed)), self._watching(removed, add):
                 runner.run(inputs)
+        for number, turned, tokens_there in (entry for sample in shared.gather(seen) for entry in sample):
+            sums[number] = sums.get(number, 0.0) + turned
+            counts[number] = counts.get(number, 0) + tokens_there
         self._progress("measuring block influence", len(chosen), len(chosen))
         found = {number: sums[number] / counts[number] for number in sorted(sums)}
         silent = [label for n, label in enumerate(self.labels) if n not in found and n not in removed]
@@ -97,20 +102,26 @@ class MeasuredModel:
 
     def angles(self, spans: Sequence[Sequence[int]], tokens: int) -> list[float]:
         sums, count = [0.0] * len(spans), [0] * len(spans)
-        chosen, runner = self._samples(tokens), Predictor(self._model, fast=True)
+        runner = Predictor(self._model, fast=True)
+        shared, chosen = self._samples(tokens)
+        seen: list[list[tuple[float, int]]] = []  # by sample and span, the sum and count of its tokens
         for done, inputs in enumerate(chosen):
             self._progress("measuring angles", done, len(chosen))
             states: dict[int, tuple[Tensor, Tensor]] = {}
             with self._watching([], states.__setitem__):
                 runner.run(inputs)
-            for place, span in enumerate(spans):
+            seen.append([])
+            for span in spans:
                 if span[0] not in states or span[-1] not in states:
                     raise CalibrationError(f"{self.labels[span[0]]} never runs on this calibration data")
                 before, after = states[span[0]][0], states[span[-1]][1]
                 cosine = F.cosine_similarity(before.float(), after.float().to(before.device), dim=-1)
                 angle = _real(cosine.clamp(-1, 1).arccos() / math.pi, inputs, self._items.all[span[0]].stack)
-                sums[place] += float(angle.double().sum())
-                count[place] += angle.numel()
+                seen[-1].append((float(angle.double().sum()), angle.numel()))
+        for sample in shared.gather(seen):
+            for place, (angles, tokens_there) in enumerate(sample):
+                sums[place] += angles
+                count[place] += tokens_there
         self._progress("measuring angles", len(chosen), len(chosen))
         if not all(total < float("inf") for total in sums):
             raise CalibrationError("NaN or Inf in the hidden states; check the weights and the calibration data")
@@ -118,10 +129,12 @@ class MeasuredModel:
 
     def divergences(self, base: Sequence[int], trials: Sequence[Sequence[int]], look: Look) -> list[float]:
         predictor, references = self._references(look)
-        sums = [0.0] * len(trials)
+        shared, samples = self._samples(look.tokens)
+        found: list[list[float]] = []  # by sample and trial
         left, others = self._items.left(base), [self._items.left(trial) for trial in trials]
         work = len(references) * len(trials)
-        for place, (inputs, reference) in enumerate(zip(self._samples(look.tokens), references, strict=True)):
+        for place, (inputs, reference) in enumerate(zip(samples, references, strict=True)):
+            found.append([])
             running = {
                 (stack.name, i): self._blocks[stack.name, i] for stack in self._stacks for i in left.kept[stack.name]
             }
@@ -133,10 +146,10 @@ class MeasuredModel:
                 # What runs before the first change is as it was, so only what comes behind is computed again.
                 same = order[: self._first_change(order, left, other)]
                 with self._without(other), replaying({key: running[key] for key in same}, outputs):
-                    sums[number] += divergence(reference.kept, predictor.predict(inputs, reference))
+                    found[-1].append(divergence(reference.kept, predictor.predict(inputs, reference)))
         self._progress("trying what to remove", work, work)
-        rows = sum(len(reference.kept.values) for reference in references)
-        return [total / rows for total in sums]
+        rows = sum(shared.gather(len(reference.kept.values) for reference in references))
+        return [sum(column) / rows for column in zip(*shared.gather(found), strict=True)]
 
     def _first_change(self, order: Sequence[Key], base: Left, other: Left) -> int:
         """How many of the blocks that run in `base` run in the same way, on the same inputs, in `other`."""
@@ -158,19 +171,21 @@ class MeasuredModel:
     def _references(self, look: Look) -> tuple[Predictor, list[Reference]]:
         if look not in self._dense:
             predictor = Predictor(self._model, look.fast)
-            chosen = self._samples(look.tokens)
+            shared, chosen = self._samples(look.tokens)
             self._dense[look] = predictor, []
             for inputs in chosen:
-                most = max(1, look.predictions // len(chosen))
-                self._dense[look][1].append(predictor.reference(inputs, most, KEPT_BYTES // len(chosen)))
+                most = max(1, look.predictions // shared.count)
+                self._dense[look][1].append(predictor.reference(inputs, most, KEPT_BYTES // shared.count))
         return self._dense[look]
 
-    def _samples(self, tokens: int | None) -> list[dict[str, Any]]:
+    def _samples(self, tokens: int | None) -> tuple[Share, list[dict[str, Any]]]:
+        """This process's samples, and which they are of all."""
         if tokens not in self._chosen:
             if not self._batches:
                 raise CalibrationError("there is no calibration data to measure blocks on")
             chosen = choose(self._batches, tokens, self._seed)
-            self._chosen[tokens] = [model_inputs(self._model, batch) for batch in chosen]
+            shared = share(len(chosen))
+            self._chosen[tokens] = shared, [model_inputs(self._model, batch) for batch in shared.of(chosen)]
         return self._chosen[tokens]
 
     @contextmanager

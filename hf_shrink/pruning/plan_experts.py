@@ -150,18 +150,18 @@ def _views(
             if block.experts is None:
                 walk.advance()
             else:
-                yield block, _view(model, block, walk, len(batches))
+                yield block, _view(model, block, walk)
     progress("scoring experts", last + 1, last + 1)
 
 
-def _view(model: nn.Module, block: BoundBlock, walk: StackWalk, batches: int) -> ExpertView:
+def _view(model: nn.Module, block: BoundBlock, walk: StackWalk) -> ExpertView:
     """Send all batches through a block and note how it routes them."""
     experts = block.experts
     assert experts is not None
     moment = torch.zeros(experts.count, experts.count, dtype=torch.float64)
     routed = torch.zeros(2, experts.count, dtype=torch.float64)
     tokens = torch.zeros(experts.count, dtype=torch.long)
-    for batch in range(batches):
+    for batch in range(len(walk.hidden)):
         logits: list[Tensor] = []
         router = model.get_submodule(block.routers[0])
         handle = router.register_forward_hook(lambda _, __, out, seen=logits: seen.append(first_output(out)))
@@ -176,6 +176,7 @@ def _view(model: nn.Module, block: BoundBlock, walk: StackWalk, batches: int) ->
         moment += (real.T @ real).cpu()
         walk.take(batch, output)
     walk.step()
+    walk.share.add_up(moment, routed, tokens)
     size = moment.diagonal().sqrt().clamp_min(1e-30)
     return ExpertView(tokens, routed[0], routed[1], moment / size / size[:, None])
 

@@ -21,6 +21,7 @@ from hf_shrink.ops.linalg import refit_towards
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.refit import DAMPING, LONGEST
 from hf_shrink.residence import forget, rest, twin
+from hf_shrink.sharding import Share
 from hf_shrink.surgery.hidden import Slice
 
 ROWS = 8192  # of a matrix that are refitted at a time
@@ -130,6 +131,7 @@ def _refit_block(
                     real = walk.real_tokens(batch)
                     sums.add(real(given), real(target))
                     run.rest(batch)
+                sums.merge(walk.share)
                 for path in found.stages[stage]:
                     through = matrix(dense_one(path)).float() if reads else None
                     _refit(model.get_submodule(path), sums, through)
@@ -174,6 +176,12 @@ class _Sums:
         self._cross = cross if self._cross is None else self._cross + cross
         self._tokens += len(x)
 
+    def merge(self, share: Share) -> None:
+        """From sums over this process's tokens to sums over all."""
+        assert self._moment is not None and self._cross is not None
+        share.add_up(self._moment, self._cross)
+        self._tokens = int(share.totals([self._tokens])[0])
+
     @property
     def means(self) -> tuple[Tensor, Tensor]:
         """E x x^T (in, in) and E y x^T (target, in)."""
@@ -199,5 +207,7 @@ def _refit_heads(model: PreTrainedModel, reader: Reader, dense: DenseCopy, walk:
         for batch, hidden in enumerate(walk.hidden if dense.heads else ()):
             real = walk.real_tokens(batch)
             sums.add(real(norm(hidden)), real(dense.norm(dense.walk.hidden[batch])))
+    if dense.heads:
+        sums.merge(walk.share)
     for path, weight in dense.heads.items():
         _refit(model.get_submodule(path), sums, weight.float())

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.linalg import damped_cholesky
+from hf_shrink.sharding import Share
 
 DAMPINGS = (0.03, 0.3, 3.0)  # of the mean second moment: pull towards the weight as it is
 
@@ -52,6 +53,11 @@ class Errors:
         (self.held_moment if held_out else self.moment).addmm_(x.float().T, weighted)
         if held_out:
             self.size += float((error.square() * weight).sum(dtype=torch.float64))
+
+    def merge(self, share: Share) -> None:
+        """From sums over this process's tokens to sums over all."""
+        share.add_up(self.cross, self.moment, self.held_cross, self.held_moment)
+        self.size = share.totals([self.size])[0]
 
 
 def best_change(errors: Errors) -> tuple[Tensor, float]:

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 
 from hf_shrink.calibration.capture import model_inputs
 from hf_shrink.calibration.frozen import frozen
-from hf_shrink.calibration.labels import Labels, log_loss
+from hf_shrink.calibration.labels import Labels, generator_of, log_loss
 from hf_shrink.calibration.rerunning import rerunning_blocks
 from hf_shrink.calibration.targets import Batch, kind_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.samples import choose, rows_of
+from hf_shrink.sharding import share
 
 Sink = Callable[[Tensor], None]
 
@@ -53,19 +54,22 @@ def mask_gradients(
     if not batches:
         raise CalibrationError("scores by gradients need calibration data")
     found: dict[str, list[Tensor]] = {path: [] for path in readers}
-    chosen, generator = choose(batches, tokens, seed), torch.Generator().manual_seed(seed)
+    chosen, own = choose(batches, tokens, seed), []
+    shared = share(len(chosen))
     with frozen(model), torch.enable_grad(), rerunning_blocks(blocks, float32=True):
-        for done, batch in enumerate(chosen):
-            progress("reading gradients", done, len(chosen))
-            for path, sums in _of_batch(model, readers, batch, labels, generator).items():
-                found[path].append(sums)
-    progress("reading gradients", len(chosen), len(chosen))
-    for path, rows in found.items():
-        if not rows:
+        for done, number in enumerate(shared.own):
+            progress("reading gradients", done, len(shared.own))
+            own.append(_of_batch(model, readers, chosen[number], labels, generator_of(seed, number)))
+    progress("reading gradients", len(shared.own), len(shared.own))
+    for sums in shared.gather(own):
+        for path, rows in sums.items():
+            found[path].append(rows)
+    for path, parts in found.items():
+        if not parts:
             raise CalibrationError(f"{path} saw no calibration data; give data that reaches it")
-        if not all(bool(torch.isfinite(part).all()) for part in rows):
+        if not all(bool(torch.isfinite(part).all()) for part in parts):
             raise CalibrationError(f"{path}: NaN or Inf in gradients; check the weights and the calibration data")
-    return {path: torch.cat(rows) for path, rows in found.items()}
+    return {path: torch.cat(parts) for path, parts in found.items()}
 
 
 def _of_batch(

@@ -17,6 +17,7 @@ from hf_shrink.pruning.predicting import Predictor
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
 from hf_shrink.residence import rest
+from hf_shrink.sharding import share
 
 TOKENS = 1024
 PREDICTIONS = 512  # of them are compared
@@ -39,11 +40,14 @@ class Trials:
         owners = [(stack.name, block) for stack in binding.stacks for block in stack.blocks]
         self._blocks = {number: block.module for number, (_, block) in enumerate(owners)}
         self._numbers = {(name, block.index): number for number, (name, block) in enumerate(owners)}
-        self._samples = [model_inputs(model, batch) for batch in choose(batches, TOKENS, seed)]
+        chosen = choose(batches, TOKENS, seed)
+        self._share = share(len(chosen))
+        self._samples = [model_inputs(model, batch) for batch in self._share.of(chosen)]
         self._predictor = Predictor(model, fast=False)
-        count = len(self._samples)
+        count = len(chosen)
         most, largest = -(-PREDICTIONS // count), KEPT_BYTES // count
         self._dense = [self._predictor.reference(inputs, most, largest) for inputs in self._samples]
+        self._rows = sum(self._share.gather(len(reference.kept.values) for reference in self._dense))
         self._outputs: list[dict[int, Any]] = []
         for inputs in self._samples:
             with recording(self._blocks) as outputs:
@@ -70,10 +74,10 @@ class Trials:
         """
         number = None if block is None else self._numbers[block]
         with _changed(changes):
-            total = sum(self._divergence(number, sample) for sample in range(len(self._samples)))
+            own = [self._divergence(number, sample) for sample in range(len(self._samples))]
         for changed in self._blocks.values() if number is None else (self._blocks[number],):
             rest(changed)
-        return max(total / sum(len(reference.kept.values) for reference in self._dense), LEAST)
+        return max(sum(self._share.gather(own)) / self._rows, LEAST)
 
     def _divergence(self, number: int | None, sample: int) -> float:
         outputs, inputs, reference = self._outputs[sample], self._samples[sample], self._dense[sample]

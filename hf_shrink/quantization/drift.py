@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hf_shrink.calibration.statistics import Drift, InputStatistics
 from hf_shrink.ops.linalg import damped_cholesky
+from hf_shrink.sharding import spread
 
 DAMPINGS = (0.01, 0.1)  # of the correction's second moment, tried on held-out tokens
 
@@ -36,16 +37,17 @@ def corrected(weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, floa
     moment, held = drift.measured.hessian / drift.measured.tokens, drift.held
     missing = (weight @ (drift.measured.cross / drift.measured.tokens)).double()
     gains = weight @ held.cross
-    best, won, taken = weight, 0.0, 0.0
-    for damping in DAMPINGS:
+
+    def tried(damping: float) -> tuple[float, float, Tensor]:
         lower, _ = damped_cholesky(moment, damping)
         change = torch.cholesky_solve(missing.T, lower).T.float()
         gain = float((gains * change).sum(dtype=torch.float64))
         size = float((change @ held.hessian * change).sum(dtype=torch.float64))
         part = min(max(gain / size, 0.0), 1.0) if size > 0 else 0.0
-        if part * (2 * gain - part * size) > won:
-            best, won, taken = weight + part * change, part * (2 * gain - part * size), part
-    return best, taken
+        return part * (2 * gain - part * size), part, change
+
+    won, taken, change = max(spread(DAMPINGS, tried), key=lambda found: found[0])
+    return (weight + taken * change, taken) if won > 0 else (weight, 0.0)
 
 
 def held_out_loss(weight: Tensor, approximation: Tensor, drift: Drift) -> float:

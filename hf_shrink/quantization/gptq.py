@@ -6,6 +6,7 @@ each. A group's scales are chosen when its first column is reached, on the weigh
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
@@ -13,13 +14,14 @@ import torch
 from torch import Tensor
 
 from hf_shrink.errors import CalibrationError
-from hf_shrink.ops.columns import GridColumns
+from hf_shrink.ops.columns import ROW_MULTIPLE, GridColumns
 from hf_shrink.ops.grid import Grid, dequantize, min_max_grid, search_grid
 from hf_shrink.ops.linalg import InverseFactor, damped_inverse_factor, dead_channels, relative_error
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizedWeight
 from hf_shrink.quantization.descent import descend
 from hf_shrink.quantization.drift import corrected, held_out_loss
+from hf_shrink.sharding import spread, stretches
 
 if TYPE_CHECKING:
     from hf_shrink.calibration.statistics import InputStatistics
@@ -85,7 +87,12 @@ class GPTQ:
         # Under a mask the correction has been taken with the mask.
         target = corrected(weight, statistics)[0] if self.asymmetric and kept is None else weight
         asked, inverse = self._best_damping(weight, target, scheme, statistics, scale_dtype, moment, order, kept)
-        found = self._solve(target, scheme, scale_dtype, moment, inverse, kept)
+
+        def solve(rows: slice) -> QuantizedWeight:
+            mask = None if kept is None else kept[rows]
+            return self._solve(target[rows], scheme, scale_dtype, moment, inverse, mask)
+
+        found = _by_rows(target, scheme, moment, solve)
         return replace(found, notes=_notes(moment, asked, inverse.damping))
 
     def _best_damping(
@@ -106,15 +113,21 @@ class GPTQ:
             return damping, damped_inverse_factor(moment, damping, order)
         step = -(-len(weight) // TRIAL_ROWS)
         rows, mask = target[::step], None if kept is None else kept[::step]
-        best: tuple[float, float, InverseFactor] | None = None
-        for damping in DAMPINGS:
+        best: list[tuple[float, float, InverseFactor]] = []  # of those tried here; one at most: they are large
+
+        def loss_with(damping: float) -> float:
             inverse = damped_inverse_factor(moment, damping, order)
             found = self._solve(rows, scheme, scale_dtype, moment, inverse, mask)
             loss = held_out_loss(weight[::step], found.dequantized(), drift)
-            if best is None or loss < best[0]:
-                best = loss, damping, inverse
-        assert best is not None
-        return best[1:]
+            if not best or loss < best[0][0]:
+                best[:] = [(loss, damping, inverse)]
+            return loss
+
+        losses = spread(DAMPINGS, loss_with)
+        chosen = DAMPINGS[losses.index(min(losses))]
+        if best and best[0][1] == chosen:
+            return best[0][1:]
+        return chosen, damped_inverse_factor(moment, chosen, order)
 
     def _solve(
         self,
@@ -154,6 +167,22 @@ class GPTQ:
         within = groups.argsort(dim=1, descending=True, stable=True)
         starts = torch.arange(0, len(diagonal), group_size, device=diagonal.device)
         return (within + starts[:, None])[groups.mean(1).argsort(descending=True, stable=True)].flatten()
+
+
+def _by_rows(
+    target: Tensor, scheme: Scheme, moment: Tensor, solve: Callable[[slice], QuantizedWeight]
+) -> QuantizedWeight:
+    """A weight solved by `solve`. Its rows are independent, so that each of several processes takes some."""
+    apart = stretches(len(target), ROW_MULTIPLE)
+    if len(apart) == 1 or scheme.strategy == "tensor":
+        return solve(slice(None))
+
+    def part(rows: slice) -> tuple[QuantizedWeight, float]:
+        own = target[rows]
+        return solve(rows), float(((own @ moment) * own).sum(dtype=torch.float64))
+
+    found = spread(apart, part)
+    return QuantizedWeight.stacked([solved for solved, _ in found], [size for _, size in found])
 
 
 def _notes(hessian: Tensor, asked: float, used: float) -> tuple[str, ...]:

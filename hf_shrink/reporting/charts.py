@@ -1,84 +1,182 @@
-"""Charts of the HTML report as inline SVG, coloured by the page's own style sheet so that dark mode works."""
+"""Charts as inline SVG, coloured by the page's style sheet so that dark mode works.
+
+Across, everything is in percent and text keeps its size, so that a chart fits a phone without scrolling or shrinking.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from html import escape
+from itertools import pairwise
 
-from hf_shrink.report import ShrinkReport
-from hf_shrink.reporting.figures import BitGrid, size
-
-CELL = 26
-LABEL = 190
-
-
-def size_bars(report: ShrinkReport) -> str:
-    """Stored bytes, dense above compressed."""
-    before, after = report.bytes_before, report.bytes_after
-    largest = max(before, after, 1)
-    parts = []
-    for line, (name, amount) in enumerate((("Dense", before), ("Compressed", after))):
-        width, y = 380 * amount / largest, 8 + 40 * line
-        parts.append(f'<text class="label" x="92" y="{y + 19}" text-anchor="end">{name}</text>')
-        parts.append(f'<rect class="bar{line}" x="100" y="{y}" width="{width:.1f}" height="28" rx="3"/>')
-        parts.append(f'<text class="label" x="{108 + width:.1f}" y="{y + 19}">{size(amount)}</text>')
-    text = f"Size of the weights: dense {size(before)}, compressed {size(after)}."
-    return _svg(580, 88, text, parts)
+HEIGHT = 190  # of a chart, px
+TOP, BOTTOM = 18, 24  # above the highest and below the lowest value, px
+LEFT, RIGHT = 9.0, 99.5  # percent: where values start, after the figures of the axis, and where they end
+NAMES = 14.0  # percent at the right end that names of series take
 
 
-def block_error_bars(errors: Mapping[str, float]) -> str:
-    """Relative squared output error by block, on a linear axis from 0."""
-    largest = max(errors.values()) or 1.0
-    width = max(320, 70 + 22 * len(errors))
-    step = (width - 70) / len(errors)
-    parts = [
-        f'<line class="axis" x1="60" x2="{width - 4}" y1="150" y2="150"/>',
-        f'<text class="label" x="54" y="18" text-anchor="end">{largest:.2g}</text>',
-        '<text class="label" x="54" y="154" text-anchor="end">0</text>',
-    ]
-    for i, (path, error) in enumerate(errors.items()):
-        height, x = 136 * error / largest, 62 + i * step
-        tip = f"<title>{escape(path)}: {error:.3g}</title>"
+@dataclass(frozen=True)
+class Axis:
+    """How values become heights, and where its lines are."""
+
+    place: Callable[[float], float]  # value -> 0 (bottom) to 1 (top)
+    ticks: tuple[float, ...]
+
+    @classmethod
+    def linear(cls, largest: float) -> Axis:
+        """From 0 to a round figure."""
+        largest = largest if largest > 0 else 1.0
+        step = _round_up(largest / 3)
+        count = max(1, math.ceil(largest / step - 1e-9))
+        top = count * step
+        return cls(lambda value: value / top, tuple(step * i for i in range(count + 1)))
+
+    @classmethod
+    def logarithmic(cls, least: float, largest: float) -> Axis:
+        """Over whole powers of ten; both are positive."""
+        low, high = math.floor(math.log10(least)), math.ceil(math.log10(largest))
+        high = max(high, low + 1)
+        step = max(1, math.ceil((high - low) / 4))
+        ticks = tuple(10.0**power for power in range(low, high + 1, step))
+        return cls(lambda value: (math.log10(value) - low) / (high - low), ticks)
+
+    def y(self, value: float) -> float:
+        """In px from the top."""
+        return TOP + (HEIGHT - TOP - BOTTOM) * (1 - self.place(value))
+
+
+def bar_chart(values: Mapping[str, float], text: str, kind: str = "main") -> str:
+    """A bar for each value, on a linear axis from 0.
+
+    Args:
+        values: by path of a block; its number, the path's last part, stands below.
+        text: the description.
+        kind: class of the bars.
+    """
+    axis = Axis.linear(max(values.values()))
+    step = (RIGHT - LEFT) / len(values)
+    parts = _lines(axis)
+    for place, (name, value) in enumerate(values.items()):
+        y = axis.y(max(0.0, value))
         parts.append(
-            f'<rect class="bar1" x="{x:.1f}" y="{150 - height:.1f}" width="{step * 0.8:.1f}" height="{height:.1f}">'
-            f"{tip}</rect>"
+            f'<rect class="{kind}" x="{LEFT + step * (place + 0.12):.2f}%" y="{y:.1f}" '
+            f'width="{0.76 * step:.2f}%" height="{HEIGHT - BOTTOM - y:.1f}">'
+            f"{_tip(f'{name}: {value:.3g}')}</rect>"
         )
-        if i % max(1, len(errors) // 15) == 0:
-            number = path.rsplit(".", 1)[-1]
-            middle = x + step * 0.4
-            parts.append(f'<text class="label" x="{middle:.1f}" y="168" text-anchor="middle">{escape(number)}</text>')
-    worst = max(errors, key=lambda path: errors[path])
-    text = f"Relative squared output error of {len(errors)} blocks; the largest is {largest:.3g} at {worst}."
-    return _svg(width, 178, text, parts, wide=True)
+    return _svg(text, parts + _names([path.rsplit(".", 1)[-1] for path in values], step))
 
 
-def bit_map(grid: BitGrid) -> str:
-    """Bits of each weight: a row per role, a column per block; the number stands in the cell, colour only helps."""
-    width, height = LABEL + CELL * len(grid.blocks) + 4, CELL * (len(grid.roles) + 1)
+def dot_chart(columns: Sequence[str], series: Mapping[str, tuple[str, Sequence[float]]], text: str) -> str:
+    """Dots above each column, on a logarithmic axis, each series named at its end; values that are not positive are
+    left out.
+
+    Args:
+        series: by name, the class of its dots and a value a column.
+    """
+    positive = [value for _, values in series.values() for value in values if value > 0]
+    axis = Axis.logarithmic(min(positive), max(positive))
+    step = (RIGHT - NAMES - LEFT) / len(columns)
+    parts = _lines(axis)
+    lowest: float = 0
+    for last, name in sorted((axis.y(v[-1]), name) for name, (_, v) in series.items() if v[-1] > 0):
+        lowest = max(lowest + 13, last + 4)  # names do not lie on one another
+        parts.append(_text(LEFT + step * len(columns) + 1, lowest, name.split()[0], "start", "name"))
+    for name, (kind, values) in series.items():
+        for place, (column, value) in enumerate(zip(columns, values, strict=True)):
+            if value > 0:
+                parts.append(
+                    f'<circle class="{kind} dot" cx="{LEFT + step * (place + 0.5):.2f}%" cy="{axis.y(value):.1f}" '
+                    f'r="4">{_tip(f"{column}, {name}: {value:.3g}")}</circle>'
+                )
+    return _svg(text, parts + _names(columns, step))
+
+
+@dataclass(frozen=True)
+class Dot:
+    """A point of a scatter chart. Those of one `line` are joined in their order; `ring` marks one."""
+
+    name: str
+    x: float
+    y: float
+    kind: str
+    line: str | None = None
+    ring: bool = False
+
+
+def scatter_chart(dots: Sequence[Dot], across: str, text: str) -> str:
+    """Points on a linear axis across, from 0, and a logarithmic one upwards; what is 0 there lies at the bottom.
+
+    Args:
+        across: what the axis across counts.
+    """
+    positive = [dot.y for dot in dots if dot.y > 0] or [1.0]
+    axis = Axis.logarithmic(min(positive), max(positive))
+    wide = Axis.linear(max(dot.x for dot in dots))
+
+    def x(value: float) -> float:
+        return LEFT + (RIGHT - LEFT - 6) * wide.place(value)
+
+    def y(value: float) -> float:
+        return axis.y(value) if value > 0 else HEIGHT - BOTTOM
+
+    parts = _lines(axis)
+    for tick in wide.ticks:
+        parts.append(_text(x(tick), HEIGHT - 6, f"{tick:g}", "middle"))
+    parts.append(_text(RIGHT, HEIGHT + 10, across, "end"))
+    for line in dict.fromkeys(dot.line for dot in dots if dot.line is not None):
+        joined = [dot for dot in dots if dot.line == line]
+        for one, other in pairwise(joined):
+            parts.append(
+                f'<line class="{one.kind}" x1="{x(one.x):.2f}%" y1="{y(one.y):.1f}" x2="{x(other.x):.2f}%" '
+                f'y2="{y(other.y):.1f}" stroke-width="1.5"/>'
+            )
+    for dot in dots:
+        place = f'cx="{x(dot.x):.2f}%" cy="{y(dot.y):.1f}"'
+        parts.append(
+            f'<circle class="{dot.kind}" {place} r="5">{_tip(f"{dot.name}: {dot.x:.4g}, {dot.y:.3g}")}</circle>'
+        )
+        parts += [f'<circle class="ring" {place} r="9"/>'] if dot.ring else []
+        parts.append(_text(x(dot.x), y(dot.y) - 10, dot.name, "middle", "name"))
+    return _svg(text, parts, HEIGHT + 14)
+
+
+def _lines(axis: Axis) -> list[str]:
+    """Lines across with the figures above them, the lowest one darker."""
     parts = []
-    for i, (role, line) in enumerate(zip(grid.roles, grid.bits, strict=True)):
-        y = i * CELL
-        parts.append(f'<text class="label" x="{LABEL - 8}" y="{y + 18}" text-anchor="end">{escape(role)}</text>')
-        for j, bits in enumerate(line):
-            x = LABEL + j * CELL
-            kind = "none" if bits is None else f"b{bits}"
-            parts.append(f'<rect class="{kind}" x="{x}" y="{y}" width="{CELL - 2}" height="{CELL - 2}" rx="3"/>')
-            shown = "-" if bits is None else str(bits)
-            parts.append(f'<text class="cell" x="{x + 12}" y="{y + 17}" text-anchor="middle">{shown}</text>')
-    bottom = CELL * len(grid.roles) + 16
-    for j, block in enumerate(grid.blocks):
-        x = LABEL + j * CELL + 12
-        parts.append(f'<text class="label" x="{x}" y="{bottom}" text-anchor="middle">{block}</text>')
-    used = sorted({bits for line in grid.bits for bits in line if bits is not None})
-    text = f"Bits of the weights in {grid.stack}: {len(grid.roles)} roles in {len(grid.blocks)} blocks, bits used: "
-    return _svg(width, height, text + ", ".join(map(str, used)) + ".", parts, wide=True)
+    for tick in axis.ticks:
+        y = axis.y(tick)
+        kind = "base" if tick == axis.ticks[0] else "grid"
+        parts.append(f'<line class="{kind}" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(_text(0, y - 4, f"{tick:g}".replace("e-0", "e-"), "start"))
+    return parts
 
 
-def _svg(width: float, height: float, text: str, parts: list[str], wide: bool = False) -> str:
-    """The picture with its text alternative; a wide one keeps its size and scrolls on a phone."""
-    style = f' style="min-width:{min(width, 900):.0f}px"' if wide else ""
-    picture = (
-        f'<svg viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{escape(text)}"{style} '
-        f'preserveAspectRatio="xMinYMin"><title>{escape(text)}</title>{"".join(parts)}</svg>'
-    )
-    return f'<div class="scroll" tabindex="0">{picture}</div>' if wide else picture
+def _names(names: Sequence[str], step: float) -> list[str]:
+    """Of the columns, below; of many only some. `step`: percent between them."""
+    every = max(1, math.ceil(len(names) / 10))
+    return [
+        _text(LEFT + step * (place + 0.5), HEIGHT - 8, name, "middle")
+        for place, name in enumerate(names)
+        if place % every == 0
+    ]
+
+
+def _text(x: float, y: float, words: str, anchor: str, kind: str = "") -> str:
+    name = f' class="{kind}"' if kind else ""
+    return f'<text{name} x="{x:.2f}%" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>'
+
+
+def _tip(words: str) -> str:
+    return f"<title>{escape(words)}</title>"
+
+
+def _svg(text: str, parts: Sequence[str], height: int = HEIGHT) -> str:
+    return f'<svg role="img" aria-label="{escape(text)}" height="{height}">{"".join(parts)}</svg>'
+
+
+def _round_up(value: float) -> float:
+    """The next of 1, 2, 2.5, 5 or 10 times a power of ten."""
+    power = 10.0 ** math.floor(math.log10(value))
+    return next(power * digit for digit in (1, 2, 2.5, 5, 10) if power * digit >= value * (1 - 1e-9))

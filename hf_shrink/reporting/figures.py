@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -32,6 +32,10 @@ class Record(Protocol):
     def report(self) -> ShrinkReport:
         """What came of it."""
 
+    @property
+    def versions(self) -> Mapping[str, str]:
+        """Of the packages that made it."""
+
 
 @dataclass(frozen=True)
 class Row:
@@ -46,10 +50,34 @@ class Row:
 
 METRIC_ROWS = {
     "perplexity": ("Perplexity", "e to the mean negative log-likelihood of a token; lower is better"),
+    "excess_loss": ("Excess loss", "nats a token more than the dense model's loss on the same text; 0 for a copy"),
+    "bits_per_byte": ("Bits per byte", "negative log-likelihood in bits over the bytes of the text; lower is better"),
+    "accuracy": ("Accuracy", "share of right answers; higher is better"),
+    "f1": ("F1", "mean over classes of the harmonic mean of precision and recall; higher is better"),
+    "entity_f1": ("Entity F1", "harmonic mean of precision and recall of whole entities; higher is better"),
+    "exact_match": ("Exact match", "share of answers that are the reference to the letter; higher is better"),
+    "answer_f1": ("Answer F1", "words that answer and reference share, precision and recall; higher is better"),
+    "rouge_l": ("ROUGE-L", "longest common run of words with the reference; higher is better"),
+    "wer": ("Word error rate", "words to change over words of the reference; lower is better"),
+    "rank_correlation": ("Rank correlation", "of scores with people's; higher is better"),
+    "ndcg_at10": ("nDCG at 10", "discounted gain of the first ten found, of what is possible; higher is better"),
+    "recall_at10": ("Recall at 10", "share of what there is to find among the first ten; higher is better"),
     "kl_divergence": ("KL divergence", "mean over positions of KL(dense || compressed) in nats; 0 for a perfect copy"),
     "top1_agreement": ("Top-1 agreement", "share of positions where both models rank the same output first"),
+    "flip_rate": ("Flip rate", "share of answers that are right in one model and wrong in the other; 0 for a copy"),
+    "score_agreement": ("Score agreement", "rank correlation of both models' scores; 1 for a perfect copy"),
     "cosine": ("Cosine agreement", "mean cosine between the last hidden states of both models; 1 for a perfect copy"),
+    "attribution_fidelity": ("Attribution fidelity", "how far both models decide for the same inputs; 1 for a copy"),
+    "attention_fidelity": ("Attention fidelity", "how far both models look at the same places; 1 for a perfect copy"),
+    "latency": ("Latency", "of a forward pass over the data; lower is better"),
+    "peak_memory": ("Peak memory", "that the model took at most; lower is better"),
+    "weight_bytes": ("Weights in memory", "bytes of parameters and buffers as they are held; lower is better"),
 }
+
+
+def metric_row(key: str) -> tuple[str, str]:
+    """A metric's name for people, and what it is; the name alone of one that is not known here."""
+    return METRIC_ROWS.get(key, (key.replace("_", " ").capitalize(), ""))
 
 
 def rows(report: ShrinkReport) -> list[Row]:
@@ -66,43 +94,95 @@ def rows(report: ShrinkReport) -> list[Row]:
         found.append(Row("Parameters", count(before), count(after), change, hint))
     speed = report.evaluation.get("speed")
     if speed:
-        name = "Decoding" if speed["unit"] == "tokens/s" else "Forward"
-        dense, compressed = (f"{speed[key]:.3g} {speed['unit']}" for key in ("dense", "compressed"))
-        hint = "batch 1, median, both models in turn on the machine that made this report"
-        found.append(Row(name, dense, compressed, f"{speed['compressed'] / speed['dense']:.2f}x", hint))
+        dense, compressed = (f"{_with_spread(speed, key)} {speed['unit']}" for key in ("dense", "compressed"))
+        found.append(Row(speed_name(speed), dense, compressed, f"{speedup(speed):.2f}x", SPEED_HINT))
     return found + _metric_rows(report.evaluation)
+
+
+SPEED_HINT = (
+    "batch 1, median of runs in turn [least, greatest] on the machine that made this report, the compressed model with "
+    "the kernels that import hf_shrink brings"
+)
+
+
+def _with_spread(speed: Mapping[str, Any], key: str) -> str:
+    low, high = speed.get("spread", {}).get(key, (None, None))
+    return figure({"value": number(speed[key]), "low": low, "high": high})
+
+
+def speed_name(speed: Mapping[str, Any]) -> str:
+    """What was timed."""
+    return "Decoding" if speed["unit"] == "tokens/s" else "Forward"
+
+
+def speedup(speed: Mapping[str, Any]) -> float:
+    """How many times as fast the compressed model is."""
+    return number(speed["compressed"]) / number(speed["dense"])
 
 
 def _metric_rows(evaluation: Mapping[str, Any]) -> list[Row]:
     found = []
-    dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
-    others = {key: (metric_name(key), "") for key in compressed if key not in METRIC_ROWS}
-    for key, (name, hint) in {**METRIC_ROWS, **others}.items():
-        if key not in compressed and key not in dense:
-            continue
+    dense, compressed = evaluation.get("dense", {}), dict(evaluation.get("compressed", {}))
+    if evaluation.get("excess_loss") is not None:
+        compressed["excess_loss"] = evaluation["excess_loss"]
+    for key in in_order({**compressed, **dense}):
+        name, hint = metric_row(key)
         change = ""
-        excess = evaluation.get("excess_loss")
-        if key == "perplexity" and excess is not None:
-            change = f"excess loss {figure(excess)} nats"
-        found.append(Row(name, figure(dense.get(key)), figure(compressed.get(key)), change, hint))
+        if key == "perplexity" and key in dense and key in compressed:
+            change = f"{100 * (number(compressed[key]) / number(dense[key]) - 1):+.1f}%"
+        found.append(Row(name, figure(dense.get(key), key), figure(compressed.get(key), key), change, hint))
+    return found + _group_rows(evaluation.get("groups", {}))
+
+
+def _group_rows(groups: Mapping[str, Any]) -> list[Row]:
+    """Of each metric the group that fares worst."""
+    found = []
+    for key, said in groups.items():
+        if not said:  # of no group that has figures
+            continue
+        worst = said["by_group"][said["worst"]]
+        dense, compressed = (figure(worst.get(side), key) for side in ("baseline", "model"))
+        hint = f"the worst of {len(said['by_group'])} groups, {worst['rows']} rows"
+        found.append(Row(f"{metric_row(key)[0]}, group {said['worst']}", dense, compressed, "", hint))
     return found
 
 
-def metric_name(key: str) -> str:
-    """What a metric is called."""
-    return METRIC_ROWS[key][0] if key in METRIC_ROWS else key.replace("_", " ").capitalize()
+def in_order(metrics: Iterable[str]) -> list[str]:
+    """The order in which metrics are shown: those known here first."""
+    there = list(metrics)
+    return [key for key in METRIC_ROWS if key in there] + [key for key in there if key not in METRIC_ROWS]
 
 
-def figure(value: Any) -> str:
-    """A number, or {"value", "low", "high"} with its interval in brackets."""
+def headline(report: ShrinkReport) -> str:
+    """The result in a line: size, speed and quality, as far as they were measured; empty where nothing was."""
+    parts = []
+    if report.bytes_before and report.bytes_after:
+        before, after = size(report.bytes_before), size(report.bytes_after)
+        parts.append(f"{after} from {before} ({report.compression:.2f}x smaller)")
+    evaluation = report.evaluation
+    if evaluation.get("speed"):
+        speed = evaluation["speed"]
+        parts.append(f"{speed_name(speed).lower()} {speedup(speed):.2f}x as fast")
+    dense, compressed = evaluation.get("dense", {}), evaluation.get("compressed", {})
+    for key in in_order(compressed)[:1]:
+        was = f" from {figure(number(dense[key]), key)}" if key in dense else ""
+        name = metric_row(key)[0]
+        name = name[0].lower() + name[1:] if name[1:2].islower() else name  # not of KL, F1
+        parts.append(f"{name} {figure(number(compressed[key]), key)}{was}")
+    return ", ".join(parts)
+
+
+def figure(value: Any, key: str = "") -> str:
+    """A number, or {"value", "low", "high"} with its interval in brackets. `key`: the metric that it is of."""
+    shown = FORMS.get(key, "{:.4g}".format)
     if value is None:
         return NOT_MEASURED
     if not isinstance(value, Mapping):
-        return f"{value:.4g}"
-    text = f"{value['value']:.4g}"
+        return shown(value)
+    text = shown(value["value"])
     if value.get("low") is None or value.get("high") is None:
         return text
-    return f"{text} [{value['low']:.4g}, {value['high']:.4g}]"
+    return f"{text} [{shown(value['low'])}, {shown(value['high'])}]"
 
 
 def number(value: Any) -> float:
@@ -128,6 +208,14 @@ def count(amount: float) -> str:
     return f"{amount:.3g}B"
 
 
+# How metrics are shown that are not bare numbers.
+FORMS: Mapping[str, Callable[[float], str]] = {
+    "latency": lambda seconds: f"{1000 * seconds:.3g} ms",
+    "peak_memory": size,
+    "weight_bytes": size,
+}
+
+
 def measured_on(evaluation: Mapping[str, Any]) -> str:
     """One sentence on the data, or that nothing was measured: a figure without this means little."""
     if not evaluation.get("compressed"):
@@ -143,47 +231,21 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
         parts.append(f"context {evaluation['context']}, {windows}")
     sentence = ", ".join(parts) + "."
     if any(isinstance(v, Mapping) and v.get("low") is not None for v in evaluation["compressed"].values()):
-        sentence += " Brackets hold the 95% bootstrap interval over sequences."
+        sentence += " Brackets of metrics hold the 95% bootstrap interval over sequences."
     return sentence
 
 
 def skipped(evaluation: Mapping[str, Any]) -> list[str]:
     """Why a metric that was asked for is missing."""
-    return [f"{metric_name(k)} is not given: {why}." for k, why in evaluation.get("skipped", {}).items()]
+    return [f"{metric_row(k)[0]} is not given: {why}." for k, why in evaluation.get("skipped", {}).items()]
+
+
+def said_text(text: str) -> str:
+    """What a model wrote, to be shown: that it wrote nothing is said."""
+    return text.strip() or "(it ends at once)"
 
 
 def display_name(record: Record) -> str:
     """A name for titles: the source's last part and the recipe's name."""
     last = re.split(r"[/\\]", record.source.rstrip("/\\"))[-1] or "model"
     return f"{last}-{record.recipe.get('name', 'shrunk')}"
-
-
-@dataclass(frozen=True)
-class BitGrid:
-    """Bits of the quantized weights: `bits[i][j]` of role i in block j, None where that weight is not quantized."""
-
-    stack: str
-    blocks: tuple[int, ...]
-    roles: tuple[str, ...]
-    bits: tuple[tuple[int | None, ...], ...]
-
-
-def bit_grids(plan: Plan) -> list[BitGrid]:
-    """One grid a stack, from the module paths alone: stack path, block number, path inside the block."""
-    found: dict[str, dict[tuple[str, int], int]] = {}
-    for path, weight_bits in plan.bits.items():
-        match = re.fullmatch(r"(.+?)\.(\d+)\.(.+)", path)
-        if match:
-            found.setdefault(match[1], {})[match[3], int(match[2])] = weight_bits
-    grids = []
-    for stack, cells in found.items():
-        blocks = tuple(sorted({block for _, block in cells}))
-        roles = tuple(dict.fromkeys(role for role, _ in cells))
-        bits = tuple(tuple(cells.get((role, block)) for block in blocks) for role in roles)
-        grids.append(BitGrid(stack, blocks, roles, bits))
-    return grids
-
-
-def bits_outside_blocks(plan: Plan) -> dict[str, int]:
-    """Bits by path of the quantized weights that belong to no block, such as embeddings."""
-    return {path: bits for path, bits in plan.bits.items() if not re.fullmatch(r".+?\.\d+\..+", path)}

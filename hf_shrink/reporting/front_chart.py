@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.front import Front, Point
+from hf_shrink.reporting.charts import Dot, scatter_chart
 from hf_shrink.reporting.figures import size
+from hf_shrink.reporting.page import figure, legend, page, paragraph, scrolling, table
+from hf_shrink.reporting.palette import BASE
 from hf_shrink.reporting.plots import can_plot, figure_of, save
-from hf_shrink.reporting.style import STYLE
 
 AXES = {"bytes": "stored weights in MB", "memory": "weights and KV cache in MB", "decode": "ms a token, decoding"}
 AXES["prefill"] = "ms a token of a prompt"
-LEVERS = {"bits": "#0b5cad", "width": "#a8480c", "depth": "#6b2fa0"}
-KINDS = {"dense": ("dense", "#8c959f", "s"), "uniform": ("same bits everywhere", "#8f1d14", "^")}
-KINDS["plan"] = ("plans", "#0b6bcb", "o")
+LEVERS = {"bits": "main", "width": "other", "depth": "muted"}
+# By kind of point: its name, the class of its colour on a page, its marker in a picture.
+KINDS = {"dense": ("dense", "muted", "s"), "uniform": ("same bits everywhere", "other", "^")}
+KINDS["plan"] = ("plans of the search", "main", "o")
+_COLOURS = {"main": BASE["light"]["accent"], "other": BASE["light"]["other"], "muted": BASE["light"]["dense"]}
+HEADS = ("", "MB", "of dense", "KL", "perplexity", "predicted KL", "paid by bits / width / depth")
 
 
-def front_lines(front: Front) -> list[str]:
-    """The points as a plain table, smallest first."""
-    heads = ("", "MB", "of dense", "KL", "perplexity", "predicted KL", "paid by bits / width / depth")
+def front_rows(front: Front) -> list[tuple[str, ...]]:
+    """The points as rows under `HEADS`, smallest first."""
     dense = next(point for point in front.points if point.kind == "dense")
-    lines = [heads]
+    lines: list[tuple[str, ...]] = []
     for point in sorted(front.points, key=lambda p: (front.takes(p), p.name)):
         saved = sum(point.paid.values())
         paid = " / ".join(f"{point.paid.get(lever, 0.0) / saved:.0%}" for lever in LEVERS) if saved else ""
@@ -40,7 +43,13 @@ def front_lines(front: Front) -> list[str]:
                 paid,
             )
         )
-    widths = [max(len(line[place]) for line in lines) for place in range(len(heads))]
+    return lines
+
+
+def front_lines(front: Front) -> list[str]:
+    """The points as a plain table, smallest first."""
+    lines = [HEADS, *front_rows(front)]
+    widths = [max(len(line[place]) for line in lines) for place in range(len(HEADS))]
     return ["  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines]
 
 
@@ -52,86 +61,56 @@ def write_front(front: Front, path: str | Path) -> Path:
     """
     path = Path(path)
     if path.suffix == ".html":
-        path.write_text(front_html(front))
+        path.write_text(front_html(front), encoding="utf-8")
     elif path.suffix == ".png":
         if not can_plot():
             raise RecipeError("a .png needs matplotlib (pip install 'hf_shrink[report]'); or name a .html file")
-        save(_drawn(front), path)
+        save(draw_front(front), path)
     else:
         raise RecipeError(f"{path.name}: figures are .png or .html files")
     return path
 
 
-def _drawn(front: Front) -> Any:
-    perplexities = all(point.perplexity is not None for point in front.points)
-    figure, axes = figure_of(11 if perplexities else 8, 3.8, columns=3 if perplexities else 2)
-    values: list[tuple[str, Callable[[Point], float]]] = [("KL divergence in nats", lambda p: p.kl)]
-    if perplexities:
-        values.append(("perplexity", lambda p: p.perplexity or 0.0))
-    for panel, (name, value) in zip(axes, values, strict=False):
-        for kind, (label, colour, marker) in KINDS.items():
-            points = sorted((p for p in front.points if p.kind == kind), key=front.takes)
-            x, y = [_shown(front, p) for p in points], [value(p) for p in points]
-            line = "-" if kind == "plan" else ""
-            panel.plot(x, y, linestyle=line, marker=marker, color=colour, label=label)
-            for point, left, top in zip(points, x, y, strict=True):
-                panel.annotate(point.name, (left, top), xytext=(4, 4), textcoords="offset points", fontsize=8)
-        panel.set_xlabel(AXES[front.resource])
-        panel.set_ylabel(name)
-    axes[0].set_yscale("symlog", linthresh=_threshold(front))
-    axes[0].legend(frameon=False)
-    bars, bottom = _plans(front), [0.0] * len(_plans(front))
-    for lever, colour in LEVERS.items():
-        heights = [point.paid.get(lever, 0.0) / 1e6 for point in bars]
-        axes[-1].bar([point.name for point in bars], heights, bottom=bottom, color=colour, label=lever)
-        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
-    axes[-1].set_ylabel("MB saved by")
-    axes[-1].legend(frameon=False)
-    return figure
+def front_figure(said: Mapping[str, Any]) -> str:
+    """The front that a plan was taken from, as a figure of a page. `said`: what `Front.plan` put into the plan."""
+    front, chosen = Front.from_dict(said), str(said["chosen"])
+    return _figure(front, chosen) + paragraph(f"This model's plan is that of {chosen}, the point in the ring.", "note")
 
 
 def front_html(front: Front) -> str:
     """One page that needs nothing else: the front, the table, and a map of where each lever paid."""
     maps = "".join(f"<h3>{escape(point.name)}</h3>{_where(point)}" for point in _plans(front))
-    legend = ", ".join(f'<span style="color:{colour}">{lever}</span>' for lever, colour in LEVERS.items())
-    title = f"{escape(front.source)}: what each budget buys"
-    body = (
-        f"<h1>{title}</h1><p>{escape(front.data)}</p><section><h2>KL divergence</h2>{_scatter(front)}</section>"
-        f"<section><h2>Figures</h2><pre>{escape(chr(10).join(front_lines(front)))}</pre></section>"
-        f"<section><h2>Which lever paid where</h2><p>Bytes saved by part of the model: {legend}.</p>{maps}</section>"
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><title>'
-        f'{title}</title><meta name="viewport" content="width=device-width, initial-scale=1"><style>{STYLE}</style>'
-        f"</head><body><main>{body}</main></body></html>\n"
-    )
-
-
-def _scatter(front: Front) -> str:
-    """KL on a root axis, which shows small and large divergences both."""
-    wide, high, left, base = 640, 320, 60, 280
-    right = max(front.takes(p) for p in front.points) or 1.0
-    top = math.sqrt(max(p.kl for p in front.points)) or 1.0
-    parts = [
-        f'<line class="axis" x1="{left}" x2="{wide - 4}" y1="{base}" y2="{base}"/>',
-        f'<text class="label" x="{left - 6}" y="18" text-anchor="end">{top**2:.2g}</text>',
-        f'<text class="label" x="{left - 6}" y="{base + 4}" text-anchor="end">0</text>',
-        f'<text class="label" x="{wide - 4}" y="{high - 8}" text-anchor="end">{AXES[front.resource]}</text>',
+    levers = legend((kind, lever) for lever, kind in LEVERS.items()) + maps
+    sections = [
+        ("KL divergence", "Divergence", _figure(front)),
+        ("Bytes saved, by part of the model", "Levers", levers if maps else ""),
     ]
-    line = []
-    for point in sorted(front.points, key=front.takes):
-        x = left + (wide - left - 60) * front.takes(point) / right
-        y = base - (base - 24) * math.sqrt(point.kl) / top
-        _, colour, _ = KINDS[point.kind]
-        tip = escape(f"{point.name}: {_shown(front, point):.4g}, KL {point.kl:.4g}")
-        parts.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="{colour}"><title>{tip}</title></circle>')
-        parts.append(f'<text class="label" x="{x + 8:.1f}" y="{y - 6:.1f}">{escape(point.name)}</text>')
-        if point.kind == "plan":
-            line.append(f"{x:.1f},{y:.1f}")
-    colour = KINDS["plan"][1]
-    parts.append(f'<polyline points="{" ".join(line)}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
-    text = f"KL divergence against {AXES[front.resource]} of {len(front.points)} models."
-    return f'<svg viewBox="0 0 {wide} {high}" role="img" aria-label="{escape(text)}">{"".join(parts)}</svg>'
+    lede = f'<p class="lede">{escape(front.data)}</p>'
+    return page("Sweep over budgets", f"{front.source}: what each budget buys", lede, sections)
+
+
+def _figure(front: Front, chosen: str | None = None) -> str:
+    dots = [
+        Dot(
+            point.name,
+            _shown(front, point),
+            point.kl,
+            KINDS[point.kind][1],
+            "plans" if point.kind == "plan" else None,
+            point.name == chosen,
+        )
+        for point in sorted(front.points, key=front.takes)
+    ]
+    text = f"KL divergence to the dense model against {AXES[front.resource]}, of {len(dots)} models."
+    caption = (
+        f"KL divergence to the dense model in nats, on a logarithmic axis, against {AXES[front.resource]}; weights "
+        f"were compressed one by one. Measured on {front.data}."
+    )
+    kinds = dict.fromkeys(point.kind for point in front.points)
+    picture = scatter_chart(dots, AXES[front.resource], text) + legend(
+        (KINDS[kind][1], KINDS[kind][0]) for kind in kinds
+    )
+    return figure(caption, picture, table("Points of the sweep", HEADS, front_rows(front)))
 
 
 def _where(point: Point) -> str:
@@ -142,20 +121,55 @@ def _where(point: Point) -> str:
     shapes = []
     for place, (name, parts) in enumerate(groups):
         bottom = float(high)
-        for lever, colour in LEVERS.items():
+        for lever, kind in LEVERS.items():
             height = high * max(0.0, parts.get(lever, 0.0)) / largest
             bottom -= height
             tip = escape(f"{name}: {size(parts.get(lever, 0.0))} by {lever}")
             shapes.append(
-                f'<rect x="{place * step}" y="{bottom:.1f}" width="{step - 2}" height="{height:.1f}" fill="{colour}">'
+                f'<rect class="{kind}" x="{place * step}" y="{bottom:.1f}" width="{step - 2}" height="{height:.1f}">'
                 f"<title>{tip}</title></rect>"
             )
     wide = max(step * len(groups), 1)
-    text = escape(f"Bytes saved by part of the model at {point.name}.")
-    return (
-        f'<div class="scroll" tabindex="0"><svg viewBox="0 0 {wide} {high}" role="img" aria-label="{text}" '
-        f'style="min-width:{min(wide, 900)}px" preserveAspectRatio="xMinYMin">{"".join(shapes)}</svg></div>'
+    text = f"Bytes saved by part of the model at {point.name}."
+    picture = (
+        f'<svg role="img" aria-label="{escape(text)}" style="width:{wide}px;height:{high}px">{"".join(shapes)}</svg>'
     )
+    return scrolling(picture, text)
+
+
+def draw_front(front: Front) -> Any:
+    """KL divergence, perplexity where all points have one, and what each lever saved, as a figure of matplotlib."""
+    perplexities = all(point.perplexity is not None for point in front.points)
+    saved = any(point.paid for point in front.points)
+    figure, axes = figure_of(3.7 * (1 + perplexities + saved), 3.6, columns=1 + perplexities + saved)
+    values: list[tuple[str, Callable[[Point], float]]] = [("KL divergence in nats", lambda p: p.kl)]
+    if perplexities:
+        values.append(("perplexity", lambda p: p.perplexity or 0.0))
+    for panel, (name, value) in zip(axes, values, strict=False):
+        for kind, (label, colour, marker) in KINDS.items():
+            points = sorted((p for p in front.points if p.kind == kind), key=front.takes)
+            x, y = [_shown(front, p) for p in points], [value(p) for p in points]
+            line = "-" if kind == "plan" else ""
+            panel.plot(x, y, linestyle=line, marker=marker, color=_COLOURS[colour], label=label)
+            for point, left, top in zip(points, x, y, strict=True):
+                panel.annotate(point.name, (left, top), xytext=(4, 4), textcoords="offset points", fontsize=8)
+        panel.set_xlabel(AXES[front.resource])
+        panel.set_ylabel(name)
+    axes[0].set_yscale("symlog", linthresh=_threshold(front))
+    axes[0].legend(frameon=False, ncols=1, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
+    if saved:
+        _draw_levers(axes[-1], _plans(front))
+    return figure
+
+
+def _draw_levers(axes: Any, bars: Sequence[Point]) -> None:
+    bottom = [0.0] * len(bars)
+    for lever, kind in LEVERS.items():
+        heights = [point.paid.get(lever, 0.0) / 1e6 for point in bars]
+        axes.bar([point.name for point in bars], heights, bottom=bottom, color=_COLOURS[kind], label=lever)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.set_ylabel("MB saved by")
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1)
 
 
 def _plans(front: Front) -> Sequence[Point]:

@@ -16,12 +16,12 @@ from rich.text import Text
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.plan import Plan
-from hf_shrink.reporting.plan_rows import PlanRow, outside_rows, plan_rows
+from hf_shrink.reporting.layout import layout_of
+from hf_shrink.reporting.palette import KEPT, ink_on, level_of_bits
+from hf_shrink.reporting.plan_rows import UNITS, PlanRow, outside_rows, plan_rows
 
 PLAIN_WIDTH = 120
 BAR = 10  # characters of the longest bar
-# As in the HTML page, where the same bits have the same colours.
-COLOURS = {2: "#8f1d14", 3: "#a8480c", 4: "#1f6f43", 5: "#0f6a6a", 6: "#0b5cad", 7: "#4b45b8", 8: "#6b2fa0"}
 PARTS = {"attention": "attention", "cross_attention": "cross", "mlp": "MLP", "experts": "experts", "others": "others"}
 
 
@@ -30,11 +30,12 @@ def print_plan(plan: Plan, binding: Binding, *, file: TextIO | None = None) -> N
     file = file if file is not None else sys.stdout
     colours = file.isatty()
     console = Console(file=file) if colours else Console(file=file, width=PLAIN_WIDTH, no_color=True)
-    rows = plan_rows(plan, binding)
+    layout = layout_of(binding)
+    rows = plan_rows(plan, layout)
     for stack in dict.fromkeys(row.stack for row in rows):
         measure = "predicted KL" if plan.search else "damage"
         console.print(_table(stack, [row for row in rows if row.stack == stack], measure, colours))
-    for path, bits, damage in outside_rows(plan, binding):
+    for path, bits, damage in outside_rows(plan, layout):
         predicted = "" if damage is None else f", predicted KL {damage:.2g}"
         console.print(Text(f"{path}: {bits} bits{predicted}"))
 
@@ -54,15 +55,10 @@ def _table(stack: str, rows: Sequence[PlanRow], measure: str, colours: bool) -> 
         if any(part in row.bits for row in rows):
             table.add_column(f"{name} bits", justify="center")
             columns.append(partial(_bits, part=part, colours=colours))
-    for field, name in (
-        ("groups", "KV groups"),
-        ("heads", "query heads"),
-        ("channels", "channels"),
-        ("experts", "experts"),
-    ):
-        if any(getattr(row, field) is not None for row in rows):
+    for unit, (name, _) in UNITS.items():
+        if any(unit in row.units for row in rows):
             table.add_column(name, justify="right")
-            columns.append(partial(_share, field=field))
+            columns.append(partial(_share, unit=unit))
     largest = max((row.damage for row in rows if row.damage is not None), default=0.0)
     if largest > 0:
         table.add_column(measure)
@@ -81,15 +77,12 @@ def _bits(row: PlanRow, part: str, colours: bool) -> Text:
     lowest = min((bits for bits in row.bits.get(part, ()) if bits is not None), default=None)
     if not colours or lowest is None:
         return Text(said)
-    return Text(f" {said} ", Style(color="white", bgcolor=COLOURS[lowest]))
+    colour = KEPT["light"][level_of_bits(lowest)]
+    return Text(f" {said} ", Style(color=ink_on(colour), bgcolor=colour))
 
 
-def _share(row: PlanRow, field: str) -> Text:
-    gone = {"groups": "attention", "heads": "attention", "channels": "mlp"}.get(field)
-    share = getattr(row, field)
-    if share is None or "block" in row.removed or gone in row.removed:
-        return Text("-")
-    return Text(str(share))
+def _share(row: PlanRow, unit: str) -> Text:
+    return Text("-" if unit not in row.units or row.without(UNITS[unit][1]) else str(row.units[unit]))
 
 
 def _damage(row: PlanRow, largest: float, colours: bool) -> Text:

@@ -13,6 +13,7 @@ from typing import Any, TextIO
 from tqdm import tqdm
 
 from hf_shrink.residence import peak_memory
+from hf_shrink.sharding import ranks
 
 # Seconds between two lines of one task where there is no terminal to redraw a bar on.
 LINE_EVERY = 15.0
@@ -20,6 +21,8 @@ LINE_EVERY = 15.0
 
 class Progress:
     """Callable `(what, done, total, note)`: a bar on a terminal, now and then a line in a log, nothing when quiet.
+
+    Of several processes only the first says anything.
 
     A task begins when `what` changes and ends when `done` reaches `total`. Use it as a context manager, or `close()`
     it, so that an interrupted bar leaves the terminal in order.
@@ -30,6 +33,7 @@ class Progress:
     """
 
     def __init__(self, quiet: bool = False, file: TextIO | None = None) -> None:
+        quiet = quiet or not ranks().first
         self._file = file if file is not None else sys.stderr
         self._working_on, self._rows, self._first = "", 0, 0
         self._bars = not quiet and self._file.isatty()

@@ -1,5 +1,6 @@
-"""Where the weights and activations of a model are that is larger than memory."""
+"""Where the weights and activations of a model are that is larger than memory, or than one device."""
 
+from hf_shrink.residence.dispatched import at_home
 from hf_shrink.residence.files import flush_folder, map_tensors, write_tensors
 from hf_shrink.residence.pages import peak_memory
 from hf_shrink.residence.residence import OUTSIDE, Residence, forget, residence_of, rest, rest_at, twin
@@ -10,6 +11,7 @@ __all__ = [
     "Residence",
     "Room",
     "States",
+    "at_home",
     "bytes_of",
     "flush_folder",
     "forget",

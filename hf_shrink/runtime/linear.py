@@ -83,6 +83,7 @@ class CompressedLinear(PackedModule):
 
     def optimize(self) -> None:
         """See `PackedModule.optimize`."""
+        self.optimized = True
         self._restore()
         rows, columns, device = self.out_features, self.in_features, self.device
         kind, self.kernel_note = kernel_for(self.scheme, rows, columns, device, self.scale_dtype)

@@ -44,6 +44,7 @@ class PackedModule(nn.Module):
         weight_shape: int64 (2,); None for schemes that are not packed.
         sparse: the weight was pruned before it was packed in this process: training it keeps its zeros.
         kernel: what holds and multiplies the weight; None while the buffers above do (`kernel_note`: its name, or why).
+        optimized: a kernel was asked for, found or not: it is again on another device.
         sharing: all modules that hold this weight, the one that is saved first (`share`); empty where it is alone.
         kept_dense: a dense copy of the weight, while many products in a row are made with it (`unpacked.py`).
     """
@@ -64,6 +65,7 @@ class PackedModule(nn.Module):
         self.sparse = False
         self.kernel: Kernel | None = None
         self.kernel_note = "not optimized"
+        self.optimized = False
         self.sharing: tuple[PackedModule, ...] = ()
         self.kept_dense: Tensor | None = None
         self._rows, self._columns = rows, columns
@@ -139,6 +141,7 @@ class PackedModule(nn.Module):
 
     def restore(self) -> None:
         """Hold the weight as a checkpoint does again. Does nothing where it is held so."""
+        self.optimized = False
         if self.kernel is not None:
             self._restore()
             self._pass_on()
@@ -232,7 +235,11 @@ class PackedModule(nn.Module):
 
     def _apply_alone(self, fn: Callable[[Tensor], Tensor], recurse: bool) -> Any:
         if self.kernel is None:
-            return self._apply_to_buffers(fn, recurse)
+            before = self.device
+            result = self._apply_to_buffers(fn, recurse)
+            if self.optimized and self.device != before:
+                self.optimize()
+            return result
         kernel = self.kernel
         moved = fn(torch.empty(0, dtype=kernel.scale_dtype, device=self.device))
         if moved.dtype == kernel.scale_dtype and moved.device == self.device:
@@ -278,14 +285,6 @@ class PackedModule(nn.Module):
         scheme = self.scheme
         size = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
         return f"{scheme.name}{size} {'symmetric' if scheme.symmetric else 'asymmetric'}"
-
-
-def share(*modules: PackedModule) -> None:
-    """Let modules hold one weight, the first one's, from now on: also after moves, casts, loading and copies."""
-    for module in modules:
-        module.sharing = modules
-        if module is not modules[0]:
-            module.adopt(modules[0])
 
 
 def count_parameters(model: nn.Module) -> int:

@@ -17,6 +17,7 @@ from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.search.measuring import Space, measure
 from hf_shrink.search.sensitivity import Sensitivity
+from hf_shrink.sharding import ranks
 
 SAMPLED = 4096  # elements of each weight that are looked at
 
@@ -45,9 +46,9 @@ def sensitivity_of(
     }
     path, own = None, ""
     if folder is not None:
-        own = fingerprint(model, batches, settings)
+        own = ranks().on_first(lambda: fingerprint(model, batches, settings))
         path = folder / f"{own[:32]}.safetensors"
-        if (known := Sensitivity.load(path, own)) is not None:
+        if (known := ranks().on_first(lambda: Sensitivity.load(path, own))) is not None:
             return known
     found = measure(
         model,
@@ -60,8 +61,9 @@ def sensitivity_of(
         scale_dtype=scale_dtype,
         progress=progress,
     )
+    found = ranks().from_first(found)
     if path is not None:
-        found.save(path, own)
+        ranks().on_first(lambda: found.save(path, own))
     return found
 
 

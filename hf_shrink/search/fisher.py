@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from hf_shrink.calibration.capture import model_inputs
 from hf_shrink.calibration.frozen import frozen
-from hf_shrink.calibration.labels import log_loss
+from hf_shrink.calibration.labels import generator_of, log_loss
 from hf_shrink.calibration.rerunning import rerunning_blocks
 from hf_shrink.calibration.targets import Batch, kind_of, targets_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback
+from hf_shrink.sharding import share
 
 Sink = Callable[[Tensor], None]
 
@@ -33,7 +34,8 @@ class OutputGradients:
 
     Attributes:
         rows: float64 (out,), the sum of g_tr^2 over tokens t.
-        tokens: for each batch float32 (tokens,), the sum of g_tr^2 over rows r; 0 for padding, which nothing reads.
+        tokens: for each batch of this process float32 (tokens,), the sum of g_tr^2 over rows r; 0 for padding, which
+            nothing reads.
     """
 
     rows: Tensor
@@ -68,13 +70,14 @@ def output_gradients(
     Raises:
         CalibrationError: a matrix that saw no tokens, or NaN or Inf.
     """
-    generator = torch.Generator().manual_seed(seed)
     found: dict[str, OutputGradients] = {}
     predictions = 0
+    shared = share(len(batches))
     with frozen(model), torch.enable_grad(), rerunning_blocks(blocks, float32=True):
-        for done, batch in enumerate(batches):
-            progress("reading gradients", done, len(batches))
-            for path, gradients in _of_batch(model, matrices, batch, generator).items():
+        for done, number in enumerate(shared.own):
+            progress("reading gradients", done, len(shared.own))
+            generator = generator_of(seed, number)
+            for path, gradients in _of_batch(model, matrices, batches[number], generator).items():
                 if path == "":
                     predictions += int(gradients)
                     continue
@@ -83,13 +86,14 @@ def output_gradients(
                 own = found.setdefault(path, OutputGradients(torch.zeros_like(rows), []))
                 own.rows += rows
                 own.tokens.append(squares.sum(1))
-    progress("reading gradients", len(batches), len(batches))
+    progress("reading gradients", len(shared.own), len(shared.own))
     for path in matrices:
-        if path not in found or len(found[path].tokens) != len(batches):
+        if path not in found or len(found[path].tokens) != len(shared.own):
             raise CalibrationError(f"{path} does not see all of the calibration data; give data that reaches it")
+        shared.add_up(found[path].rows)
         if not torch.isfinite(found[path].rows).all():
             raise CalibrationError(f"{path}: NaN or Inf in gradients; check the weights and the calibration data")
-    return Fisher(found, predictions)
+    return Fisher(found, int(shared.totals([predictions])[0]))
 
 
 def _of_batch(

@@ -26,6 +26,7 @@ from hf_shrink.checkpoint.record import hf_shrink_version
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import CompressedLinear
+from hf_shrink.sharding import ranks
 
 PURPOSES: Mapping[str, int] = {"decode": 1, "prefill": 128}  # tokens that are multiplied at once
 BEYOND_CACHES = 96 << 20  # bytes of weights that are gone through in turn
@@ -67,6 +68,10 @@ class LatencyTable:
         """The table of this device, threads and library versions, from `folder` (default: `cache_folder()`)."""
         device = torch.device(device)
         path = (folder or cache_folder() / "latency") / f"{_slug(describe_device(device), str(dtype))}.json"
+        return ranks().on_first(lambda: cls._read(dtype, device, path))
+
+    @classmethod
+    def _read(cls, dtype: torch.dtype, device: torch.device, path: Path) -> LatencyTable:
         table = cls(dtype, device, path)
         try:
             stored = json.loads(path.read_text())
@@ -80,12 +85,12 @@ class LatencyTable:
         """Seconds a token by purpose, of a product with a matrix (rows, columns)."""
         key = f"{rows} x {columns} {_label(scheme)}"
         if key not in self.known:
-            self.known[key] = self._measure(rows, columns, scheme)
+            self.known[key] = ranks().on_first(lambda: self._measure(rows, columns, scheme))
         return dict(self.known[key])
 
     def save(self) -> None:
         """Write the table to its file, whole or not at all."""
-        if self.path is None:
+        if self.path is None or not ranks().first:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         partial = self.path.with_name(f".{self.path.name}.{os.getpid()}")
@@ -142,7 +147,7 @@ def rest_of_blocks(model: nn.Module, blocks: Sequence[nn.Module], table: Latency
         ArchitectureError: as of `model_seconds`.
     """
     assert isinstance(model, PreTrainedModel)
-    left = model_seconds(model)
+    left = ranks().on_first(lambda: model_seconds(model))
     if model.dtype != table.dtype:
         table = LatencyTable(model.dtype, table.device, build=table.build)
     modules = [module for block in blocks for module in block.modules() if is_matrix(module)]

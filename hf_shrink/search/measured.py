@@ -20,6 +20,7 @@ from hf_shrink.pruning.predicting import Predictor, Reference
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
 from hf_shrink.search.options import Assignment, Problem
+from hf_shrink.sharding import Share, share
 from hf_shrink.surgery.depth import without_blocks
 
 ROWS = 4  # of as many tokens one prediction is compared: the output head of small models costs as much as blocks
@@ -131,7 +132,7 @@ class MeasuredAssignments:
         self._seed = seed
         self._progress = progress
         self._blocks = {(stack.name, block.index): block.module for stack in binding.stacks for block in stack.blocks}
-        self._looks: dict[int | None, tuple[Predictor, list[dict[str, Any]], list[Reference]]] = {}
+        self._looks: dict[int | None, tuple[Predictor, Share, list[dict[str, Any]], list[Reference]]] = {}
 
     def divergences(self, base: Assignment, trials: Sequence[Assignment], tokens: int | None) -> list[float]:
         """Nats a prediction of every trial, on about `tokens` tokens (None: all); the model is dense before and after.
@@ -139,8 +140,8 @@ class MeasuredAssignments:
         Raises:
             CalibrationError: a model gives NaN or Inf.
         """
-        predictor, samples, references = self._look(tokens)
-        sums = [0.0] * len(trials)
+        predictor, shared, samples, references = self._look(tokens)
+        found: list[list[float]] = []  # by trial and sample
         before = Structure.of(self._problem, base)
         with Installed(self._model, self._problem, self._replacements) as installed:
             outputs: list[dict[Key, Any]] = []
@@ -148,16 +149,18 @@ class MeasuredAssignments:
                 installed.put(base)
                 with self._with(before):
                     outputs = self._recorded(predictor, samples, before)
-            for number, trial in enumerate(trials):
+            for trial in trials:
+                found.append([])
                 installed.put(trial)
                 after = Structure.of(self._problem, trial)
                 with self._with(after):
                     for place, (inputs, reference) in enumerate(zip(samples, references, strict=True)):
                         same = self._same(outputs[place], base, trial) if place < len(outputs) else []
                         with replaying({key: self._blocks[key] for key in same}, outputs[place] if same else {}):
-                            sums[number] += divergence(reference.kept, predictor.predict(inputs, reference))
-        rows = sum(len(reference.kept.values) for reference in references)
-        return [total / rows for total in sums]
+                            found[-1].append(divergence(reference.kept, predictor.predict(inputs, reference)))
+        rows = sum(shared.gather(len(reference.kept.values) for reference in references))
+        by_sample = shared.gather(zip(*found, strict=True))
+        return [sum(column) / rows for column in zip(*by_sample, strict=True)]
 
     @contextmanager
     def installed(self, assignment: Assignment) -> Iterator[None]:
@@ -211,19 +214,20 @@ class MeasuredAssignments:
                 stack.enter_context(without_parts(takings))
             yield
 
-    def _look(self, tokens: int | None) -> tuple[Predictor, list[dict[str, Any]], list[Reference]]:
-        """Inputs of about so many tokens, and what the dense model predicts for them."""
+    def _look(self, tokens: int | None) -> tuple[Predictor, Share, list[dict[str, Any]], list[Reference]]:
+        """Inputs of about so many tokens, those of this process, and what the dense model predicts for them."""
         if tokens not in self._looks:
             predictor = Predictor(self._model, fast=True)
-            samples = [model_inputs(self._model, batch) for batch in choose(self._batches, tokens, self._seed)]
-            count = len(samples)
+            chosen = choose(self._batches, tokens, self._seed)
+            shared, count = share(len(chosen)), len(chosen)
+            samples = [model_inputs(self._model, batch) for batch in shared.of(chosen)]
             most, largest = None if tokens is None else max(1, tokens // ROWS // count), DENSE_BYTES // count
             references = []
             for done, inputs in enumerate(samples):
-                self._progress("reading the dense model's predictions", done, count)
+                self._progress("reading the dense model's predictions", done, len(samples))
                 references.append(predictor.reference(inputs, most or ALL, largest))
-            self._progress("reading the dense model's predictions", count, count)
-            self._looks[tokens] = predictor, samples, references
+            self._progress("reading the dense model's predictions", len(samples), len(samples))
+            self._looks[tokens] = predictor, shared, samples, references
         return self._looks[tokens]
 
 

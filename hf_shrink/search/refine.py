@@ -10,6 +10,7 @@ from typing import Protocol
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.search.options import Assignment
 from hf_shrink.search.swaps import Swaps
+from hf_shrink.sharding import ranks
 
 WHAT = "refining the plan"
 
@@ -82,7 +83,9 @@ def refine(
     best = min(range(len(starts)), key=lambda place: (found[place], starts[place]))
     parent, loss = starts[best], found[best]
     known, history, generation = set(starts), [loss], 0
-    while (how.generations is None or generation < how.generations) and (ends is None or time.monotonic() < ends):
+    while how.generations is None or generation < how.generations:
+        if not ranks().from_first(ends is None or time.monotonic() < ends):
+            break
         _say(progress, how, generation, time.monotonic() - began, loss)
         children = swaps.offspring(parent, known, how.offspring)
         if not children:

@@ -22,6 +22,7 @@ from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.search.fisher import Fisher
 from hf_shrink.search.pieces import Piece
+from hf_shrink.sharding import spread
 
 ROWS = 128  # of a stack of weights that share their input; of the larger ones about this many
 COARSE = 4  # bits up to which the method itself is asked; of more, plain rounding tells as well, and loses little
@@ -60,22 +61,26 @@ def rounding_damages(
     weighted = _WeightedMoments(modules, fisher)
     with weighted.listening():
         statistics = walk.statistics(modules)
+    walk.share.add_up(*(weighted.moments[path] for path in modules))
     found: dict[str, Rounded] = {}
     for piece in pieces:
         costs = {
             path: _of_matrix(path, module, weighted.moments[path], fisher) for path, module in piece.modules.items()
         }
+
+        def lost(case: tuple[list[str], Scheme], costs: Mapping[str, _MatrixCost] = costs) -> list[float]:
+            paths, scheme = case
+            rows = torch.cat([costs[path].weight for path in paths])
+            solver = method if scheme.bits <= COARSE else nearest()
+            solved = solver.solve(rows, scheme, statistics[paths[0]], scale_dtype=scale_dtype)
+            parts = torch.split(rows - solved.dequantized(), [len(costs[path].weight) for path in paths])
+            return [costs[path].of(part) for path, part in zip(paths, parts, strict=True)]
+
         damage = dict.fromkeys(schemes, 0.0)
-        for paths in sharing(piece, statistics):
-            for scheme in schemes:
-                rows = torch.cat([costs[path].weight for path in paths])
-                solver = method if scheme.bits <= COARSE else nearest()
-                solved = solver.solve(rows, scheme, statistics[paths[0]], scale_dtype=scale_dtype)
-                start, lost = 0, rows - solved.dequantized()
-                for path in paths:
-                    stop = start + len(costs[path].weight)
-                    damage[scheme] += costs[path].of(lost[start:stop])
-                    start = stop
+        cases = [(paths, scheme) for paths in sharing(piece, statistics) for scheme in schemes]
+        for (_, scheme), found_here in zip(cases, spread(cases, lost), strict=True):
+            for value in found_here:
+                damage[scheme] += value
         found[piece.name] = Rounded(
             damage,
             {path: cost.by_row() for path, cost in costs.items()},

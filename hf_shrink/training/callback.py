@@ -153,6 +153,12 @@ class ShrinkCallback(TrainerCallback):
             )
         if sharded:
             _check_sharded(kwargs["model"])
+        if args.n_gpu > 1 and any(part.adds_parameters for part in self.parts):
+            raise ShrinkError(
+                "torch.nn.DataParallel, which Trainer takes for several GPUs in one process, copies modules for every "
+                "forward pass, and what is learned for them does not follow; start with torchrun or accelerate launch, "
+                "or show one GPU (CUDA_VISIBLE_DEVICES=0)"
+            )
         self._window = self.schedule.window(state.max_steps)
         for part in self.parts:
             part.begin(model, self._window)
@@ -248,7 +254,7 @@ class ShrinkCallback(TrainerCallback):
         """What is known before the parts are made real."""
         assert self._window is not None
         began, clock = self._steps
-        report = ShrinkReport(seed=seed)
+        report = ShrinkReport(seed=seed, trained=True)
         report.seconds["total"] = time.perf_counter() - clock
         report.notes.append(
             f"made while training: {state.global_step} optimizer steps, changes between steps {self._window.start} and "

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Protocol
+from typing import ClassVar, Protocol, runtime_checkable
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.bound import Cuts
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.training.schedule import Window
 
@@ -81,4 +82,13 @@ class Part(Protocol):
 
     def figures(self) -> dict[str, float]:
         """What the Trainer logs, by name, such as "sparsity"."""
+        ...
+
+
+@runtime_checkable
+class Cutting(Protocol):
+    """A `Part` that cuts rows and columns of matrices when it is finished."""
+
+    def cuts(self) -> Cuts:
+        """What would be kept of every matrix that loses something, if it were finished now."""
         ...

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
+from hf_shrink.architectures.bound import Cuts
 from hf_shrink.errors import RecipeError
 from hf_shrink.recipe import PruneStep, Recipe
-from hf_shrink.training.part import Part
+from hf_shrink.training.part import Cutting, Part
 
 
 def build_parts(recipe: Recipe | None, calibration: Any, tokenizer: Any, seed: int) -> list[Part]:
@@ -29,13 +31,16 @@ def build_parts(recipe: Recipe | None, calibration: Any, tokenizer: Any, seed: i
         )
     if recipe.dtype != "keep":
         raise RecipeError(f"training keeps the model's dtype; leave dtype: {recipe.dtype} out of the recipe")
-    if recipe.prune("width") is not None and len(recipe.steps) > 1:
+    if recipe.prune("width") is not None and recipe.prune("weights") is not None:
         raise RecipeError(
-            "heads and channels are cut when training ends, so that zeros and scales of the same training would have "
-            "been chosen for uncut weights; train with the width step first, and then the small model with the others"
+            "heads and channels are cut when training ends, so that zeros of the same training would have been chosen "
+            "for uncut weights; train with the width step first, and then the small model with the weights step"
         )
     parts: list[Part] = [_prune(step, recipe) for step in recipe.steps if isinstance(step, PruneStep)]
-    return parts if recipe.quantize is None else [*parts, _quantize(recipe, calibration, tokenizer, seed)]
+    if recipe.quantize is None:
+        return parts
+    cuts = next((part.cuts for part in parts if isinstance(part, Cutting)), None)
+    return [*parts, _quantize(recipe, cuts, calibration, tokenizer, seed)]
 
 
 def _prune(step: PruneStep, recipe: Recipe) -> Part:
@@ -53,7 +58,7 @@ def _prune(step: PruneStep, recipe: Recipe) -> Part:
     )
 
 
-def _quantize(recipe: Recipe, calibration: Any, tokenizer: Any, seed: int) -> Part:
+def _quantize(recipe: Recipe, cuts: Callable[[], Cuts] | None, calibration: Any, tokenizer: Any, seed: int) -> Part:
     from hf_shrink.training.qat.part import QuantizationTraining
 
-    return QuantizationTraining(recipe, calibration=calibration, tokenizer=tokenizer, seed=seed)
+    return QuantizationTraining(recipe, cuts, calibration=calibration, tokenizer=tokenizer, seed=seed)

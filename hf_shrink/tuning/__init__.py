@@ -1,8 +1,8 @@
 """Tuning what rounding left over: scales, zero points and norms of the whole model, distilled from the dense one."""
 
-from hf_shrink.tuning.distill import tune
+from hf_shrink.tuning.distill import Tuned, tune
 from hf_shrink.tuning.options import Tuning
 from hf_shrink.tuning.regroup import regrouped
 from hf_shrink.tuning.teacher import Teacher
 
-__all__ = ["Teacher", "Tuning", "regrouped", "tune"]
+__all__ = ["Teacher", "Tuned", "Tuning", "regrouped", "tune"]

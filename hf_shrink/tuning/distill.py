@@ -3,9 +3,9 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -15,12 +15,28 @@ from hf_shrink.calibration.rerunning import rerunning_blocks
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.runtime.linear import CompressedLinear
+from hf_shrink.tuning.allowance import Allowance
 from hf_shrink.tuning.opened import open_model
 from hf_shrink.tuning.options import Tuning
 from hf_shrink.tuning.teacher import Teacher
 
-WARMUP = 0.05  # of the steps
 MOST_ROUNDED = 1_000_000_000  # weights whose rounding is trained where the user leaves it to us
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What came of tuning.
+
+    Attributes:
+        before, after: loss on the held-out batches, in the teacher's unit.
+        steps: that were taken.
+        notes: what the user should know.
+    """
+
+    before: float
+    after: float
+    steps: int
+    notes: tuple[str, ...]
 
 
 def tune(
@@ -29,8 +45,9 @@ def tune(
     options: Tuning,
     seed: int,
     progress: ProgressCallback,
-) -> list[str]:
-    """Tune a quantized model in place; returns what the user should know.
+    seconds: float | None = None,
+) -> Tuned:
+    """Tune a quantized model in place.
 
     The last batches are held out: when they are not nearer to the dense model afterwards, with everything rounded to
     what is stored, the model goes back to what it was.
@@ -38,6 +55,7 @@ def tune(
     Args:
         teacher: of the dense model.
         seed: of the batches' order.
+        seconds: training ends after so many, if not before.
 
     Raises:
         CalibrationError: fewer than two batches, or a loss that is not finite.
@@ -56,19 +74,21 @@ def tune(
     with ExitStack() as stack:
         stack.callback(opened.undo)
         with torch.enable_grad(), rerunning_blocks([block.module for block in bind(model).blocks]):
-            _train(model, teacher, training, opened.parameter_groups(options), options, seed, progress)
+            allowance = Allowance(options.steps, seconds)
+            steps = _train(model, teacher, training, opened.parameter_groups(options), allowance, seed, progress)
         stack.pop_all()
     opened.close()
     after = _mean_loss(model, teacher, held_out)
     if not after < before:
         opened.undo()
-        return [f"tuning was taken back: {teacher.unit} on held-out batches {before:.4g} before, {after:.4g} after"]
+        note = f"tuning was taken back: {teacher.unit} on held-out batches {before:.4g} before, {after:.4g} after"
+        return Tuned(before, after, steps, (note,))
     notes = [f"tuning took the {teacher.unit} on held-out batches from {before:.4g} to {after:.4g}"]
     if options.rounding == "auto" and not rounding:
         notes.append(
             f"tuning left the rounding of {weights:,} weights alone; tune.rounding: true trains it (16 bytes each)"
         )
-    return notes
+    return Tuned(before, after, steps, tuple(notes))
 
 
 def _train(
@@ -76,16 +96,19 @@ def _train(
     teacher: Teacher,
     batches: Sequence[int],
     groups: list[dict[str, object]],
-    options: Tuning,
+    allowance: Allowance,
     seed: int,
     progress: ProgressCallback,
-) -> None:
-    """Adam with a short warm-up and a cosine down to zero."""
+) -> int:
+    """Adam with a short warm-up and a cosine down to zero; returns how many steps were taken."""
+    assert allowance.steps is not None
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _rate(step, options.steps))
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, allowance.rate)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
-    for step in range(options.steps):
+    for step in range(allowance.steps):
+        if allowance.over(step):
+            return step
         if not order:
             order = torch.randperm(len(batches), generator=generator).tolist()
         loss = teacher.loss(model, batches[order.pop()])
@@ -95,12 +118,8 @@ def _train(
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
-        progress("tuning", step + 1, options.steps)
-
-
-def _rate(step: int, steps: int) -> float:
-    warm = max(1, round(steps * WARMUP))
-    return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * step / steps))
+        progress("tuning", step + 1, allowance.steps)
+    return allowance.steps
 
 
 def _mean_loss(model: PreTrainedModel, teacher: Teacher, batches: Sequence[int]) -> float:

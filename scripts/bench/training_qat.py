@@ -1,14 +1,13 @@
 """What few bits cost while a model is fine-tuned, and rounded after it: accuracy, macro-F1 and size.
 
     python scripts/bench/training_qat.py                        # everything that is missing in the results file
-    python scripts/bench/training_qat.py --only qat-w4 dense --seeds 0
+    python scripts/bench/training_qat.py --only plays:qat-w4 plays:dense --seeds 0
     python scripts/bench/training_qat.py --only none            # run nothing, show the table
 
-Protocol: the task `plays` of training.py, with its data, split by play, and settings: all-MiniLM-L6-v2 fine-tuned to
-tell comedies from tragedies and histories. `dense` is an ordinary fine-tuning. `qat-*` is the same with ShrinkCallback,
-which rounds weights from a tenth of the steps on; `after-*` is `dense`, quantized when it is trained: `rtn` without
-data, `gptq` on 512 training passages. Weights of every Linear inside the blocks, groups of 64. What is measured is the
-packed model. Every run has a process of its own; the results file is written after each.
+Protocol: the tasks of training.py, with their data and settings. `dense` is an ordinary fine-tuning. `qat-*` is the
+same with ShrinkCallback, which rounds weights from a tenth of the steps on; `after-*` is `dense`, quantized when it is
+trained: `rtn` without data, `gptq` on 512 training rows. Weights of every Linear inside the blocks, groups of 64. What
+is measured is the packed model. Every run has a process of its own; the results file is written after each.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import RESULTS, ROOT, about, folder_bytes, run_fresh, stopwatch
 from store import OtherProtocol, Store
 
+TASKS = ("plays", "digits")
 CACHE = ROOT / ".cache" / "bench" / "training_qat"
 GROUP = 64
 START = 0.1
@@ -55,7 +56,7 @@ VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    add("--only", nargs="+", metavar="NAME", help="variants, globs of these, or none")
+    add("--only", nargs="+", metavar="NAME", help="tasks, task:variant, globs of these, or none")
     add("--seeds", nargs="+", type=int, default=[0, 1, 2])
     add("--threads", type=int, default=1)
     add("--output", type=Path, default=RESULTS / "training_qat.json", help="results file, taken up where it is there")
@@ -64,27 +65,30 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def names(seeds: Sequence[int], only: Sequence[str] | None) -> list[str]:
-    """The runs that are meant, "variant:seed". Raises ValueError for a name that means nothing."""
-    patterns = [] if only is not None and list(only) == ["none"] else list(only or ["*"])
+    """The runs that are meant, "task:variant:seed". Raises ValueError for a name that means nothing."""
+    every = [f"{task}:{variant}" for task in TASKS for variant in VARIANTS]
+    patterns = [] if only is not None and list(only) == ["none"] else list(only or TASKS)
+    patterns = [f"{pattern}:*" if ":" not in pattern else pattern for pattern in patterns]
     for pattern in patterns:
-        if not any(fnmatchcase(variant, pattern) for variant in VARIANTS):
-            raise ValueError(f"{pattern!r} names no variant; there are {', '.join(VARIANTS)}")
-    chosen = [v for v in VARIANTS if any(fnmatchcase(v, pattern) for pattern in patterns)]
-    return [f"{variant}:{seed}" for seed in seeds for variant in chosen]
+        if not any(fnmatchcase(run, pattern) for run in every):
+            raise ValueError(f"{pattern!r} names no run; there are {', '.join(TASKS)} and {', '.join(VARIANTS)}")
+    chosen = [run for run in every if any(fnmatchcase(run, pattern) for pattern in patterns)]
+    return [f"{run}:{seed}" for seed in seeds for run in chosen]
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Train one variant and measure it. In a process of its own: everything heavy is imported here."""
     import torch
-    from training_tasks import TASKS, AccuracyAndF1
+    from training_tasks import TASKS as KNOWN
+    from training_tasks import AccuracyAndF1
     from transformers import Trainer, TrainingArguments
 
     from hf_shrink import ShrinkCallback, shrink
 
     torch.set_num_threads(job["threads"])
-    task, (recipe, while_training) = TASKS["plays"], VARIANTS[job["variant_name"]]
+    task, (recipe, while_training) = KNOWN[job["task"]], VARIANTS[job["variant_name"]]
     train, held_out = task.rows()
-    dense = CACHE / str(job["seed"])
+    dense = CACHE / f"{job['task']}-{job['seed']}"
     metric = AccuracyAndF1(keep_in_memory=True)
     trains = recipe is None or while_training
     with tempfile.TemporaryDirectory() as folder, stopwatch() as took:
@@ -128,24 +132,24 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
 def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """Means over the seeds that a variant and the dense model both have, and what is lost to it in points of F1."""
     found: dict[str, Any] = {}
-    for variant in VARIANTS:
-        runs = {r["seed"]: r for r in results.values() if r["variant_name"] == variant}
-        dense = {r["seed"]: r for r in results.values() if r["variant_name"] == "dense"}
+    for task, variant in product(TASKS, VARIANTS):
+        runs = {r["seed"]: r for r in results.values() if (r["task"], r["variant_name"]) == (task, variant)}
+        dense = {r["seed"]: r for r in results.values() if (r["task"], r["variant_name"]) == (task, "dense")}
         seeds = sorted(runs.keys() & dense.keys())
         if seeds:
             keys = ("accuracy", "f1", "loss", "weight_bytes", "cpu_seconds")
             entry: dict[str, Any] = {key: round(mean(runs[s][key] for s in seeds), 4) for key in keys}
             entry["f1_points_lost"] = round(100 * mean(dense[s]["f1"] - runs[s]["f1"] for s in seeds), 2)
-            found[variant] = {**entry, "seeds": seeds}
+            found[f"{task}:{variant}"] = {**entry, "seeds": seeds}
     return found
 
 
 def show(summary: Mapping[str, Mapping[str, Any]]) -> None:
-    print(f"{'':16}{'seeds':>6}{'accuracy':>10}{'macro F1':>10}{'lost':>7}{'MB':>8}{'CPU s':>8}")
+    print(f"{'':22}{'seeds':>6}{'accuracy':>10}{'macro F1':>10}{'lost':>7}{'MB':>9}{'CPU s':>8}")
     for name, entry in summary.items():
         print(
-            f"{name:16}{len(entry['seeds']):>6}{entry['accuracy']:>10.4f}{entry['f1']:>10.4f}"
-            f"{entry['f1_points_lost']:>7.2f}{entry['weight_bytes'] / 1e6:>8.1f}{entry['cpu_seconds']:>8.0f}"
+            f"{name:22}{len(entry['seeds']):>6}{entry['accuracy']:>10.4f}{entry['f1']:>10.4f}"
+            f"{entry['f1_points_lost']:>7.2f}{entry['weight_bytes'] / 1e6:>9.2f}{entry['cpu_seconds']:>8.0f}"
         )
 
 
@@ -163,8 +167,8 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2
     for number, name in enumerate(waiting, 1):
         print(f"{number}/{len(waiting)} {name} ...", file=sys.stderr, flush=True)
-        variant, seed = name.split(":")
-        job = {"variant_name": variant, "seed": int(seed), "threads": a.threads}
+        task, variant, seed = name.split(":")
+        job = {"task": task, "variant_name": variant, "seed": int(seed), "threads": a.threads}
         described = about()
         measured = run_fresh([sys.executable, str(Path(__file__).resolve()), "--job", json.dumps(job)], a.threads)
         store.add({"variant": name, **job, "recipe": VARIANTS[variant][0], **measured, "about": described})

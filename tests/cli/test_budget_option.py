@@ -65,8 +65,16 @@ def test_a_sweep_prints_and_draws_a_front(source: Path, tmp_path: Path, capsys: 
     front = Front.from_json(path)
     assert [point.name for point in front.points if point.kind == "plan"] == ["40%", "60%"]
     assert all(point.name in printed for point in front.points)
-    assert "polyline" in figure.read_text()
+    assert "KL divergence to the dense model" in figure.read_text()
     assert json.loads(path.read_text())["resource"] == "bytes"
+    assert main(["run", str(source), "--recipe", f"{path}:41%", "--output", str(tmp_path / "out")]) == 2
+    assert "there are plans for 40%, 60%" in capsys.readouterr().err
+    run = ["run", str(source), "--recipe", f"{path}:40%", "--output", str(tmp_path / "out"), "--evaluation=none"]
+    assert main([*run, "--quiet"]) == 0
+    assert stored_bytes(tmp_path / "out") <= 0.4 * stored_bytes(source)
+    page = (tmp_path / "out/report.html").read_text()
+    for shown in ("plan is that of 40%", "What each block is worth", "W8 g16", '<th scope="row">query</th>'):
+        assert shown in page
 
 
 @pytest.mark.parametrize(

@@ -67,7 +67,9 @@ def test_run_again_needs_overwrite_and_gives_the_same_weights(source: Path, outp
     arguments = ["run", str(source), "--output", str(output), "--quiet", *SMALL]
     before = (output / "model.safetensors").read_bytes()
     assert main(arguments) == 2
-    assert main([*arguments, "--overwrite"]) == 0
+    record = str(output / "shrink.json")  # as the report says
+    again = ["run", str(source), "--recipe", record, "--output", str(output), "--quiet", "--overwrite"]
+    assert main(again) == 0
     assert (output / "model.safetensors").read_bytes() == before
     assert sorted(path.name for path in output.parent.iterdir()) == ["out", "source"]
 
@@ -114,6 +116,32 @@ def test_evaluate(source: Path, output: Path, tmp_path: Path, capsys: pytest.Cap
     assert "top1_agreement" in capsys.readouterr().out
 
 
+def test_evaluate_a_recipe_on_rows_of_ones_own(
+    source: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data, path = tmp_path / "questions.csv", tmp_path / "figures.json"
+    rows = [f"what is it number {i},the sand,the rocks,{'AB'[i % 2]},{'even' if i % 2 else 'odd'}" for i in range(6)]
+    data.write_text("\n".join(["question,first,second,answer,group", *rows]))
+    arguments = ["evaluate", str(output), "--baseline", str(source), "--data", str(data), "--recipe", "multiple-choice"]
+    assert main([*arguments, "--quiet"]) == 2
+    assert "no column for 'choices'" in capsys.readouterr().err
+    data = tmp_path / "questions.jsonl"
+    lines = [row.split(",") for row in rows]
+    data.write_text(
+        "\n".join(json.dumps({"question": q, "choices": [a, b], "answer": c, "group": g}) for q, a, b, c, g in lines)
+    )
+    arguments[arguments.index("--data") + 1] = str(data)
+    assert main([*arguments, "--quiet", "--samples=4", "--metrics=accuracy,flip_rate", "--json", str(path)]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["sequences"] == 4 and set(figures["model"]) == {"accuracy", "flip_rate"}
+    printed = capsys.readouterr().out
+    assert "multiple-choice on 4 rows of questions.jsonl" in printed and "worst, " in printed
+    assert main([*arguments, "--stride=3"]) == 2
+    assert "--stride is about windows of text" in capsys.readouterr().err
+    assert main([*arguments, "--metrics=acuracy"]) == 2
+    assert "did you mean 'accuracy'" in capsys.readouterr().err
+
+
 def test_bench(output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     figures, plot = tmp_path / "speed.json", tmp_path / "speed.png"
     few = ["--prompt=4", "--new=3", "--prefill=8", "--repeats=1", "--dense-dtypes", "float32", "--no-memory"]
@@ -142,5 +170,10 @@ def test_report_and_recipes(output: Path, capsys: pytest.CaptureFixture[str]) ->
         "prune-depth",
         "prune-width",
         "prune20-w4a16",
+        "wikitext",
+        "multiple-choice",
     ):
         assert name in printed
+    assert main(["recipes", "evaluation"]) == 0
+    printed = capsys.readouterr().out
+    assert "summarisation" in printed and "w4a16" not in printed

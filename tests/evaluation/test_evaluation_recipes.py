@@ -10,8 +10,10 @@ from tiny import TEXT, tiny_llama, tiny_tokenizer
 
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.evaluation import evaluate_model
-from hf_shrink.evaluation.recipes import evaluation_spec, recipe_names
+from hf_shrink.evaluation.recipes import TaskRecipe, evaluation_spec, recipe_names
+from hf_shrink.evaluation.tasks import TASKS
 from hf_shrink.recipe import EvaluationSpec
+from hf_shrink.resources import recipes_folder
 
 
 def test_names_paths_and_files(tmp_path):
@@ -29,6 +31,17 @@ def test_names_paths_and_files(tmp_path):
         evaluation_spec(own)
     with pytest.raises(RecipeError, match="cannot read"):
         evaluation_spec(tmp_path / "missing.yaml")
+
+
+def test_every_built_in_recipe_is_valid_and_says_what_it_is_for():
+    for name in recipe_names():
+        spec = evaluation_spec(name)
+        text = (recipes_folder("evaluation") / f"{name}.yaml").read_text()
+        assert text.startswith("# ")
+        if isinstance(spec, TaskRecipe):
+            assert spec.dataset and spec.split and "ows of yours" in text
+            task = TASKS.build(spec.task, spec.options)
+            assert set(spec.columns) <= set(task.roles)
 
 
 def test_a_text_file_is_cut_into_independent_windows(tmp_path):

@@ -7,6 +7,7 @@ import re
 import socket
 import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -112,6 +113,7 @@ class _Handler(BaseHTTPRequestHandler):
         ("POST", r"/lfs/(?P<oid>\w+)/complete", "complete"),
         ("POST", r"/lfs/(?P<oid>\w+)/verify", "verify"),
         ("GET", r"/lfs/(?P<oid>\w+)", "large"),
+        ("GET", r"/api/models/(?P<repo>[^/]+/[^/]+)/xet-(?P<kind>read|write)-token/(?P<revision>[^/]+)", "xet"),
         ("GET", r"/(?P<repo>[^/]+/[^/]+)/resolve/(?P<revision>[^/]+)/(?P<path>.+)", "resolve"),
     )
 
@@ -240,9 +242,9 @@ class _Handler(BaseHTTPRequestHandler):
         for name, file in commit.files.items():
             if path and not name.startswith(f"{path}/"):
                 continue
-            entry = {"type": "file", "path": name, "size": len(file.content), "oid": file.blob}
+            entry = {"type": "file", "path": name, "size": file.size, "oid": file.blob}
             if file.large:
-                entry["lfs"] = {"oid": file.sha256, "size": len(file.content), "pointerSize": 134}
+                entry["lfs"] = {"oid": file.sha256, "size": file.size, "pointerSize": 134}
             entries.append(entry)
         if path and not entries:
             raise Refused(404, f"{path} does not exist", "EntryNotFound")
@@ -350,9 +352,21 @@ class _Handler(BaseHTTPRequestHandler):
             return self.answer(404, {"error": "Entry not found"}, headers | {"X-Error-Code": "EntryNotFound"})
         file = commit.files[path]
         if file.large:
-            linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(len(file.content))}
+            linked = {"X-Linked-Etag": f'"{file.sha256}"', "X-Linked-Size": str(file.size)}
+            if file.elsewhere is not None:
+                refresh = f"{self.state.url}/api/models/{repo}/xet-read-token/{commit.sha}"
+                linked |= {"X-Xet-Hash": file.elsewhere[2], "X-Xet-Refresh-Route": refresh}
             return self.answer(302, b"", headers | linked | {"Location": f"{self.state.storage}/lfs/{file.sha256}"})
         self._send(file, headers)
+
+    def xet(self, repo: str, kind: str, revision: str) -> None:
+        """Where Xet storage is: a folder, which hf_xet takes for a server when it is told so."""
+        self.repository(repo, write=kind == "write" and not revision.startswith("refs/pr/"))
+        if self.hub.xet is None:
+            raise Refused(404, "this Hub has no Xet storage")
+        storage, until = f"local://{self.hub.xet}", str(int(time.time()) + 3600)
+        headers = {"X-Xet-Cas-Url": storage, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": until}
+        self.answer(200, {"casUrl": storage, "accessToken": "xet", "exp": int(until)}, headers)
 
     def large(self, oid: str) -> None:
         self._send(File(self.hub.large[oid], True), {})

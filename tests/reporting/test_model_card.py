@@ -3,17 +3,62 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard, metadata_load
-from reporting.record_example import bare_record, full_record
+from reporting.record_example import bare_record, full_record, searched_record
 
 from hf_shrink.errors import CheckpointError
 from hf_shrink.reporting import model_card, write_report
 from hf_shrink.reporting.plots import MISSING
+from hf_shrink.reporting.reproduce import TRAINED
+from hf_shrink.reporting.source_card import find_source_card
 
-SOURCE_CARD = "---\nlicense: apache-2.0\nlanguage:\n- en\ntags:\n- chat\n---\n# Dense\n"
+SOURCE_CARD = """---
+license: other
+license_name: shore-1.0
+license_link: LICENSE.md
+language:
+- en
+tags:
+- chat
+- gguf
+- 4-bit
+- license:other
+extra_gated_prompt: Say who you are.
+model-index:
+- name: dense
+  results: []
+---
+# Dense
+The best there is.
+
+## Evaluation
+It scores 99%.
+
+## Intended use
+For [walks](docs/walks.md) on the shore. ![map](map.png) See [the sea](https://example.org/sea).
+
+```python
+# Limits are no heading here
+```
+
+### Out of the question
+Swimming.
+
+<!-- a template's remark -->
+## Bias, Risks, and Limitations ##
+It has never seen a mountain.
+
+## License
+[More Information Needed]
+
+## How to load
+Not like ours.
+"""
 LLAMA = {"architectures": ["LlamaForCausalLM"]}
 
 
@@ -23,12 +68,58 @@ def test_metadata_loads_and_is_complete(tmp_path):
     data = metadata_load(path)
     assert data["base_model"] == "owner/tiny-llama" and data["base_model_relation"] == "quantized"
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
-    assert data["license"] == "apache-2.0" and data["language"] == ["en"]
-    assert data["tags"] == ["hf_shrink", "quantized", "compressed-tensors", "3-bit", "4-bit", "8-bit", "pruned"]
+    assert (data["license"], data["license_name"]) == ("other", "shore-1.0")
+    assert data["license_link"] == "https://huggingface.co/owner/tiny-llama/blob/main/LICENSE.md"
+    assert data["language"] == ["en"] and data["extra_gated_prompt"] == "Say who you are."
+    assert data["tags"] == ["hf_shrink", "quantized", "compressed-tensors", "3-bit", "4-bit", "8-bit", "pruned", "chat"]
     results = ModelCard.load(path).data.eval_results
     values = {result.metric_type: result.metric_value for result in results}
-    assert values == {"perplexity": 13.0, "kl_divergence": 0.08, "top1_agreement": 0.9}
+    assert values == {"perplexity": 13.0, "kl_divergence": 0.08, "top1_agreement": 0.9, "made_up_metric": 0.5}
     assert {result.dataset_name for result in results} == {"16 x 512 tokens of shore.txt"}
+    assert results[0].metric_name == "Perplexity (95% interval 11.7 to 14.3)"
+    assert results[0].metric_args == {"confidence_level": 0.95, "low": 11.7, "high": 14.3}
+    assert results[0].dataset_args == {"tokens": 8176, "sequences": 16, "context": 512}
+    assert results[3].metric_name == "Made up metric" and results[3].metric_args is None
+
+
+@pytest.mark.parametrize("record", [full_record(), searched_record(), bare_record()], ids=["full", "searched", "bare"])
+def test_the_hubs_own_validation_takes_it(record, monkeypatch):
+    card = ModelCard(model_card(record, config=LLAMA, source_card=SOURCE_CARD))  # raises where metadata is not valid
+    again = ModelCard(str(card))
+    assert again.data.to_dict() == card.data.to_dict()
+    assert again.text == card.text
+    asked = []
+
+    class Session:
+        """Takes what `validate` would send."""
+
+        def post(self, url, json, headers):
+            asked.append(json)
+
+    monkeypatch.setattr("huggingface_hub.repocard.get_session", Session)
+    monkeypatch.setattr("huggingface_hub.repocard.hf_raise_for_status", lambda response: None)
+    card.validate()
+    assert asked == [{"repoType": "model", "content": str(card)}]
+
+
+def test_what_the_dense_models_authors_say_is_taken_over():
+    text = model_card(full_record(), config=LLAMA, source_card=SOURCE_CARD)
+    carried = text.split("## From the dense model's card")[1]
+    assert "### Intended use" in carried and "#### Out of the question\n\nSwimming." in carried
+    assert "### Bias, Risks, and Limitations\n\nIt has never seen a mountain." in carried
+    assert "[walks](https://huggingface.co/owner/tiny-llama/blob/main/docs/walks.md)" in carried
+    assert "![map](https://huggingface.co/owner/tiny-llama/resolve/main/map.png)" in carried
+    assert "[the sea](https://example.org/sea)" in carried and "# Limits are no heading here" in carried
+    for left_out in ("best there is", "99%", "Not like ours", "remark", "### License", "### Limits"):
+        assert left_out not in carried
+    local = model_card(full_record("/models/dense"), source_card=SOURCE_CARD)
+    assert "For walks on the shore. map See [the sea](https://example.org/sea)." in local
+
+
+def test_a_local_model_made_from_one_of_the_hub_names_that():
+    card = "---\nbase_model: owner/root\n---\n"
+    data = ModelCard(model_card(full_record("/models/dense"), source_card=card)).data
+    assert (data["base_model"], data["base_model_relation"]) == ("owner/root", "finetune")
 
 
 def test_a_local_source_is_no_base_model_and_its_path_stays_private():
@@ -54,18 +145,18 @@ def test_no_claim_without_a_figure():
 @pytest.mark.parametrize(
     ("config", "line"),
     [
-        (LLAMA, "AutoModelForCausalLM.from_pretrained("),
-        ({"architectures": ["BertForMaskedLM"]}, "AutoModelForMaskedLM.from_pretrained("),
-        ({"architectures": ["ViTForImageClassification"]}, "AutoModelForImageClassification.from_pretrained("),
-        ({"architectures": ["T5ForConditionalGeneration"]}, "AutoModelForSeq2SeqLM.from_pretrained("),
-        ({"architectures": ["WhisperForConditionalGeneration"]}, "AutoModelForSpeechSeq2Seq.from_pretrained("),
-        ({"architectures": ["BertModel"]}, "= AutoModel.from_pretrained("),
-        (None, "AutoModelForCausalLM.from_pretrained("),  # from the task that the evaluation measured
+        (LLAMA, "AutoModelForCausalLM.from_pretrained(name)"),
+        ({"architectures": ["BertForMaskedLM"]}, "AutoModelForMaskedLM.from_pretrained(name)"),
+        ({"architectures": ["ViTForImageClassification"]}, "AutoModelForImageClassification.from_pretrained(name)"),
+        ({"architectures": ["T5ForConditionalGeneration"]}, "AutoModelForSeq2SeqLM.from_pretrained(name)"),
+        ({"architectures": ["WhisperForConditionalGeneration"]}, "AutoModelForSpeechSeq2Seq.from_pretrained(name)"),
+        ({"architectures": ["BertModel"]}, "= AutoModel.from_pretrained(name)"),
+        (None, "AutoModelForCausalLM.from_pretrained(name)"),  # from the task that the evaluation measured
     ],
 )
 def test_the_class_that_loads_it(config, line):
     text = model_card(full_record(), config=config)
-    assert line in text and "import hf_shrink" not in text
+    assert line in text and "import hf_shrink" not in text.split("```python")[1].split("```")[0]
 
 
 def test_not_portable_says_how_and_why():
@@ -89,20 +180,53 @@ def test_write_report_writes_everything(tmp_path):
     source.mkdir(), folder.mkdir()
     (source / "README.md").write_text(SOURCE_CARD)
     (folder / "config.json").write_text(json.dumps(LLAMA))
-    paths = write_report(folder, full_record(str(source)), name="small")
+    record = replace(searched_record(), source=str(source))
+    paths = write_report(folder, record, name="small")
     names = [str(path.relative_to(folder)) for path in paths]
     assert names == [
         "README.md",
         "report.html",
+        "README.dense.md",
         "plots/size.png",
+        "plots/plan.png",
         "plots/block_errors.png",
-        "plots/bits_model_layers.png",
+        "plots/sensitivity.png",
+        "plots/front.png",
     ]
-    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[2:])
-    assert metadata_load(paths[0])["license"] == "apache-2.0"
+    assert all(path.read_bytes()[:4] == b"\x89PNG" for path in paths[3:])
+    assert metadata_load(paths[0])["license"] == "other"
+    shown = re.findall(r"!\[(.+)\]\((.+)\)", paths[0].read_text())
+    assert [path for _, path in shown if path.startswith("plots/")] == [
+        "plots/size.png",
+        "plots/front.png",
+        "plots/plan.png",
+        "plots/sensitivity.png",
+        "plots/block_errors.png",
+    ]
+    assert all(len(text) > 20 for text, path in shown if path.startswith("plots/"))
     again = {path: path.read_bytes() for path in paths}
-    write_report(folder, full_record(str(source)), name="small")
+    (source / "README.md").unlink()  # as where the source is elsewhere by now: the card kept what it said
+    write_report(folder, record, name="small")
     assert again == {path: path.read_bytes() for path in paths}, "the same run gives the same files"
+
+
+def test_the_card_of_a_model_of_the_hub_is_found_where_it_was_fetched_before(tmp_path, monkeypatch):
+    (tmp_path / "models--owner--tiny-llama" / "refs").mkdir(parents=True)
+    (tmp_path / "models--owner--tiny-llama" / "refs" / "main").write_text("0" * 40)
+    snapshot = tmp_path / "models--owner--tiny-llama" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(SOURCE_CARD)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_source_card("owner/tiny-llama") == SOURCE_CARD
+    assert find_source_card("owner/never-fetched") is None
+    assert find_source_card(str(tmp_path / "nowhere")) is None
+
+
+def test_what_was_made_in_training_claims_no_command_that_does_it_again():
+    record = full_record()
+    assert "hf-shrink run owner/tiny-llama" in model_card(record) and TRAINED not in model_card(record)
+    record.report.trained = True
+    assert "hf-shrink run" not in model_card(record) and TRAINED in model_card(record)
 
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
@@ -112,7 +236,7 @@ def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):
     paths = write_report(tmp_path, full_record())
     assert [path.name for path in paths] == ["README.md", "report.html"]
     page = paths[1].read_text()
-    assert MISSING.split("(")[0].strip() in page and page.count("<svg") == 3
+    assert MISSING.split("(")[0].strip() in page and page.count("<svg") == 2
 
 
 def test_an_unwritable_folder_is_named(tmp_path):

@@ -28,7 +28,7 @@ def test_plain_text_away_from_a_terminal():
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert "480 kB" in lines["Size"] and "120 kB" in lines["Size"] and "4.00x smaller" in lines["Size"]
     assert "12 [10.8, 13.2]" in lines["Perplexity"] and "13 [11.7, 14.3]" in lines["Perplexity"]
-    assert "20 tokens/s" in lines["Decoding"] and "30 tokens/s" in lines["Decoding"]
+    assert "20 [19, 21] tokens/s" in lines["Decoding"] and "30 [28.5, 31.5] tokens/s" in lines["Decoding"]
     assert "8,176" in text
 
 
@@ -117,3 +117,23 @@ def test_silence_is_restored_even_after_an_error():
         warnings.simplefilter("always")
         warnings.warn("heard", stacklevel=1)
     assert len(seen) == 1
+
+
+def test_metrics_of_all_kinds_and_the_group_that_fares_worst():
+    by_group = {
+        "north": {"rows": 9, "model": {"value": 0.5, "low": 0.4, "high": 0.6}, "baseline": {"value": 0.75}},
+        "south": {"rows": 7, "model": {"value": 0.9}, "baseline": {"value": 0.9}},
+    }
+    evaluation = {
+        "compressed": {"latency": 0.0123, "weight_bytes": 1_500_000, "accuracy": 0.8, "made_up": 0.25},
+        "dense": {"latency": 0.02},
+        "groups": {"accuracy": {"worst": "north", "by_group": by_group}, "made_up": {}},
+        "context": 512,
+        "stride": 256,
+    }
+    text = plain_table(ShrinkReport(evaluation=evaluation))
+    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if "|" in line]
+    assert ["Accuracy", "-", "0.8", ""] in lines and ["Made up", "-", "0.25", ""] in lines
+    assert ["Latency", "20 ms", "12.3 ms", ""] in lines and ["Weights in memory", "-", "1.5 MB", ""] in lines
+    assert ["Accuracy, group north", "0.75", "0.5 [0.4, 0.6]", ""] in lines
+    assert "windows 256 tokens apart" in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from tiny import tiny_llama
-from training.trained import language, trainer, width
+from training.trained import language, trainer
 
 from hf_shrink import ShrinkCallback
 
@@ -22,9 +23,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def main(kind: str, folder: Path) -> None:
+def main(kind: str, folder: Path, recipe: str) -> None:
     torch.set_num_threads(1)
-    callback = ShrinkCallback(width())
+    callback = ShrinkCallback(json.loads(recipe))
     settings = {"per_device_train_batch_size": 2, "ddp_backend": "gloo", **SETTINGS[kind]}
     run = trainer(tiny_llama(num_hidden_layers=2), language, folder, [callback], **settings)
     run.train()
@@ -33,4 +34,4 @@ def main(kind: str, folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])

@@ -112,6 +112,13 @@ def weights(method: str = "magnitude", **options: Any) -> dict[str, Any]:
     return {"steps": [{"prune": {"what": "weights", "method": method, **options}}]}
 
 
+def quantize(scheme: str = "W4A16", **options: Any) -> dict[str, Any]:
+    """Groups of 16 where the scheme has groups."""
+    grouped = scheme.endswith("6") and not scheme.startswith("FP") and "strategy" not in options
+    form = {"group_size": 16} if grouped else {}
+    return {"steps": [{"quantize": {"method": "rtn", "scheme": scheme, **form, **options}}]}
+
+
 def trainer(
     model: PreTrainedModel,
     make: Callable[[torch.Generator], Row],

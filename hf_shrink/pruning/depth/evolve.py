@@ -11,6 +11,7 @@ from typing import ClassVar
 from hf_shrink.pruning.base import DEPTH, DepthProblem, Look, Removal
 from hf_shrink.pruning.greedy import cheapest_first
 from hf_shrink.pruning.options import check_counts
+from hf_shrink.sharding import ranks
 
 LARGEST_STEP = 3  # swaps of one offspring
 PATIENCE = 100  # attempts to draw an offspring that is allowed and new
@@ -69,7 +70,9 @@ class Evolve:
         known = {tuple(parent)}
         generations = self.generations if self.generations is not None or ends is not None else 20
         generation = 0
-        while (generations is None or generation < generations) and (ends is None or time.monotonic() < ends):
+        while generations is None or generation < generations:
+            if not ranks().from_first(ends is None or time.monotonic() < ends):
+                break
             children = self._offspring(problem, parent, known, chance)
             if not children:
                 break  # every swap has been tried

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
-from hf_shrink.architectures.bound import BoundAttention, BoundMlp
+from hf_shrink.architectures.bound import BoundAttention, BoundMlp, Cuts
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.errors import RecipeError, ShrinkError
 from hf_shrink.pipeline.planning import check_width
@@ -137,6 +137,13 @@ class GradualWidth:
             for block in binding.stack(name).blocks:
                 cut_block(block, stack_plan.blocks.get(block.index, BlockPlan()))
         record.report.notes += [*self._prunable.notes, *self._allocation.notes]
+
+    def cuts(self) -> Cuts:
+        """The rows and columns that are behind open gates at present, of every matrix that makes or reads units."""
+        found: Cuts = {}
+        for units in self._units.values():
+            found |= units.part.cuts(units.gate.mask.detach().bool().cpu().nonzero()[:, 0].tolist())
+        return found
 
     def tensors(self) -> dict[str, Tensor]:
         counts = torch.tensor([self._removed, self._changed, int(self._settled)])

@@ -7,7 +7,7 @@ more, and what looks for Linears (PEFT, surgery, FSDP) finds them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MethodType
 from typing import Any
 
@@ -26,6 +26,12 @@ def quantizer_of(module: nn.Module) -> WeightQuantizer:
     """What rounds the weight of a module that something was attached to."""
     quantizer: WeightQuantizer = getattr(module, NAME)
     return quantizer
+
+
+def owned_quantizers(model: nn.Module, paths: Iterable[str]) -> dict[str, WeightQuantizer]:
+    """The quantizers at these paths of a model, those of shared weights once, where they are children."""
+    modules = {path: model.get_submodule(path) for path in paths}
+    return {path: quantizer_of(module) for path, module in modules.items() if NAME in module._modules}
 
 
 def attach(module: nn.Module, quantizer: WeightQuantizer, path: str, *, owner: bool = True) -> None:

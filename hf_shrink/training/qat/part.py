@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.bound import Cuts
 from hf_shrink.calibration.data import calibration_batches
+from hf_shrink.checkpoint.packed import packed_schemes
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.errors import CalibrationError
-from hf_shrink.pipeline.planning import Planned
+from hf_shrink.plan import Plan
 from hf_shrink.recipe import Recipe
 from hf_shrink.training.models import is_sharded, without_adapters
 from hf_shrink.training.qat.adapters import adapted_layers, attach_adapted, weight_now
+from hf_shrink.training.qat.forward import owned_quantizers
 from hf_shrink.training.qat.placing import pack_trained, place_quantizers
 from hf_shrink.training.qat.plan import plan_training
 from hf_shrink.training.qat.quantizer import Start, WeightQuantizer
-from hf_shrink.training.qat.sharded import add_whole, gathered, whole
+from hf_shrink.training.qat.sharded import add_whole, check_shapes, whole
 from hf_shrink.training.qat.size import effective_bits
-from hf_shrink.training.qat.start import solving_method, start_on_data, start_without_data
+from hf_shrink.training.qat.start import solving_method, start_of, start_on_data, without_data
 from hf_shrink.training.schedule import Window
 
 
@@ -34,38 +36,51 @@ class QuantizationTraining:
 
     adds_parameters: ClassVar[bool] = True
 
-    def __init__(self, recipe: Recipe, *, calibration: Any = None, tokenizer: Any = None, seed: int = 0) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        cuts: Callable[[], Cuts] | None = None,
+        *,
+        calibration: Any = None,
+        tokenizer: Any = None,
+        seed: int = 0,
+    ) -> None:
         """
         Args:
             recipe: with a quantize step.
+            cuts: what another part is going to keep of matrices, settled when the schedule ends; None: there is none.
             calibration: data, as for `shrink`, for the start of a method that wants statistics. None: the scales start
                 where they fit the weights best.
             tokenizer: for calibration texts.
         """
         self._recipe, self._calibration, self._tokenizer, self._seed = recipe, calibration, tokenizer, seed
+        self._cuts: Callable[[], Cuts] = cuts or dict
         self._after_pruning = len(recipe.steps) > 1
 
     def attach(self, model: PreTrainedModel) -> None:
         self._model = model
         self._layers: Mapping[int, nn.Module] = adapted_layers(model)
         with without_adapters(model):
-            self._planned: Planned = plan_training(model, self._recipe)
-            schemes = self._planned.plan.schemes
-            self._batches = self._calibration_batches(model)
+            planned = plan_training(model, self._recipe)
+            schemes, self._notes = planned.plan.schemes, planned.notes
+            self._losing = frozenset(path for path, axis in self._cuts() if axis == "in")
+            self._batches = self._calibration_batches(model, planned.plan)
+            self._plan = planned.plan if self._batches else without_data(planned.plan)
             self._dense_bits, self._packed_bits = effective_bits(model, {}), effective_bits(model, schemes)
-            self._quantizers: Mapping[str, WeightQuantizer] = place_quantizers(model, schemes)
+            self._quantizers: Mapping[str, WeightQuantizer] = place_quantizers(model, schemes, self._losing)
             self._modules = {path: model.get_submodule(path) for path in schemes}
         for path, module in self._modules.items():
             if id(module) in self._layers:
                 attach_adapted(self._layers[id(module)], path)
 
     def attach_copy(self, model: PreTrainedModel) -> None:
-        place_quantizers(model, self._planned.plan.schemes)
+        self._keep_inputs(place_quantizers(model, self._plan.schemes, self._losing))
 
     def begin(self, model: PreTrainedModel, window: Window) -> None:
         self._start = self.settled(window)
         for quantizer in self._quantizers.values():
-            quantizer.active = False
+            quantizer.reset()
+        check_shapes(model, self._modules.values())
         if self._batches and is_sharded(model):
             raise CalibrationError(
                 "FSDP has spread the weights, so no copy can be calibrated; leave calibration out: scales then start "
@@ -85,14 +100,17 @@ class QuantizationTraining:
             self._begin_rounding()
 
     def finish(self, model: PreTrainedModel, record: ShrinkRecord) -> None:
-        plan = self._planned.plan
+        plan, cuts = self._plan, self._cuts()
+        for path, quantizer in owned_quantizers(model, plan.schemes).items():
+            quantizer.cut(cuts.get((path, "out")))
         pack_trained(model, plan.schemes, sparse=self._recipe.prune("weights") is not None)
+        schemes = packed_schemes(model)
         record.plan = replace(
-            record.plan, schemes=plan.schemes, method=plan.method, options=plan.options, effort=plan.effort
+            record.plan, schemes=schemes, method=plan.method, options=plan.options, effort=plan.effort
         )
-        found = f"by {plan.method} on calibration data" if self._batches else "without data"
+        found = f"by {plan.method} {'on calibration data' if self._batches else 'without data'}"
         note = f"weights were rounded from step {self._start} on, with learned scales that were first found {found}"
-        record.report.notes += [*self._planned.notes, note]
+        record.report.notes += [*self._notes, note]
 
     def tensors(self) -> dict[str, Tensor]:
         if not self._layers:
@@ -105,14 +123,21 @@ class QuantizationTraining:
             if self._layers:
                 quantizer.load_state_dict({name: tensors[f"{path}.{name}"] for name in quantizer.state_dict()})
             quantizer.active = quantizer.begun
+        if all(quantizer.active for quantizer in self._quantizers.values()):
+            self._keep_inputs(self._quantizers)
 
     def figures(self) -> dict[str, float]:
         active = all(quantizer.active for quantizer in self._quantizers.values())
         return {"effective_bits": self._packed_bits if active else self._dense_bits}
 
-    def _calibration_batches(self, model: PreTrainedModel) -> Sequence[Mapping[str, Any]]:
-        if self._calibration is None or not solving_method(self._planned.plan).needs_statistics:
+    def _calibration_batches(self, model: PreTrainedModel, plan: Plan) -> Sequence[Mapping[str, Any]]:
+        if self._calibration is None or not solving_method(plan).needs_statistics:
             return []
+        if self._after_pruning:
+            raise CalibrationError(
+                "what would be calibrated does not know what the prune step takes; leave calibration out, or train "
+                "with the prune step first, and then the pruned model with the quantize step"
+            )
         return calibration_batches(
             self._recipe.calibration,
             source=self._calibration,
@@ -122,19 +147,18 @@ class QuantizationTraining:
         ).batches
 
     def _begin_rounding(self) -> None:
-        plan = self._planned.plan
-        with gathered(self._model), torch.no_grad():
-            weights = {path: whole(self._weight_now(path)) for path in self._quantizers}
-            if self._batches:
-                found = start_on_data(self._model, plan, self._batches, self._seed)
-            else:
-                found = start_without_data(plan, weights)
-            for path, quantizer in self._quantizers.items():
-                start = Start.of(weights[path], found[path])
-                quantizer.begin(start)
-                if start.correction is not None:
-                    add_whole(self._modules[path], start.correction)
+        self._keep_inputs(self._quantizers)
+        on_data = start_on_data(self._model, self._plan, self._batches, self._seed) if self._batches else {}
+        for path, quantizer in self._quantizers.items():
+            module = self._modules[path]
+            weight = quantizer.left(whole(weight_now(module, self._layers.get(id(module)))))
+            start = Start.of(weight, on_data.get(path) or start_of(self._plan, quantizer.scheme, weight))
+            quantizer.begin(start)
+            if start.correction is not None:
+                add_whole(module, start.correction)
 
-    def _weight_now(self, path: str) -> Tensor:
-        module = self._modules[path]
-        return weight_now(module, self._layers.get(id(module)))
+    def _keep_inputs(self, quantizers: Mapping[str, WeightQuantizer]) -> None:
+        """Let matrices make groups of the inputs that they will have left."""
+        cuts = self._cuts()
+        for path in self._losing & quantizers.keys():
+            quantizers[path].keep(cuts[path, "in"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from torch import nn
 from transformers import PreTrainedModel
@@ -15,11 +15,16 @@ from hf_shrink.training.qat.forward import attach, detach, quantizer_of, rows_of
 from hf_shrink.training.qat.quantizer import WeightQuantizer
 
 
-def place_quantizers(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> dict[str, WeightQuantizer]:
+def place_quantizers(
+    model: PreTrainedModel, schemes: Mapping[str, Scheme], losing: Collection[str] = ()
+) -> dict[str, WeightQuantizer]:
     """Attach a quantizer to every weight, in place; returns them by the path of the first module that has the weight.
 
     Modules that share a weight share its quantizer. A weight of which only one of the modules that share it is to be
     packed becomes that module's own first.
+
+    Args:
+        losing: paths of matrices that may lose inputs.
     """
     untie(model, tied_partner_missing(model, schemes))
     settle_ties(model)
@@ -32,7 +37,8 @@ def place_quantizers(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> d
         first = id(weight) not in of_weight
         if first:
             rows, columns = rows_of(module).shape
-            quantizer = WeightQuantizer(scheme, rows, columns, weight.dtype, weight.device)
+            loses = path in losing
+            quantizer = WeightQuantizer(scheme, rows, columns, weight.dtype, weight.device, loses_inputs=loses)
             of_weight[id(weight)] = placed[path] = quantizer
         attach(module, of_weight[id(weight)], path, owner=first)
     return placed

@@ -1,9 +1,8 @@
-"""Whole weights of a model that FSDP may have spread over processes."""
+"""Whole weights of a model that FSDP has spread over processes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -11,18 +10,20 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.errors import ShrinkError
 
-@contextmanager
-def gathered(model: nn.Module) -> Iterator[None]:
-    """Inside, parameters that FSDP1 holds flat and in pieces are whole, and what is written to them is kept.
 
-    Every process has to come here. Does nothing for other models: FSDP2's parameters are DTensors, see `whole`.
-    """
-    if not any(isinstance(module, FullyShardedDataParallel) for module in model.modules()):
-        yield
-        return
-    with FullyShardedDataParallel.summon_full_params(model, writeback=True):
-        yield
+def check_shapes(model: nn.Module, modules: Iterable[nn.Module]) -> None:
+    """Raises ShrinkError where weights are flat pieces, which have no rows and groups."""
+    flat = any(isinstance(module, FullyShardedDataParallel) for module in model.modules())
+    for module in modules:
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        if flat or weight.dim() != 2:
+            raise ShrinkError(
+                "FSDP1 and DeepSpeed's ZeRO-3 keep weights as flat pieces, which cannot be rounded group by group; use "
+                "FSDP2 (version: 2 in fsdp_config), ZeRO-2 or DDP"
+            )
 
 
 def whole(tensor: Tensor) -> Tensor:

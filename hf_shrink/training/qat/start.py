@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,9 +18,10 @@ from hf_shrink.pipeline.recipes import plan_method
 from hf_shrink.pipeline.shrinking import evaluating
 from hf_shrink.plan import Plan
 from hf_shrink.progress import quiet
-from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
+from hf_shrink.quantization.base import ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.packed import PackedModule
+from hf_shrink.scheme import Scheme
 from hf_shrink.training.models import without_adapters
 from hf_shrink.training.qat.adapters import adapted_layers
 from hf_shrink.training.qat.forward import detach
@@ -34,23 +36,18 @@ def solving_method(plan: Plan) -> QuantizationMethod:
     return method
 
 
-def start_without_data(plan: Plan, weights: Mapping[str, Tensor]) -> dict[str, QuantizedWeight]:
-    """What the plan's method makes of each weight, by path; the search of `rtn` where the method needs statistics.
+def without_data(plan: Plan) -> Plan:
+    """The plan with a method that needs no data: its own, or rounding to nearest with its search of scales."""
+    if not solving_method(plan).needs_statistics:
+        return plan
+    return replace(plan, method=DATA_FREE, options={}, effort=None)
 
-    Args:
-        weights: float, (out_features, in_features), by path.
-    """
-    method = solving_method(plan)
-    if method.needs_statistics:
-        stand_in = METHODS.build(DATA_FREE, {})
-        assert not isinstance(stand_in, ModelMethod)
-        method = stand_in
-    found = {}
-    for path, weight in weights.items():
-        holder = nn.Linear(1, 1, bias=False, device="meta")
-        holder.weight = nn.Parameter(weight, requires_grad=False)
-        found[path] = solve_alone(method, Task(path, holder, plan.schemes[path], None, weight.dtype))
-    return found
+
+def start_of(plan: Plan, scheme: Scheme, weight: Tensor) -> QuantizedWeight:
+    """What the plan's method makes of a weight (out_features, in_features) without data."""
+    holder = nn.Linear(1, 1, bias=False, device="meta")
+    holder.weight = nn.Parameter(weight, requires_grad=False)
+    return solve_alone(solving_method(plan), Task("weight", holder, scheme, None, weight.dtype))
 
 
 def start_on_data(

@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 from dataclasses import replace
 
+import pytest
 import torch
 from tiny import tiny_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_shrink.errors import ShrinkError
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS
 from hf_shrink.runtime.embedding import CompressedEmbedding
@@ -17,6 +19,7 @@ from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.training.qat.forward import rows_of
 from hf_shrink.training.qat.placing import pack_trained, place_quantizers
 from hf_shrink.training.qat.quantizer import Start, WeightQuantizer
+from hf_shrink.training.qat.sharded import check_shapes
 
 SCHEMES = {
     "self_attn.q_proj": Scheme(4, True, "group", 16),
@@ -163,6 +166,37 @@ def test_a_start_whose_method_rounds_elsewhere_moves_the_weights_there() -> None
     quantizer = WeightQuantizer(scheme, 6, 32, torch.float32)
     quantizer.begin(start)
     assert torch.equal(quantizer.quantized(linear.weight).values, values)
+
+
+@pytest.mark.parametrize(("left", "size"), [(48, 16), (40, 20), (37, 37)])
+def test_groups_are_made_of_the_inputs_that_are_left(left: int, size: int) -> None:
+    """48 inputs in groups of 16, 40 in groups of 20 and not 10, for which there is no room; 37 is a prime."""
+    weight, kept = torch.randn(6, 64), torch.randperm(64)[:left].sort().values
+    quantizer = WeightQuantizer(Scheme(4, False, "group", 16), 6, 64, torch.float32, loses_inputs=True)
+    quantizer.step.data = quantizer.step.data[:, :3]  # as if there were room for three groups
+    quantizer.unit, quantizer.zero_point = quantizer.unit[:, :3], quantizer.zero_point[:, :3]
+    quantizer.keep(kept)
+    assert quantizer.scheme.group_size == size
+    found = METHODS.build("rtn", {}).solve(weight[:, kept], quantizer.scheme, None, scale_dtype=torch.float32)
+    quantizer.begin(Start.of(quantizer.left(weight), found))
+    trained = weight.clone().requires_grad_()
+    fake = quantizer(trained)
+    fake.square().sum().backward()
+    gone = torch.ones(64, dtype=torch.bool).index_fill(0, kept, False)
+    assert not fake[:, gone].any() and not trained.grad[:, gone].any()
+    assert quantizer.step.grad[:, : left // size].any() and not quantizer.step.grad[:, left // size :].any()
+    rows = torch.tensor([0, 2, 5])
+    quantizer.cut(rows)
+    packed = quantizer.quantized(weight[rows][:, kept])
+    torch.testing.assert_close(packed.dequantized(), fake.detach()[rows][:, kept], rtol=0, atol=1e-6)
+
+
+def test_flat_pieces_of_weights_are_refused_with_the_remedy() -> None:
+    linear = nn.Linear(4, 3)
+    check_shapes(linear, [linear])
+    linear.weight = nn.Parameter(linear.weight.detach().flatten()[:6])
+    with pytest.raises(ShrinkError, match="FSDP2"):
+        check_shapes(linear, [linear])
 
 
 def test_a_weight_of_zeros_only_stays_so() -> None:

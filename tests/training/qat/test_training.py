@@ -12,17 +12,12 @@ from conformance.cases_mixtures import MIXTURES
 from stock import Stock
 from tiny import QUICK_GPTQ, tiny_llama
 from torch import Tensor
-from training.trained import TASKS, image, language, outputs, tiny_vit, trainer, weights
+from training.trained import TASKS, image, language, outputs, quantize, tiny_vit, trainer, weights, width
 from transformers import TrainerCallback
 
 import hf_shrink
-from hf_shrink import RecipeError, ShrinkCallback, ShrinkError
+from hf_shrink import CalibrationError, DistillationTrainer, RecipeError, ShrinkCallback, ShrinkError
 from hf_shrink.runtime.linear import CompressedLinear
-
-
-def quantize(scheme: str = "W4A16", **options: Any) -> dict[str, Any]:
-    shape = {"group_size": 16} if scheme.endswith("A16") and "strategy" not in options else {}
-    return {"steps": [{"quantize": {"method": "rtn", "scheme": scheme, **shape, **options}}]}
 
 
 class Before(TrainerCallback):
@@ -106,6 +101,52 @@ def test_in_company(name: str, plain: dict[str, Tensor], tmp_path: Path) -> None
     assert all(type(m) is CompressedLinear for n, m in model.model.layers.named_modules() if n.endswith("proj"))
 
 
+def test_a_model_in_bfloat16_keeps_its_scales_in_bfloat16(tmp_path: Path) -> None:
+    model, before = tiny_llama(num_hidden_layers=1).bfloat16(), Before()
+    run = trainer(model, language, tmp_path, [before, ShrinkCallback(quantize("W3A16", symmetric=False), start=0)])
+    run.train()
+    assert model.model.layers[0].mlp.down_proj.weight_scale.dtype == torch.bfloat16
+    assert torch.equal(outputs(model, language)["logits"], before.said["logits"])
+
+
+def test_the_best_checkpoint_is_packed_with_its_own_scales(tmp_path: Path) -> None:
+    model = tiny_llama(num_hidden_layers=1)
+    settings = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+    run = trainer(
+        model,
+        language,
+        tmp_path,
+        [ShrinkCallback(quantize(), start=0.25)],
+        load_best_model_at_end=True,
+        learning_rate=1.0,  # so that training makes it worse
+        lr_scheduler_type="constant",
+        **settings,
+    )
+    run.train()
+    losses = {entry["step"]: entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry}
+    best = min(losses, key=lambda step: losses[step] if step >= 2 else float("inf"))
+    assert run.state.best_global_step == best < 8
+    assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
+    assert isinstance(model.model.layers[0].mlp.down_proj, CompressedLinear)
+
+
+def test_a_dense_teacher_leads_a_student_of_few_bits(tmp_path: Path) -> None:
+    dense, model, before = tiny_llama(num_hidden_layers=1), tiny_llama(num_hidden_layers=1), Before()
+    plain = trainer(model, language, tmp_path)  # for its arguments and rows
+    run = DistillationTrainer(
+        model,
+        plain.args,
+        train_dataset=plain.train_dataset,
+        teacher=dense,
+        distillation={"logits": 1.0, "task": 0.0},
+        callbacks=[before, ShrinkCallback(quantize("W2A16"), start=0)],
+    )
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]  # the first step's is that of rounding alone: both have the same weights
+    torch.testing.assert_close(outputs(model, language)["logits"], before.said["logits"], rtol=0, atol=1e-4)
+
+
 class StopAt(TrainerCallback):
     def __init__(self, step: int) -> None:
         self.step = step
@@ -153,6 +194,37 @@ def test_zeros_of_a_prune_step_stay_zeros(tmp_path: Path) -> None:
         assert layer.mlp.gate_proj.sparse
         assert ((weight.view(-1, 4) != 0).sum(1) <= 2).all() and (weight != 0).float().mean() > 0.4
     assert model.shrink_record.plan.weights is not None and model.shrink_record.plan.schemes
+
+
+@pytest.mark.parametrize("name", ["groups", "channels and inputs"])
+def test_heads_and_channels_go_first_and_what_is_left_is_rounded(name: str, tmp_path: Path) -> None:
+    few = quantize("W4A16", symmetric=False) if name == "groups" else quantize("W8A8")
+    recipe = {"steps": width(0.4, "movement")["steps"] + few["steps"]}
+
+    def train(folder: Path, stop: int = 0, resume: bool = False) -> tuple[Any, dict[str, Tensor]]:
+        model, before = tiny_llama(num_hidden_layers=2), Before()
+        callbacks = [before, ShrinkCallback(recipe, start=0.1, end=0.5), *([StopAt(stop)] if stop else [])]
+        run = trainer(model, language, folder, callbacks, save_strategy="steps", save_steps=2)
+        run.train(resume_from_checkpoint=resume or None)
+        return model, before.said
+
+    model, said = train(tmp_path)
+    torch.testing.assert_close(outputs(model, language)["logits"], said["logits"], rtol=0, atol=1e-4)
+    down = model.model.layers[1].mlp.down_proj
+    assert isinstance(down, CompressedLinear) and down.in_features < 80
+    assert (
+        model.shrink_record.plan.stacks
+        and model.shrink_record.plan.schemes["model.layers.1.mlp.down_proj"] == down.scheme
+    )
+    model.save_pretrained(tmp_path / "saved")
+    loaded = type(model).from_pretrained(
+        tmp_path / "saved", quantization_config=hf_shrink.LoadingConfig(optimize=False)
+    )
+    torch.testing.assert_close(outputs(loaded, language)["logits"], said["logits"], rtol=0, atol=1e-4)
+    train(tmp_path / "6", stop=6)
+    resumed, _ = train(tmp_path / "6", resume=True)
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[key]), key
 
 
 def test_adapters_are_part_of_the_weight_that_is_rounded(tmp_path: Path) -> None:
@@ -203,7 +275,9 @@ def test_calibration_data_lets_a_method_with_statistics_choose_the_start(tmp_pat
         run = trainer(model, language, tmp_path, [callback], learning_rate=0.0, weight_decay=0.0, max_steps=1)
         run.train()
         weights_of[name] = {n: m.weight for n, m in model.named_modules() if isinstance(m, CompressedLinear)}
-        assert any(("gptq on calibration" if data else "without data") in note for note in model.shrink_report.notes)
+        assert any(
+            ("by gptq on calibration" if data else "by rtn without data") in note for note in model.shrink_report.notes
+        )
     expected = hf_shrink.shrink(tiny_llama(num_hidden_layers=1), recipe, calibration=batches, optimize=False)
     for path, weight in weights_of["data"].items():
         torch.testing.assert_close(weight, expected.get_submodule(path).weight, rtol=1e-6, atol=1e-7)
@@ -232,12 +306,26 @@ def test_a_late_callback_is_refused_with_the_remedy(tmp_path: Path) -> None:
     assert type(model.model.layers[0].mlp.up_proj) is CompressedLinear
 
 
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path) -> None:
+    run = trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, [ShrinkCallback(quantize())])
+    run.args._n_gpu = 2
+    with pytest.raises(ShrinkError, match="torchrun"):
+        run.train()
+
+
+def test_calibration_beside_a_prune_step_is_refused(tmp_path: Path) -> None:
+    recipe = {"steps": weights(sparsity=0.5)["steps"] + quantize(**QUICK_GPTQ)["steps"]}
+    callback = ShrinkCallback(recipe, calibration=[{"input_ids": torch.ones(1, 8, dtype=torch.long)}])
+    with pytest.raises(CalibrationError, match="prune step first"):
+        trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, [callback])
+
+
 @pytest.mark.parametrize(
     ("recipe", "said"),
     [
         ({"steps": [{"quantize": {"effort": "best"}}]}, "effort: balanced"),
         ({"steps": [{"quantize": {"method": "gptq", "transforms": ["awq"]}}]}, "transforms"),
-        ({"steps": [{"quantize": {"method": "rtn", "scheme": "FP8A16"}}]}, "integer scheme"),
+        (quantize("FP8A16"), "integer scheme"),
         ({"steps": [{"quantize": {"method": "bitsandbytes", "scheme": "NF4"}}]}, "bitsandbytes"),
     ],
 )

@@ -1,0 +1,95 @@
+"""The predictions of one forward pass that count, whatever the task head puts out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_shrink.calibration.targets import IGNORED, Batch, Hidden, Kind, targets_of
+from hf_shrink.errors import CalibrationError
+from hf_shrink.tuning.divergence import logit_divergence, state_error
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Rows of a batch, example by example.
+
+    Attributes:
+        values: (n, classes) logits, or (n, width) hidden states or numbers.
+        distribution: whether they are logits.
+        examples: how many rows each example of the batch has.
+    """
+
+    values: Tensor
+    distribution: bool
+    examples: tuple[int, ...]
+
+
+def counted(kind: Kind, batch: Batch, outputs: Any) -> Counted:
+    """The rows of a model's outputs that count: real tokens that are predicted, and of these such as have a label
+    where the batch has labels of that shape (-100: none).
+
+    Args:
+        kind: how the model is scored, see `kind_of`.
+        batch: with what the model was called, labels included.
+
+    Raises:
+        CalibrationError: there is nothing in the outputs to compare, or no row of the batch counts.
+    """
+    if kind == "causal" and "input_ids" not in batch:
+        raise CalibrationError(
+            f"the batch has {', '.join(batch)}, but no input_ids, by which the tokens to predict are known; add them"
+        )
+    found = targets_of(kind, batch, outputs)
+    if isinstance(found, Hidden):
+        return _rows(found.states, found.positions, False)
+    positions, labels = found.positions, batch.get("labels")
+    labels = labels[:, None] if labels is not None and labels.dim() == 1 else labels
+    if kind != "causal" and labels is not None and labels.shape == positions.shape:  # causal: is in them already
+        positions = positions & (labels != IGNORED)
+    return _rows(found.logits, positions, found.logits.shape[-1] > 1)
+
+
+def divergence_of(own: Counted, dense: Counted, temperature: float) -> Tensor:
+    """How far a student's rows are from a teacher's, a float32 scalar: a mean over rows.
+
+    KL divergence (see `logit_divergence`), or the relative squared error where the outputs are no distribution.
+
+    Raises:
+        CalibrationError: the two have rows of different sizes.
+    """
+    if own.values.shape != dense.values.shape:
+        raise CalibrationError(
+            f"the model predicts {tuple(own.values.shape)} (rows, classes) on a batch and the teacher "
+            f"{tuple(dense.values.shape)}; a teacher needs the same head and the same vocabulary"
+        )
+    target = dense.values.to(own.values.device)
+    if own.distribution:
+        return logit_divergence(own.values, target, temperature)
+    return state_error(own.values, target.float())
+
+
+def chooses_several(model: Any) -> bool:
+    """Whether the classes of a model's head are independent of each other."""
+    return getattr(getattr(model, "config", None), "problem_type", None) == "multi_label_classification"
+
+
+def several_labels(rows: Counted) -> Counted:
+    """The rows of a head whose classes are independent of each other: each a choice between the class and its absence.
+
+    A logit z is the same distribution as the two logits (z, 0).
+    """
+    logits = rows.values.reshape(-1, 1)
+    classes = rows.values.shape[1]
+    pairs = torch.cat([logits, torch.zeros_like(logits)], dim=1)
+    return Counted(pairs, True, tuple(count * classes for count in rows.examples))
+
+
+def _rows(values: Tensor, positions: Tensor, distribution: bool) -> Counted:
+    examples = tuple(positions.flatten(1).sum(1).tolist())
+    if not sum(examples):
+        raise CalibrationError("no prediction of the batch counts: every label is -100 or every token is padding")
+    return Counted(values[positions], distribution, examples)

@@ -1,0 +1,118 @@
+"""`recover_checkpoint`: from a compressed folder and a dense one to a recovered folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from transformers import PreTrainedModel
+
+from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.checkpoint.adapters import ADAPTER, has_adapter
+from hf_shrink.checkpoint.folder import OutputFolder, copy_side_files
+from hf_shrink.checkpoint.measured import fewer_tokens, load_measured
+from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
+from hf_shrink.checkpoint.source import load_processing
+from hf_shrink.errors import CheckpointError, RecipeError
+from hf_shrink.pipeline.measuring import measure
+from hf_shrink.recipe import EvaluationSpec
+from hf_shrink.reporting import write_report
+from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.training.recovery.recover import Recovered, recover
+
+
+def recover_checkpoint(
+    source: str | os.PathLike[str],
+    output_dir: str | os.PathLike[str],
+    *,
+    baseline: str | os.PathLike[str] | None = None,
+    data: Any = "self",
+    overwrite: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+    **options: Any,
+) -> Recovered:
+    """Recover a saved compressed model into a new folder, which has everything that the old one has.
+
+    Figures of the report and the card are measured again, as the recipe said. An adapter that cannot be merged lies in
+    the folder `adapter` beside the weights (`load_adapter`). Where recovery did not help, the new folder holds the
+    model as it was, and the report says so.
+
+    Args:
+        source: folder of the compressed model.
+        output_dir: must not exist, or be empty, unless `overwrite`; may be `source` then.
+        baseline: folder or Hub id of the dense model; None: what the folder's shrink.json says it was made from.
+        data, seed, options: as in `recover`.
+
+    Raises:
+        CheckpointError: a model cannot be read, or the output not be written.
+        RecipeError, ArchitectureError, CalibrationError: as in `recover`.
+    """
+    path = Path(source) / RECORD_NAME
+    record = replace(read_record(path), card=None) if path.is_file() else None
+    if baseline is None and record is None:
+        raise CheckpointError(f"{source} does not say which dense model it was made from; give the baseline")
+    if has_adapter(Path(source)):
+        raise CheckpointError(
+            f"{source} has an adapter already; recover the folder that it was made from, or train the adapter further: "
+            "load_adapter(..., trainable=True) and DistillationTrainer"
+        )
+    with OutputFolder(output_dir, overwrite) as folder, silence(), Progress(quiet=not progress) as show:
+        found = load_measured(source)
+        dense = load_measured(baseline if baseline is not None else record.source)  # type: ignore[union-attr]
+        if fewer_tokens(found):
+            raise RecipeError(
+                f"{source} has fewer tokens than {dense.source.name}, so their predictions cannot be compared; recover "
+                "the model before its vocabulary is pruned"
+            )
+        processing = load_processing(found.source)
+        spec = (
+            EvaluationSpec(**record.recipe.get("evaluation", {})) if record is not None else EvaluationSpec(metrics=())
+        )
+        held_out = _held_out(spec, dense.model, processing, seed, show) if spec.metrics else None
+        result = recover(
+            found.model,
+            data=data,
+            teacher=dense.model,
+            tokenizer=processing,
+            exclude=held_out.texts(processing) if held_out is not None and spec.data != "self" else None,
+            seed=seed,
+            progress=progress,
+            **options,
+        )
+        if record is not None:
+            record.report.notes.append(result.note)
+            record.report.seconds["recover"] = result.seconds
+            if held_out is not None:
+                measure(dense.model, found.model, held_out, spec, (processing, processing), record, show)
+        _save(result.model, found.model, folder, record)
+        card = copy_side_files(found.source, folder)
+        if record is not None:
+            write_report(folder, record, source_card=card)
+            record.write(folder)
+    return replace(result, model=found.model)
+
+
+def _held_out(
+    spec: EvaluationSpec, dense: PreTrainedModel, processing: Any, seed: int, show: Progress
+) -> CalibrationData:
+    """What the first run measured on, where it had the same seed."""
+    return calibration_batches(spec, model=dense, tokenizer=processing, seed=seed, purpose="evaluation", progress=show)
+
+
+def _save(recovered: Any, model: PreTrainedModel, folder: Path, record: ShrinkRecord | None) -> None:
+    """The weights, and the adapter beside them."""
+    if isinstance(recovered, PeftModel):
+        recovered.save_pretrained(str(folder / ADAPTER))
+        recovered.unload()
+        if record is not None:
+            record.report.notes.append(
+                f"the recovered model is the weights with the adapter in {ADAPTER}/: put it on with "
+                f"hf_shrink.load_adapter(model, FOLDER + '/{ADAPTER}'); without it the model is as it was before"
+            )
+    if record is not None and hasattr(model, "shrink_record"):
+        vars(model).update(shrink_record=record, shrink_report=record.report)
+    model.save_pretrained(folder)

@@ -1,0 +1,113 @@
+"""From a compressed folder to a recovered one, in Python and by `hf-shrink recover`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import TEXT, tiny_llama, tiny_tokenizer
+from transformers import AutoModelForCausalLM
+
+from hf_shrink import CheckpointError, load_adapter, recover_checkpoint, shrink_checkpoint
+from hf_shrink.checkpoint.measured import load_measured
+from hf_shrink.cli import main
+
+SETTINGS = {
+    "calibration": {"samples": 8, "length": 24},
+    "evaluation": {"samples": 6, "length": 24, "metrics": ["perplexity", "kl_divergence"]},
+}
+DEPTH = {"prune": {"what": "depth", "method": "block_influence", "blocks": 1, "refit": False}}
+PACK = {"quantize": {"method": "rtn", "scheme": "W2A16", "group_size": 16}}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A dense model, the same with a block less, and packed, in one folder."""
+    folder = tmp_path_factory.mktemp("recover")
+    tiny_llama(num_hidden_layers=3).save_pretrained(folder / "dense")
+    tiny_tokenizer().save_pretrained(folder / "dense")
+    (folder / "book.txt").write_text(TEXT * 4)
+    for name, step in (("pruned", DEPTH), ("packed", PACK)):
+        shrink_checkpoint(folder / "dense", folder / name, {**SETTINGS, "steps": [step]}, progress=False)
+    return folder
+
+
+def kl(folder: Path) -> float:
+    record = json.loads((folder / "shrink.json").read_text())
+    return record["report"]["evaluation"]["compressed"]["kl_divergence"]["value"]
+
+
+def test_the_command_writes_a_whole_folder_in_place_of_the_old_one(folders: Path, capsys) -> None:
+    before = kl(folders / "pruned")
+    arguments = ["recover", str(folders / "pruned"), "--quiet", "--steps", "30", "--rank", "4"]
+    arguments += ["--data", str(folders / "book.txt"), "--samples", "40", "--length", "24", "--learning-rate", "0.005"]
+    assert main([*arguments, "--output", str(folders / "pruned")]) == 2
+    assert main([*arguments, "--output", str(folders / "pruned"), "--overwrite"]) == 0
+    assert "recovery (lora, 30 steps" in capsys.readouterr().out
+    found = folders / "pruned"
+    assert kl(found) != before  # measured again
+    names = {path.name for path in found.iterdir()}
+    assert names >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "shrink.json", "report.html"}
+    assert not [path for path in folders.iterdir() if path.name.startswith(".")]
+    record = json.loads((found / "shrink.json").read_text())
+    assert any("recovery (lora" in note for note in record["report"]["notes"]) and record["plan"]["stacks"]
+    assert record["report"]["seconds"]["recover"] > 0
+    model = AutoModelForCausalLM.from_pretrained(found)
+    assert len(model.model.layers) == 2 and not [n for n in model.state_dict() if "lora" in n]
+
+
+def test_an_adapter_lies_beside_packed_weights(folders: Path) -> None:
+    options = {"steps": 20, "rank": 4, "samples": 16, "length": 24, "learning_rate": 0.01}
+    found = recover_checkpoint(folders / "packed", folders / "with-adapter", method="lora", progress=False, **options)
+    assert found.adopted and kl(folders / "with-adapter") < kl(folders / "packed")
+    packed, again = (AutoModelForCausalLM.from_pretrained(folders / name) for name in ("packed", "with-adapter"))
+    for name, tensor in packed.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor)
+    ids = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        without = again(ids).logits
+        assert not torch.allclose(load_adapter(again, folders / "with-adapter" / "adapter")(ids).logits, without)
+    measured = load_measured(folders / "with-adapter").model
+    with torch.no_grad():
+        torch.testing.assert_close(
+            measured(ids).logits, load_adapter(packed, folders / "with-adapter/adapter")(ids).logits
+        )
+    with pytest.raises(CheckpointError, match="adapter already"):
+        recover_checkpoint(folders / "with-adapter", folders / "again", steps=1, progress=False)
+    notes = json.loads((folders / "with-adapter" / "shrink.json").read_text())["report"]["notes"]
+    assert any("load_adapter" in note for note in notes)
+
+
+def test_scales_of_a_folder_without_a_record(folders: Path, tmp_path: Path) -> None:
+    plain = tmp_path / "plain"
+    AutoModelForCausalLM.from_pretrained(folders / "packed").save_pretrained(plain)
+    tiny_tokenizer().save_pretrained(plain)
+    (plain / "shrink.json").unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match="baseline"):
+        recover_checkpoint(plain, tmp_path / "out", steps=2, progress=False)
+    options = {"steps": 20, "samples": 16, "length": 24, "learning_rate": 0.01, "data": str(folders / "book.txt")}
+    found = recover_checkpoint(plain, tmp_path / "out", baseline=folders / "dense", progress=False, **options)
+    assert found.adopted and "(scales, 20 steps" in found.note
+    assert (tmp_path / "out" / "model.safetensors").is_file() and not (tmp_path / "out" / "shrink.json").exists()
+
+
+def test_run_refuses_a_recovery_that_cannot_work_before_it_begins(folders: Path, tmp_path: Path, capsys) -> None:
+    recipe = tmp_path / "tokens.yaml"
+    recipe.write_text("steps:\n  - prune: {what: vocabulary, method: seen}\n")
+    run = ["run", str(folders / "dense"), "--output", str(tmp_path / "out"), "--quiet"]
+    assert main([*run, "--recipe", str(recipe), "--recover", "1"]) == 2
+    assert "cannot be recovered" in capsys.readouterr().err
+    assert main([*run, "--recover", "-1"]) == 2
+    assert "minutes must be above 0" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_command_shrinks_and_recovers(folders: Path, tmp_path: Path, capsys) -> None:
+    run = ["run", str(folders / "dense"), "--output", str(tmp_path / "out"), "--quiet", "--effort", "fast"]
+    few = ["--set=evaluation.samples=4", "--set=evaluation.length=24", "--calibration", str(folders / "book.txt")]
+    assert main([*run, *few, "--recover", "0.02"]) == 0
+    assert "recovery (scales" in capsys.readouterr().out
+    record = json.loads((tmp_path / "out" / "shrink.json").read_text())
+    assert record["source"] == str(folders / "dense") and record["report"]["seconds"]["recover"] > 0
