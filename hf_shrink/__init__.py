@@ -8,6 +8,7 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
+from hf_shrink.checkpoint.adapters import load_adapter
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
 from hf_shrink.checkpoint.push import push_shrunk_to_hub
@@ -35,7 +36,7 @@ from hf_shrink.runtime.optimizing import kernel_summary
 if TYPE_CHECKING:
     from hf_shrink.training.callback import ShrinkCallback
     from hf_shrink.training.distillation import CachedTeacher, DistillationTrainer, cache_teacher
-    from hf_shrink.training.recovery import Recovered, load_adapter, recover, recover_checkpoint
+    from hf_shrink.training.recovery import Recovered, recover, recover_checkpoint
 
 try:
     __version__ = metadata.version("hf_shrink")
@@ -48,7 +49,7 @@ _register()
 _LAZY = {
     "ShrinkCallback": "hf_shrink.training.callback",
     **dict.fromkeys(("CachedTeacher", "DistillationTrainer", "cache_teacher"), "hf_shrink.training.distillation"),
-    **dict.fromkeys(("Recovered", "load_adapter", "recover", "recover_checkpoint"), "hf_shrink.training.recovery"),
+    **dict.fromkeys(("Recovered", "recover", "recover_checkpoint"), "hf_shrink.training.recovery"),
 }
 
 

@@ -5,7 +5,7 @@
         --learning_rate 2e-5 --num_train_epochs 1 --per_device_train_batch_size 8
 
 The callback is all that differs from an ordinary fine-tuning. `--recipe` is what `hf-shrink run` takes: a built-in name
-or the path of a YAML file, with a quantize step, a prune step of weights, or both.
+or the path of a YAML file, with a quantize step, a prune step of heads and channels or of weights, or both.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ import transformers
 from transformers import AutoConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
+from hf_shrink.checkpoint.adapters import ADAPTER, has_adapter, load_adapter
 from hf_shrink.checkpoint.record import RECORD_NAME, read_record
 from hf_shrink.checkpoint.source import Source, model_class, open_source
 from hf_shrink.errors import CheckpointError
@@ -24,7 +25,9 @@ class Measured:
 
 
 def load_measured(path_or_id: str | os.PathLike[str], dtype: str = "auto", device: str = "cpu") -> Measured:
-    """Load any checkpoint in the class it was saved from, in eval mode; packed weights of ours stay packed.
+    """Load any checkpoint in the class it was saved from, in eval mode.
+
+    Packed weights of ours stay packed. An adapter that lies beside the weights is put on.
 
     Args:
         path_or_id: folder or Hub id.
@@ -42,6 +45,8 @@ def load_measured(path_or_id: str | os.PathLike[str], dtype: str = "auto", devic
         model = model_class(source).from_pretrained(where, dtype=dtype, use_safetensors=True, device_map=where_to)
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"{source.name} does not load: {' '.join(str(error).split())}") from error
+    if has_adapter(source.folder):
+        model = load_adapter(model, source.folder / ADAPTER).get_base_model()
     return Measured(source, model.eval())
 
 

@@ -20,7 +20,7 @@ _VALUES, _STEP = 1 << 20, 64  # unpacked at once, in whole blocks of the kernels
 
 
 @contextmanager
-def dense_copies(models: Sequence[nn.Module], limit: int | None = None) -> Iterator[None]:
+def dense_copies(models: Sequence[nn.Module], limit: int | None = None, processes: int = 1) -> Iterator[None]:
     """Let packed Linears on the CPU multiply many rows by a dense copy of their weight, as long as memory lasts.
 
     What they give stays as it is: few rows go to the kernel as before, and many are multiplied in the dtype in which
@@ -28,8 +28,9 @@ def dense_copies(models: Sequence[nn.Module], limit: int | None = None) -> Itera
 
     Args:
         limit: bytes of all copies together; None: half of the memory that is free, none where that is unknown.
+        processes: how many do the same on this machine, and share that.
     """
-    left = int(SHARE * (available_bytes() or 0)) if limit is None else limit
+    left = int(SHARE * (available_bytes() or 0)) // processes if limit is None else limit
     with ExitStack() as given:
         for model in models:
             residence = residence_of(model)

@@ -95,7 +95,7 @@ def evaluate_model(
     with (
         together() as here,
         _inference(subjects.models),
-        dense_copies(subjects.models),
+        dense_copies(subjects.models, processes=here.size),
         opened_metrics() as known,
     ):
         measured = here.on_first(lambda: job.on_rows(data, spec)) or job.on_batches(data, spec)

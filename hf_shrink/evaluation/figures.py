@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.metrics import NAMES, MissingPackage, load_metric
 from hf_shrink.evaluation.observed import BASELINE, Observed, Side
 
@@ -72,8 +74,13 @@ class Metrics:
             part = observed.of_group(group)
             if part.inputs(metric.reads, "model") is None:
                 continue
-            found: Figures = {"model": {}, "baseline": {}}
-            _add(found, name, metric, part, seed)
+            found: Figures = {"model": {}, "baseline": {}, "skipped": {}}
+            try:
+                _add(found, name, metric, part, seed)
+            except CalibrationError:
+                continue  # nothing to score in this group; over all rows it would have been raised
+            if name not in found["model"]:
+                continue
             sides = {side: found[side][name] for side in ("model", "baseline") if name in found[side]}
             by_group[str(group)] = {"rows": observed.groups.count(group), **sides}
         if not by_group:
@@ -102,4 +109,7 @@ def _add(figures: Figures, name: str, metric: Any, observed: Observed, seed: int
         if inputs is None:
             continue
         found = metric.compute(predictions=inputs[0], references=inputs[1], seed=seed)
+        if math.isnan(found[metric.name]):
+            figures["skipped"][name] = f"it is not defined on the {side}'s outputs, which are all the same"
+            continue
         figures[side][name] = {"value": found[metric.name], "low": found["low"], "high": found["high"]}

@@ -21,11 +21,20 @@ def read_images(values: Sequence[Any], processor: MediaProcessor) -> Mapping[str
 
 
 def read_clips(values: Sequence[Any], extractor: MediaProcessor) -> Mapping[str, Any]:
-    """What the extractor makes of sounds: decoded audio, {array, sampling_rate}, or paths of .wav files."""
+    """What the extractor makes of sounds: decoded audio, {array, sampling_rate}, or paths of .wav files.
+
+    Raises CalibrationError for what cannot be read, and for a sound that the extractor would cut.
+    """
     rate = int(getattr(extractor, "sampling_rate", _RATE))
     clips = [clip(value, rate) for value in values]
-    padding = {} if getattr(extractor, "chunk_length", None) else {"padding": True}
-    return extractor(clips, sampling_rate=rate, return_tensors="pt", return_attention_mask=True, **padding)
+    longest = getattr(extractor, "chunk_length", None)
+    for one in clips:
+        if longest is not None and len(one) > longest * rate:
+            raise CalibrationError(
+                f"a sound is {len(one) / rate:.1f} seconds long, but the model reads {longest} at once; cut it, or "
+                "leave its row out"
+            )
+    return extractor(clips, sampling_rate=rate, return_tensors="pt", **({} if longest else {"padding": True}))
 
 
 def _image(value: Any) -> Any:

@@ -249,7 +249,7 @@ class ShrinkCallback(TrainerCallback):
         """What is known before the parts are made real."""
         assert self._window is not None
         began, clock = self._steps
-        report = ShrinkReport(seed=seed)
+        report = ShrinkReport(seed=seed, trained=True)
         report.seconds["total"] = time.perf_counter() - clock
         report.notes.append(
             f"made while training: {state.global_step} optimizer steps, changes between steps {self._window.start} and "

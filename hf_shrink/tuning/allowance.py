@@ -6,7 +6,7 @@ import math
 import time
 
 WARMUP = 0.05  # of the steps
-WARM_STEPS = 10  # where nobody knows how many there will be
+WARM_STEPS = 10  # where the clock ends it
 
 
 class Allowance:
@@ -36,4 +36,5 @@ class Allowance:
     def rate(self, step: int) -> float:
         """What the learning rate is multiplied by in step `step`: a short warm-up, then a cosine down to zero."""
         warm = WARM_STEPS if self.steps is None else max(1, round(self.steps * WARMUP))
+        warm = warm if self.seconds is None else min(warm, WARM_STEPS)  # how many steps there will be, nobody knows
         return min(1.0, (step + 1) / warm) * 0.5 * (1 + math.cos(math.pi * self.fraction(step)))

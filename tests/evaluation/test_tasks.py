@@ -4,24 +4,19 @@ from __future__ import annotations
 
 import copy
 import json
-import wave
 
 import datasets
 import numpy as np
 import pytest
 import torch
 from perturbing import perturbed
-from PIL import Image
 from tiny import TEXT, VOCABULARY, tiny_llama, tiny_tokenizer
-from tiny_readers import encoder_tokenizer, tiny_bert, tiny_t5, tiny_vit, tiny_whisper
+from tiny_readers import encoder_tokenizer, tiny_bert, tiny_t5
 from transformers import (
     BertForQuestionAnswering,
     BertForSequenceClassification,
     BertForTokenClassification,
-    ViTForImageClassification,
-    WhisperFeatureExtractor,
 )
-from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.evaluation import evaluate_model
@@ -95,31 +90,6 @@ def test_labels_of_a_data_set_are_matched_by_name():
     assert value(evaluate_model(model, rows, tokenizer=tokenizer), "accuracy") == 1
     with pytest.raises(CalibrationError, match="label 'perhaps'"):
         evaluate_model(model, [{"text": "a", "label": "perhaps"}], tokenizer=tokenizer)
-
-
-def test_images_of_files_and_folders(tmp_path):
-    config = tiny_vit().config
-    config.update({"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "initializer_range": 0.3})
-    torch.manual_seed(0)
-    model = ViTForImageClassification(config).eval()
-    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
-    rows, rng = [], np.random.default_rng(0)
-    for i, label in enumerate(["cat", "dog", "cat"]):
-        path = tmp_path / "all" / label / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        image = Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8))
-        image.save(path)
-        with torch.no_grad():
-            choice = int(model(**processor(image, return_tensors="pt")).logits.argmax())
-        rows.append({"image": f"all/{label}/{i}.png", "label": label, "right": choice == (label == "dog")})
-    expected = np.mean([row["right"] for row in rows])
-    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert value(evaluate_model(model, tmp_path / "rows.jsonl", tokenizer=processor), "accuracy") == pytest.approx(
-        expected
-    )
-    assert value(evaluate_model(model, tmp_path / "all", tokenizer=processor), "accuracy") == pytest.approx(expected)
-    with pytest.raises(CalibrationError, match="pass its processor"):
-        evaluate_model(model, tmp_path / "rows.jsonl")
 
 
 def test_tags_of_words():
@@ -227,35 +197,6 @@ def test_written_texts(kind):
     assert value(result, "exact_match") == value(result, "rouge_l") == 1
     assert value(result, "exact_match", "baseline") < 1
     assert value(result, "flip_rate") == 1 - value(result, "exact_match", "baseline")
-
-
-def test_speech_of_wave_files(tmp_path):
-    model, tokenizer = tiny_whisper(), tiny_tokenizer()
-    extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=1, sampling_rate=16000)
-
-    class Processor:
-        feature_extractor = extractor
-
-    Processor.tokenizer = tokenizer
-    rng, rows = np.random.default_rng(0), []
-    for i in range(3):
-        samples = (rng.normal(size=8000 + 100 * i) * 3000).astype("<i2")
-        with wave.open(str(tmp_path / f"{i}.wav"), "wb") as file:
-            file.setnchannels(1)
-            file.setsampwidth(2)
-            file.setframerate(16000)
-            file.writeframes(samples.tobytes())
-        features = extractor(samples.astype(np.float32) / 2**15, sampling_rate=16000, return_tensors="pt")
-        ids = model.generate(features.input_features, max_new_tokens=5, do_sample=False)
-        rows.append({"audio": f"{i}.wav", "text": tokenizer.decode(ids[0], skip_special_tokens=True)})
-    path = tmp_path / "speech.jsonl"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    recipe = TaskRecipe("mine", "transcription", options={"new": 5})
-    result = evaluate_model(model, path, tokenizer=Processor(), spec=recipe)
-    assert value(result, "wer") == 0 and result["sequences"] == 3
-    rows[0]["text"] += " and more words"
-    path.write_text("\n".join(map(json.dumps, rows)))
-    assert value(evaluate_model(model, path, tokenizer=Processor(), spec=recipe), "wer") > 0
 
 
 def pooled(model, tokenizer, text):

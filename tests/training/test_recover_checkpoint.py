@@ -11,6 +11,7 @@ from tiny import TEXT, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 from hf_shrink import CheckpointError, load_adapter, recover_checkpoint, shrink_checkpoint
+from hf_shrink.checkpoint.measured import load_measured
 from hf_shrink.cli import main
 
 SETTINGS = {
@@ -68,6 +69,13 @@ def test_an_adapter_lies_beside_packed_weights(folders: Path) -> None:
     with torch.no_grad():
         without = again(ids).logits
         assert not torch.allclose(load_adapter(again, folders / "with-adapter" / "adapter")(ids).logits, without)
+    measured = load_measured(folders / "with-adapter").model
+    with torch.no_grad():
+        torch.testing.assert_close(
+            measured(ids).logits, load_adapter(packed, folders / "with-adapter/adapter")(ids).logits
+        )
+    with pytest.raises(CheckpointError, match="adapter already"):
+        recover_checkpoint(folders / "with-adapter", folders / "again", steps=1, progress=False)
     notes = json.loads((folders / "with-adapter" / "shrink.json").read_text())["report"]["notes"]
     assert any("load_adapter" in note for note in notes)
 

@@ -1,8 +1,7 @@
 """Getting a compressed model's quality back."""
 
 from hf_shrink.training.recovery.checkpoint import recover_checkpoint
-from hf_shrink.training.recovery.lora import load_adapter
 from hf_shrink.training.recovery.options import Recovery
 from hf_shrink.training.recovery.recover import Recovered, recover
 
-__all__ = ["Recovered", "Recovery", "load_adapter", "recover", "recover_checkpoint"]
+__all__ = ["Recovered", "Recovery", "recover", "recover_checkpoint"]

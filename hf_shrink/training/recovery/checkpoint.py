@@ -11,6 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.checkpoint.adapters import ADAPTER, has_adapter
 from hf_shrink.checkpoint.folder import OutputFolder, copy_side_files
 from hf_shrink.checkpoint.measured import fewer_tokens, load_measured
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
@@ -20,7 +21,6 @@ from hf_shrink.pipeline.measuring import measure
 from hf_shrink.recipe import EvaluationSpec
 from hf_shrink.reporting import write_report
 from hf_shrink.reporting.progress import Progress, silence
-from hf_shrink.training.recovery.lora import ADAPTER
 from hf_shrink.training.recovery.recover import Recovered, recover
 
 
@@ -55,6 +55,11 @@ def recover_checkpoint(
     record = replace(read_record(path), card=None) if path.is_file() else None
     if baseline is None and record is None:
         raise CheckpointError(f"{source} does not say which dense model it was made from; give the baseline")
+    if has_adapter(Path(source)):
+        raise CheckpointError(
+            f"{source} has an adapter already; recover the folder that it was made from, or train the adapter further: "
+            "load_adapter(..., trainable=True) and DistillationTrainer"
+        )
     with OutputFolder(output_dir, overwrite) as folder, silence(), Progress(quiet=not progress) as show:
         found = load_measured(source)
         dense = load_measured(baseline if baseline is not None else record.source)  # type: ignore[union-attr]

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners import lora
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import bind
 from hf_shrink.architectures.linears import MATRIX_TYPES, is_matrix
-from hf_shrink.errors import ArchitectureError, CheckpointError
+from hf_shrink.checkpoint.adapters import known_to_peft
+from hf_shrink.errors import ArchitectureError
 from hf_shrink.runtime.linear import CompressedLinear
 
-ADAPTER = "adapter"  # folder beside a checkpoint
 SPARSE = 0.05  # share of zeros above which a weight counts as pruned
 
 
@@ -88,33 +86,6 @@ def adapted_matrices(model: PreTrainedModel) -> dict[str, nn.Module]:
 def _is_stock(module: nn.Module) -> bool:
     """Dense, or one of bitsandbytes' Linears, which derive from torch's."""
     return is_matrix(module) or (isinstance(module, nn.Linear) and type(module).__module__.startswith("bitsandbytes."))
-
-
-def known_to_peft(config: LoraConfig) -> LoraConfig:
-    """The config with packed Linears among what PEFT can put adapters on; that is not stored with an adapter."""
-    config._register_custom_module({CompressedLinear: lora.Linear})
-    return config
-
-
-def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, trainable: bool = False) -> PeftModel:
-    """Put a saved adapter on a model, packed or not: PEFT's `from_pretrained`, which does not know packed Linears.
-
-        model = AutoModelForCausalLM.from_pretrained("small")
-        model = hf_shrink.load_adapter(model, "small/adapter")
-
-    Args:
-        folder: of the adapter.
-        trainable: to train it further.
-
-    Raises:
-        CheckpointError: there is no adapter for this model.
-    """
-    try:
-        config = known_to_peft(LoraConfig.from_pretrained(os.fspath(folder)))
-        found: PeftModel = PeftModel.from_pretrained(model, os.fspath(folder), config=config, is_trainable=trainable)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"{folder} has no adapter for this model: {' '.join(str(error).split())}") from error
-    return found
 
 
 def _check_not_sparse(matrices: dict[str, nn.Module]) -> None:

@@ -43,7 +43,7 @@ class Recovery:
     learning_rate: float | None = None
     rank: int = 32
     tokens: int = 2048
-    samples: int = 256
+    samples: int = 128
     length: int = 512
     held_out: float = 0.06
     hidden: float = 0.0

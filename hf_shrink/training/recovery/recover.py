@@ -118,6 +118,8 @@ def recover(
         changed if adopted else f"was taken back: {unit} on held-out data {before:.4g} before, {after:.4g} after"
     )
     note = f"recovery ({method}, {steps} steps, {seconds / 60:.1f} min, {made.description}) {kept_or_not}"
+    if steps <= 1 and until is not None:
+        note += "; the preparations took the time: give more minutes, fewer samples, or a text file as data"
     return Recovered(result, adopted, before, after, unit, steps, seconds, note)
 
 

@@ -119,6 +119,7 @@ class Session:
             remove_unused_columns=False,
             dataloader_pin_memory=False,
         )
+        arguments._n_gpu = 1  # one process, one device: where the model is
         self._trained, self._held_out = trained, held_out
         self.steps = 0
         self._trainer = _Trainer(
@@ -170,8 +171,8 @@ def _the_only(examples: list[Batch]) -> dict[str, Any]:
 
 @contextmanager
 def left_as_found(model: PreTrainedModel) -> Iterator[None]:
-    """What Trainer, accelerate and PEFT put on a model is gone afterwards; modes of modules and generators of random
-    numbers are as they were."""
+    """What Trainer, accelerate and PEFT put on a model is gone afterwards; modes of modules and the CPU's generators
+    of random numbers are as they were."""
     attributes, cache = set(vars(model)), getattr(model.config, "use_cache", None)
     modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()

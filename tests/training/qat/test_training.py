@@ -16,7 +16,7 @@ from training.trained import TASKS, image, language, outputs, quantize, tiny_vit
 from transformers import TrainerCallback
 
 import hf_shrink
-from hf_shrink import CalibrationError, RecipeError, ShrinkCallback, ShrinkError
+from hf_shrink import CalibrationError, DistillationTrainer, RecipeError, ShrinkCallback, ShrinkError
 from hf_shrink.runtime.linear import CompressedLinear
 
 
@@ -128,6 +128,23 @@ def test_the_best_checkpoint_is_packed_with_its_own_scales(tmp_path: Path) -> No
     assert run.state.best_global_step == best < 8
     assert run.evaluate()["eval_loss"] == pytest.approx(losses[best], rel=1e-5)
     assert isinstance(model.model.layers[0].mlp.down_proj, CompressedLinear)
+
+
+def test_a_dense_teacher_leads_a_student_of_few_bits(tmp_path: Path) -> None:
+    dense, model, before = tiny_llama(num_hidden_layers=1), tiny_llama(num_hidden_layers=1), Before()
+    plain = trainer(model, language, tmp_path)  # for its arguments and rows
+    run = DistillationTrainer(
+        model,
+        plain.args,
+        train_dataset=plain.train_dataset,
+        teacher=dense,
+        distillation={"logits": 1.0, "task": 0.0},
+        callbacks=[before, ShrinkCallback(quantize("W2A16"), start=0)],
+    )
+    run.train()
+    losses = [entry["loss"] for entry in run.state.log_history if "loss" in entry]
+    assert losses[-1] < losses[0]  # the first step's is that of rounding alone: both have the same weights
+    torch.testing.assert_close(outputs(model, language)["logits"], before.said["logits"], rtol=0, atol=1e-4)
 
 
 class StopAt(TrainerCallback):

@@ -1,0 +1,118 @@
+"""Tasks about images and sounds, from files too, against asking the model by hand."""
+
+from __future__ import annotations
+
+import json
+import wave
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from tiny import tiny_tokenizer
+from tiny_readers import tiny_vit, tiny_whisper
+from transformers import (
+    ViTForImageClassification,
+    Wav2Vec2Config,
+    Wav2Vec2CTCTokenizer,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    Wav2Vec2Processor,
+    WhisperFeatureExtractor,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from hf_shrink.errors import CalibrationError
+from hf_shrink.evaluation import evaluate_model
+from hf_shrink.evaluation.recipes import TaskRecipe
+
+
+def value(result, name):
+    return result["model"][name]["value"]
+
+
+def test_images_of_files_and_folders(tmp_path):
+    config = tiny_vit().config
+    config.update({"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "initializer_range": 0.3})
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config).eval()
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    rows, rng = [], np.random.default_rng(0)
+    for i, label in enumerate(["cat", "dog", "cat"]):
+        path = tmp_path / "all" / label / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image = Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8))
+        image.save(path)
+        with torch.no_grad():
+            choice = int(model(**processor(image, return_tensors="pt")).logits.argmax())
+        rows.append({"image": f"all/{label}/{i}.png", "label": label, "right": choice == (label == "dog")})
+    expected = np.mean([row["right"] for row in rows])
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert value(evaluate_model(model, tmp_path / "rows.jsonl", tokenizer=processor), "accuracy") == pytest.approx(
+        expected
+    )
+    assert value(evaluate_model(model, tmp_path / "all", tokenizer=processor), "accuracy") == pytest.approx(expected)
+    with pytest.raises(CalibrationError, match="pass its processor"):
+        evaluate_model(model, tmp_path / "rows.jsonl")
+
+
+def test_speech_of_wave_files(tmp_path):
+    model, tokenizer = tiny_whisper(), tiny_tokenizer()
+    extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=1, sampling_rate=16000)
+
+    class Processor:
+        feature_extractor = extractor
+
+    Processor.tokenizer = tokenizer
+    rng, rows = np.random.default_rng(0), []
+    for i in range(3):
+        samples = (rng.normal(size=8000 + 100 * i) * 3000).astype("<i2")
+        with wave.open(str(tmp_path / f"{i}.wav"), "wb") as file:
+            file.setnchannels(1)
+            file.setsampwidth(2)
+            file.setframerate(16000)
+            file.writeframes(samples.tobytes())
+        features = extractor(samples.astype(np.float32) / 2**15, sampling_rate=16000, return_tensors="pt")
+        ids = model.generate(features.input_features, max_new_tokens=5, do_sample=False)
+        rows.append({"audio": f"{i}.wav", "text": tokenizer.decode(ids[0], skip_special_tokens=True)})
+    path = tmp_path / "speech.jsonl"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    recipe = TaskRecipe("mine", "transcription", options={"new": 5})
+    result = evaluate_model(model, path, tokenizer=Processor(), spec=recipe)
+    assert value(result, "wer") == 0 and result["sequences"] == 3
+    long = [{"audio": {"array": np.zeros(16001, np.float32), "sampling_rate": 16000}, "text": "a"}]
+    with pytest.raises(CalibrationError, match=r"1\.0 seconds long"):
+        evaluate_model(model, long, tokenizer=Processor(), spec=recipe)
+    rows[0]["text"] += " and more words"
+    path.write_text("\n".join(map(json.dumps, rows)))
+    assert value(evaluate_model(model, path, tokenizer=Processor(), spec=recipe), "wer") > 0
+
+
+def test_speech_by_frames(tmp_path):
+    (tmp_path / "vocab.json").write_text(json.dumps({c: i for i, c in enumerate(["<pad>", "|", *"abcdefgh"])}))
+    tokenizer = Wav2Vec2CTCTokenizer(tmp_path / "vocab.json", unk_token="<pad>", bos_token="<pad>", eos_token="<pad>")
+    processor = Wav2Vec2Processor(Wav2Vec2FeatureExtractor(), tokenizer)
+    config = Wav2Vec2Config(
+        vocab_size=10,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=48,
+        conv_dim=(16, 16),
+        conv_kernel=(10, 8),
+        conv_stride=(5, 4),
+        num_feat_extract_layers=2,
+        num_conv_pos_embeddings=8,
+        num_conv_pos_embedding_groups=2,
+        initializer_range=0.5,
+    )
+    torch.manual_seed(0)
+    model, rng, rows = Wav2Vec2ForCTC(config).eval(), np.random.default_rng(0), []
+    for length in (400, 700, 550):  # of different lengths: padding would change what a model without a mask hears
+        sound = rng.normal(size=length).astype(np.float32)
+        with torch.no_grad():
+            logits = model(processor(sound, sampling_rate=16000, return_tensors="pt").input_values).logits
+        rows.append({"audio": {"array": sound, "sampling_rate": 16000}, "text": tokenizer.decode(logits[0].argmax(-1))})
+    result = evaluate_model(model, rows, tokenizer=processor)
+    assert result["task"] == "transcription" and value(result, "wer") == 0
+    assert any(row["text"] for row in rows)
