@@ -16,6 +16,7 @@ class ShrinkReport:
         parameters_before, parameters_after: logical parameters (a packed weight counts its unpacked elements).
         bytes_before, bytes_after: of all weights as stored, tied ones once.
         seconds: wall time by phase ("plan", "calibrate", "solve", ...), and "total".
+        trained: whether it was made while the model was trained, so that the recipe alone does not give it again.
         portable: loads in stock transformers; `not_portable_because` says why when it does not.
         notes: what the user should know: resolved group sizes, grown damping, excluded choices.
         block_errors: relative squared output error by block path, compressed against dense function.
@@ -32,6 +33,7 @@ class ShrinkReport:
     bytes_before: int = 0
     bytes_after: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    trained: bool = False
     portable: bool = True
     not_portable_because: list[str] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)

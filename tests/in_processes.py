@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import traceback
@@ -16,6 +17,7 @@ from accelerate import PartialState
 from hf_shrink.sharding import together
 
 Job = Callable[[int], Any]
+LONGEST = 300  # seconds: who still waits for somebody then is ended
 
 
 def in_two(work: Job, folder: Path) -> list[Any]:
@@ -40,6 +42,7 @@ def _forked(work: Job, rank: int, port: int, folder: Path) -> int:
     if child:
         return child
     code = 70  # it must never come back into the parent's code
+    signal.alarm(LONGEST)
     try:
         with (folder / f"{rank}.stderr").open("w") as file:
             sys.stderr = sys.stdout = file

@@ -129,7 +129,7 @@ def _push(
         if left:
             logger.warning(f"not pushed: {', '.join(left)}")
         card = (folder / CARD_NAME).read_text(encoding="utf-8")
-        named = named_in_card(card, (folder.name, display_name(record)), destination.repo_id)
+        named = named_in_card(card, (folder.resolve().name, display_name(record)), destination.repo_id)
         put_text(stage / CARD_NAME, named)
         version = record.versions.get("hf_shrink", "")
         again = f"hf-shrink push {shlex.quote(str(folder))}"

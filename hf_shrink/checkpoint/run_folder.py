@@ -15,7 +15,7 @@ from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.checkpoint.journal import NAME, WRITTEN, Journal, written
 from hf_shrink.checkpoint.record import RECORD_NAME
 from hf_shrink.errors import CheckpointError
-from hf_shrink.sharding import ranks
+from hf_shrink.sharding import ProcessLost, ranks
 
 
 class RunFolder:
@@ -98,11 +98,15 @@ class RunFolder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if kind is None:
-            ranks().wait()
-            ranks().on_first(self._put)
-        elif ranks().first:
+        if kind is not None:
             self._leave()
+            return
+        try:
+            ranks().wait()
+        except ProcessLost:
+            self._leave()
+            raise
+        ranks().on_first(self._put)
 
     def _put(self) -> None:
         """Everything is written: the output goes to its place."""
@@ -117,6 +121,8 @@ class RunFolder:
 
     def _leave(self) -> None:
         """Something went wrong, in this process at least: the others may be gone."""
+        if not ranks().first:
+            return
         try:
             if not self._worth_keeping:
                 shutil.rmtree(self.folder, ignore_errors=True)

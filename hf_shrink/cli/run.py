@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, one_line, recipe_of
 from hf_shrink.cli.push import add_private
 from hf_shrink.cli.recover import recovering
+from hf_shrink.errors import ShrinkError
 
 if TYPE_CHECKING:
     from hf_shrink.hub import Destination
@@ -54,6 +55,8 @@ def command(options: argparse.Namespace) -> None:
 
     if options.log_file:
         check_folder(options.log_file)
+    if options.private and not options.push_to_hub:
+        raise ShrinkError("--private is about the repository of --push-to-hub; give both, or neither")
     recipe = recipe_of(options)
     destination = None
     if options.push_to_hub:

@@ -114,15 +114,18 @@ def compare_decode_speed(
     """Both models' speed at batch 1, their runs in turn; see `measure_speed`.
 
     Returns:
-        {"unit", "dense", "compressed", "speedup"}: medians in "tokens/s" after the first token for models that
-        generate, else "passes/s" of one forward pass; speedup is compressed / dense.
+        {"unit", "dense", "compressed", "speedup", "spread"}: medians in "tokens/s" after the first token for models
+        that generate, else "passes/s" of one forward pass; speedup is compressed / dense; "spread" has the least and
+        the greatest of the runs, {"dense": [least, greatest], "compressed": ...}.
     """
     workload = Workload(prompt, new, prefill=0, repeats=repeats)
     found = measure_speed({"dense": dense, "compressed": small}, workload, inputs=inputs)
     task = "decode" if generates(dense) else "forward"
-    speeds = {name: timings[task].per_second.median for name, timings in found.items()}
+    rates = {name: timings[task].per_second for name, timings in found.items()}
+    speeds = {name: rate.median for name, rate in rates.items()}
+    spread = {name: [rate.low, rate.high] for name, rate in rates.items()}
     unit = "tokens/s" if task == "decode" else "passes/s"
-    return {"unit": unit, **speeds, "speedup": speeds["compressed"] / speeds["dense"]}
+    return {"unit": unit, **speeds, "speedup": speeds["compressed"] / speeds["dense"], "spread": spread}
 
 
 @dataclass(frozen=True)

@@ -114,8 +114,8 @@ def _check_new(me: Mapping[str, Any], destination: Destination) -> None:
     if destination.create_pr or destination.pull_request is not None:
         raise HubError(f"there is no repository {destination.repo_id} to open a pull request for, or it is not visible")
     owners = [me["name"], *(organization["name"] for organization in me.get("orgs") or ())]
-    # A fine-grained token may not say all of its owner's organizations; then the Hub decides.
-    if owner not in owners and _role(me) != "fineGrained":
+    # Of other tokens the Hub may not say all organizations; then it decides when the repository is made.
+    if owner not in owners and _role(me) == "write":
         raise HubError(
             f"there is no repository {destination.repo_id}, and {me['name']} may make one only for {', '.join(owners)}"
         )

@@ -19,10 +19,10 @@ from hf_shrink.residence import residence_of
 from hf_shrink.sharding import ranks
 
 SPEED_TOKENS = 16  # of the prompt and decoded, a run: enough for a figure, not for a wait
-# An opening, a question, a task of another kind: to look at, not to measure by.
+# An opinion, a reason, a list: to look at, not to measure by.
 PROMPTS = (
     "The most important thing to know about the sea is",
-    "Question: Why do leaves turn red in autumn?\nAnswer:",
+    "Leaves turn red in autumn because",
     "To bake a loaf of bread, follow these steps:\n1.",
 )
 NEW_TOKENS = 40  # after each

@@ -92,7 +92,7 @@ def shrink(
         ArchitectureError: the model's structure does not allow a step.
         CalibrationError: the data is missing or too short, or numbers are not finite.
     """
-    with at_home(model) as offloads:
+    with at_home(model, changes=True) as offloads:
         with together(), silence(), evaluating(model):
             job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
             record = job.run(job.data())

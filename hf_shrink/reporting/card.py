@@ -17,10 +17,11 @@ from hf_shrink.reporting.figures import (
     measured_on,
     number,
     rows,
+    said_text,
     skipped,
 )
 from hf_shrink.reporting.pictures import Picture
-from hf_shrink.reporting.reproduce import command, is_hub_id, provenance, seconds, shown_recipe, shown_source
+from hf_shrink.reporting.reproduce import TRAINED, command, is_hub_id, provenance, seconds, shown_recipe, shown_source
 from hf_shrink.reporting.source_card import SourceCard
 from hf_shrink.reporting.tasks import Task, task_of
 
@@ -132,7 +133,9 @@ def _done(record: Record, pictures: Sequence[Picture]) -> str:
     lines += _shown(pictures, "plan", "sensitivity", "block_errors")
     if record.report.notes:
         lines += ["", "Notes of the run:", "", *(f"- {_one_line(note)}" for note in record.report.notes)]
-    lines += ["", "The same again, from beside this card:", "", _fenced(command(record), "bash"), ""]
+    again = command(record)
+    lines += ["", "The same again, from beside this card:", "", _fenced(again, "bash")] if again else ["", TRAINED]
+    lines.append("")
     lines += [f"- {name}: {_one_line(value)}" for name, value in provenance(record).items()]
     total = record.report.seconds.get("total")
     if total is not None:
@@ -146,7 +149,7 @@ def _completions(report: ShrinkReport) -> str:
     lines = ["## What both models write", "", "Greedy decoding: an illustration, not a measurement."]
     for texts in report.completions:
         for key, title in (("prompt", "Prompt"), ("dense", "Dense"), ("compressed", "Compressed")):
-            lines += ["", f"{title}:", "", _fenced(texts[key], "text")]
+            lines += ["", f"{title}:", "", _fenced(said_text(texts[key]), "text")]
     return "\n".join(lines)
 
 

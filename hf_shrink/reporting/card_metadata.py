@@ -12,7 +12,7 @@ from hf_shrink.plan import Plan
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.figures import Record, metric_row, number
 from hf_shrink.reporting.reproduce import is_hub_id
-from hf_shrink.reporting.source_card import SourceCard
+from hf_shrink.reporting.source_card import SourceCard, on_hub
 from hf_shrink.reporting.tasks import Task
 
 CONFIDENCE = 0.95  # of the intervals that reports hold
@@ -24,6 +24,8 @@ def card_metadata(record: Record, name: str, task: Task, source: SourceCard) -> 
     if task.tag is not None:
         kept.setdefault("pipeline_tag", task.tag)
     if is_hub_id(record.source):
+        if "license_link" in kept:
+            kept["license_link"] = on_hub(str(kept["license_link"]), record.source)
         # The Hub knows quantized, finetune, adapter and merge; a pruned model is nearest to a finetune.
         relation = "quantized" if plan.bits else "finetune"
         kept |= {"base_model": record.source, "base_model_relation": relation}

@@ -48,7 +48,13 @@ class Axis:
 
 
 def bar_chart(values: Mapping[str, float], text: str, kind: str = "main") -> str:
-    """A bar for each value, on a linear axis from 0. `text`: the description; `kind`: class of the bars."""
+    """A bar for each value, on a linear axis from 0.
+
+    Args:
+        values: by path of a block; its number, the path's last part, stands below.
+        text: the description.
+        kind: class of the bars.
+    """
     axis = Axis.linear(max(values.values()))
     step = (RIGHT - LEFT) / len(values)
     parts = _lines(axis)
@@ -59,7 +65,7 @@ def bar_chart(values: Mapping[str, float], text: str, kind: str = "main") -> str
             f'width="{0.76 * step:.2f}%" height="{HEIGHT - BOTTOM - y:.1f}">'
             f"{_tip(f'{name}: {value:.3g}')}</rect>"
         )
-    return _svg(text, parts + _names(list(values), step))
+    return _svg(text, parts + _names([path.rsplit(".", 1)[-1] for path in values], step))
 
 
 def dot_chart(columns: Sequence[str], series: Mapping[str, tuple[str, Sequence[float]]], text: str) -> str:

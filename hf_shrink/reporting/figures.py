@@ -94,15 +94,20 @@ def rows(report: ShrinkReport) -> list[Row]:
         found.append(Row("Parameters", count(before), count(after), change, hint))
     speed = report.evaluation.get("speed")
     if speed:
-        dense, compressed = (f"{figure(speed[key])} {speed['unit']}" for key in ("dense", "compressed"))
+        dense, compressed = (f"{_with_spread(speed, key)} {speed['unit']}" for key in ("dense", "compressed"))
         found.append(Row(speed_name(speed), dense, compressed, f"{speedup(speed):.2f}x", SPEED_HINT))
     return found + _metric_rows(report.evaluation)
 
 
 SPEED_HINT = (
-    "batch 1, median of runs in turn on the machine that made this report, the compressed model with the kernels that "
-    "import hf_shrink brings"
+    "batch 1, median of runs in turn [least, greatest] on the machine that made this report, the compressed model with "
+    "the kernels that import hf_shrink brings"
 )
+
+
+def _with_spread(speed: Mapping[str, Any], key: str) -> str:
+    low, high = speed.get("spread", {}).get(key, (None, None))
+    return figure({"value": number(speed[key]), "low": low, "high": high})
 
 
 def speed_name(speed: Mapping[str, Any]) -> str:
@@ -226,13 +231,18 @@ def measured_on(evaluation: Mapping[str, Any]) -> str:
         parts.append(f"context {evaluation['context']}, {windows}")
     sentence = ", ".join(parts) + "."
     if any(isinstance(v, Mapping) and v.get("low") is not None for v in evaluation["compressed"].values()):
-        sentence += " Brackets hold the 95% bootstrap interval over sequences."
+        sentence += " Brackets of metrics hold the 95% bootstrap interval over sequences."
     return sentence
 
 
 def skipped(evaluation: Mapping[str, Any]) -> list[str]:
     """Why a metric that was asked for is missing."""
     return [f"{metric_row(k)[0]} is not given: {why}." for k, why in evaluation.get("skipped", {}).items()]
+
+
+def said_text(text: str) -> str:
+    """What a model wrote, to be shown: that it wrote nothing is said."""
+    return text.strip() or "(it ends at once)"
 
 
 def display_name(record: Record) -> str:

@@ -17,16 +17,11 @@ from hf_shrink.reporting.plots import can_plot, figure_of, save
 
 AXES = {"bytes": "stored weights in MB", "memory": "weights and KV cache in MB", "decode": "ms a token, decoding"}
 AXES["prefill"] = "ms a token of a prompt"
-LEVERS = {"bits": "main", "width": "other", "depth": "k8"}
+LEVERS = {"bits": "main", "width": "other", "depth": "muted"}
 # By kind of point: its name, the class of its colour on a page, its marker in a picture.
 KINDS = {"dense": ("dense", "muted", "s"), "uniform": ("same bits everywhere", "other", "^")}
 KINDS["plan"] = ("plans of the search", "main", "o")
-_COLOURS = {
-    "main": BASE["light"]["accent"],
-    "other": BASE["light"]["other"],
-    "muted": BASE["light"]["dense"],
-    "k8": "#5b6b3a",
-}
+_COLOURS = {"main": BASE["light"]["accent"], "other": BASE["light"]["other"], "muted": BASE["light"]["dense"]}
 HEADS = ("", "MB", "of dense", "KL", "perplexity", "predicted KL", "paid by bits / width / depth")
 
 
@@ -161,7 +156,7 @@ def draw_front(front: Front) -> Any:
         panel.set_xlabel(AXES[front.resource])
         panel.set_ylabel(name)
     axes[0].set_yscale("symlog", linthresh=_threshold(front))
-    axes[0].legend(frameon=False)
+    axes[0].legend(frameon=False, ncols=1, loc="lower left", bbox_to_anchor=(0, 1), fontsize=8)
     if saved:
         _draw_levers(axes[-1], _plans(front))
     return figure
@@ -174,7 +169,7 @@ def _draw_levers(axes: Any, bars: Sequence[Point]) -> None:
         axes.bar([point.name for point in bars], heights, bottom=bottom, color=_COLOURS[kind], label=lever)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     axes.set_ylabel("MB saved by")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1), columnspacing=1)
 
 
 def _plans(front: Front) -> Sequence[Point]:

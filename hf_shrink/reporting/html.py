@@ -8,7 +8,7 @@ from html import escape
 
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.charts import bar_chart, dot_chart
-from hf_shrink.reporting.figures import Record, display_name, headline, measured_on, rows, skipped
+from hf_shrink.reporting.figures import Record, display_name, headline, measured_on, rows, said_text, skipped
 from hf_shrink.reporting.front_chart import front_figure
 from hf_shrink.reporting.headline import tiles_html
 from hf_shrink.reporting.layout import BlockLayout
@@ -16,7 +16,7 @@ from hf_shrink.reporting.page import bullets, figure, folded, legend, page, para
 from hf_shrink.reporting.plan_chart import by_stack
 from hf_shrink.reporting.plan_map import plan_map
 from hf_shrink.reporting.plan_rows import outside_rows, plan_rows
-from hf_shrink.reporting.reproduce import command, provenance, seconds, shown_recipe, shown_source
+from hf_shrink.reporting.reproduce import TRAINED, command, provenance, seconds, shown_recipe, shown_source
 from hf_shrink.reporting.sensitivity import kind_of_option, predicted_by_block, sensitivity_of
 
 
@@ -97,7 +97,10 @@ def _sensitivity(record: Record) -> str:
         "dense model, on a logarithmic axis."
     )
     cells = [[path, *(f"{values[i]:.3g}" for values in found.options.values())] for i, path in enumerate(blocks)]
-    caption = "KL divergence to the dense model, in nats, if only this block were stored so; measured before planning."
+    caption = (
+        "KL divergence to the dense model, in nats, if only this block were stored so: predicted before planning, and "
+        "corrected by what trials measured."
+    )
     picture = dot_chart(numbers, series, text) + legend((kind, name) for name, (kind, _) in series.items())
     return figure(caption, picture, table("Nats by block", ("Block", *series), cells))
 
@@ -109,7 +112,7 @@ def _predicted(record: Record) -> str:
     worst = max(found, key=lambda path: found[path])
     text = f"Predicted cost of what is done to {len(found)} blocks; the largest is {found[worst]:.3g} at {worst}."
     caption = "What the changes to each block were predicted to cost while planning."
-    return figure(caption, bar_chart(_short(found), text, "other"), _numbers("Predicted cost", found))
+    return figure(caption, bar_chart(found, text, "other"), _numbers("Predicted cost", found))
 
 
 def _errors(report: ShrinkReport) -> str:
@@ -122,17 +125,11 @@ def _errors(report: ShrinkReport) -> str:
         "Relative squared error of each block's output on the calibration data, compressed against dense, with the "
         "blocks before it compressed too."
     )
-    return figure(caption, bar_chart(_short(errors), text), _numbers("Relative squared error", errors))
+    return figure(caption, bar_chart(errors, text), _numbers("Relative squared error", errors))
 
 
 def _numbers(what: str, values: dict[str, float]) -> str:
     return table(f"{what} by block", ("Block", what), [[path, f"{value:.4g}"] for path, value in values.items()])
-
-
-def _short(values: dict[str, float]) -> dict[str, float]:
-    """By number of the block where that tells them apart, else by path."""
-    short = {path.rsplit(".", 1)[-1]: value for path, value in values.items()}
-    return short if len(short) == len(values) else values
 
 
 def _front(record: Record) -> str:
@@ -144,7 +141,7 @@ def _samples(report: ShrinkReport) -> str:
     parts = []
     for number, texts in enumerate(report.completions, 1):
         sides = "".join(
-            f"<div><h4>{title}</h4><blockquote>{escape(texts[key])}</blockquote></div>"
+            f"<div><h4>{title}</h4><blockquote>{escape(said_text(texts[key]))}</blockquote></div>"
             for key, title in (("dense", "Dense"), ("compressed", "Compressed"))
         )
         parts.append(f"<h3>Prompt {number}</h3><blockquote>{escape(texts['prompt'])}</blockquote>")
@@ -159,11 +156,9 @@ def _loading(report: ShrinkReport) -> str:
 
 
 def _reproduce(record: Record) -> str:
-    recipe = shown_recipe(record)
-    parts = [
-        f"<p>From beside this page, where <code>shrink.json</code> holds recipe and plan:</p>"
-        f"<pre>{escape(command(record))}</pre>"
-    ]
+    recipe, again = shown_recipe(record), command(record)
+    where = "<p>From beside this page, where <code>shrink.json</code> holds recipe and plan:</p>"
+    parts = [f"{where}<pre>{escape(again)}</pre>" if again else paragraph(TRAINED)]
     if recipe:
         parts.append(f"<h3>Recipe</h3><pre>{escape(recipe)}</pre>")
     lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in provenance(record).items())

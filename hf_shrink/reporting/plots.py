@@ -70,5 +70,5 @@ def draw_sensitivity(numbers: list[str], series: dict[str, tuple[str, tuple[floa
     axes.set_xticks(range(0, len(numbers), step), numbers[::step])
     axes.set_xlabel("block")
     axes.set_ylabel("KL divergence in nats")
-    axes.legend(frameon=False, fontsize=8)
+    axes.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
     return figure

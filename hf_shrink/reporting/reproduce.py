@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,14 @@ def shown_recipe(record: Record) -> str:
 
 
 def command(record: Record) -> str:
-    """What does the same again, on `shrink.json` from beside the report."""
+    """What does the same again, on `shrink.json` from beside the report; empty where training had a part in it."""
+    if record.report.trained:
+        return ""
     seed = f" --seed {record.report.seed}" if record.report.seed else ""
-    return f"hf-shrink run {shown_source(record)} --recipe shrink.json{seed} --output again"
+    return f"hf-shrink run {shlex.quote(shown_source(record))} --recipe shrink.json{seed} --output again"
+
+
+TRAINED = "It was made while it was trained: it takes that training again, with ShrinkCallback and this recipe."
 
 
 def provenance(record: Record) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Sensitivity:
 
 
 def sensitivity_of(plan: Plan) -> Sensitivity | None:
-    """What a search measured of every block under every option; None where there was no search."""
+    """What a search found of every block under every option; None where there was none, or nothing costs a thing."""
     blocks: dict[str, dict[str, float]] = {}
     for name, options in plan.search.get("sensitivity", {}).items():
         match = _BLOCK.fullmatch(name)
@@ -41,7 +41,8 @@ def sensitivity_of(plan: Plan) -> Sensitivity | None:
             own[option] = own.get(option, 0.0) + nats
     names = dict.fromkeys(option for own in blocks.values() for option in own)
     found = {name: tuple(own.get(name, float("nan")) for own in blocks.values()) for name in names}
-    return Sensitivity(tuple(blocks), found) if found else None
+    measured = any(value > 0 for values in found.values() for value in values)
+    return Sensitivity(tuple(blocks), found) if measured else None
 
 
 def predicted_by_block(plan: Plan) -> dict[str, float]:

@@ -6,10 +6,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.repocard import REGEX_YAML_BLOCK, RepoCard
+
+from hf_shrink.reporting.reproduce import is_hub_id
+
+CARD_NAME = "README.md"
 
 # Metadata that is as true of the compressed model as of its source; so are all keys that begin with `extra_gated_`.
 INHERITED = ("license", "license_name", "license_link", "language", "language_bcp47", "pipeline_tag", "datasets")
@@ -29,6 +35,7 @@ _HEADING = re.compile(r"(#{1,6})\s+(.+?)\s*#*")
 _FENCE = re.compile(r"\s*(`{3,}|~{3,})")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _LINK = re.compile(r"(!?)\[([^\]]*)\]\(\s*<?([^)\s>]+)>?[^)]*\)")
+_WHOLE = re.compile(r"([a-z][a-z0-9+.-]*:|//|#)", re.IGNORECASE)  # a link that leads there from anywhere
 _UNFILLED = "[more information needed]"
 
 
@@ -86,6 +93,21 @@ class SourceCard:
         return "\n\n".join(line for line in lines if line)
 
 
+def find_source_card(source: str) -> str | None:
+    """The card of a dense model in a folder, or of one that was fetched from the Hub before; None where there is none.
+
+    Args:
+        source: folder or Hub id.
+    """
+    path = Path(source) / CARD_NAME
+    if not path.is_file():
+        cached = try_to_load_from_cache(source, CARD_NAME) if is_hub_id(source) else None
+        if not isinstance(cached, str):  # not fetched, or known not to be there
+            return None
+        path = Path(cached)
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
 def _metadata(text: str) -> dict[str, Any]:
     try:
         return dict(vars(RepoCard(text, ignore_metadata_errors=True).data))
@@ -128,9 +150,13 @@ def _sections(body: str) -> Iterator[Section]:
 
 def _linked(link: re.Match[str], hub_id: str | None) -> str:
     picture, words, target = link.groups()
-    if re.match(r"([a-z][a-z0-9+.-]*:|//|#)", target, re.IGNORECASE):
+    if _WHOLE.match(target):
         return link[0]
-    if hub_id is None:
-        return words
-    kind = "resolve" if picture else "blob"
-    return f"{picture}[{words}](https://huggingface.co/{hub_id}/{kind}/main/{target.lstrip('./')})"
+    return (
+        words if hub_id is None else f"{picture}[{words}]({on_hub(target, hub_id, 'resolve' if picture else 'blob')})"
+    )
+
+
+def on_hub(link: str, hub_id: str, kind: str = "blob") -> str:
+    """Where a link that a card of the Hub holds leads to; whole ones stay as they are."""
+    return link if _WHOLE.match(link) else f"https://huggingface.co/{hub_id}/{kind}/main/{link.removeprefix('./')}"

@@ -11,6 +11,7 @@ from hf_shrink.reporting.figures import Record
 from hf_shrink.reporting.html import report_html
 from hf_shrink.reporting.pictures import write_pictures
 from hf_shrink.reporting.plots import MISSING, can_plot
+from hf_shrink.reporting.source_card import CARD_NAME, find_source_card
 
 
 def write_report(
@@ -24,8 +25,8 @@ def write_report(
         folder: of the checkpoint; its config.json, when it is there, tells which class loads it.
         record: source, recipe, plan and report of the run.
         name: of the model, for titles; None: the source's last part and the recipe's name.
-        source_card: the dense model's README.md as text. None: read from the source where that is a folder with one,
-            else what an earlier report kept of it.
+        source_card: the dense model's README.md as text. None: what `find_source_card` finds, else what an earlier
+            report kept of it.
 
     Raises:
         CheckpointError: a file cannot be read or written.
@@ -34,12 +35,13 @@ def write_report(
     try:
         config = folder / "config.json"
         settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
-        given = next(filter(Path.is_file, (Path(record.source) / "README.md", folder / DENSE_CARD)), None)
-        if source_card is None and given is not None:
-            source_card = given.read_text(encoding="utf-8")
+        if source_card is None:
+            source_card = find_source_card(record.source)
+        if source_card is None and (folder / DENSE_CARD).is_file():
+            source_card = (folder / DENSE_CARD).read_text(encoding="utf-8")
         pictures = write_pictures(folder, record)
         texts = {
-            "README.md": model_card(record, config=settings, source_card=source_card, name=name, pictures=pictures),
+            CARD_NAME: model_card(record, config=settings, source_card=source_card, name=name, pictures=pictures),
             "report.html": report_html(record, name=name, remarks=() if can_plot() else (MISSING,)),
         }
         if source_card:

@@ -16,11 +16,15 @@ from torch import Tensor, nn
 
 
 @contextmanager
-def at_home(model: nn.Module) -> Iterator[bool]:
+def at_home(model: nn.Module, *, changes: bool = False) -> Iterator[bool]:
     """Let every module of a dispatched model have its weights, and run where they are: offloaded ones on the CPU.
 
     Weights that were offloaded to the disk lie in mapped files, of which only what is read is in memory. Afterwards the
     model is dispatched as it was, with the weights and modules that it has then.
+
+    Args:
+        changes: the model is not the same afterwards, so that what was on the disk goes to a temporary folder of ours,
+            which vanishes with the model.
 
     Yields:
         Whether some weights were offloaded, and will be again.
@@ -33,7 +37,7 @@ def at_home(model: nn.Module) -> Iterator[bool]:
     try:
         yield found.offloads
     finally:
-        found.disperse()
+        found.disperse(changes)
 
 
 @dataclass
@@ -44,6 +48,7 @@ class _Dispatched:
         places: the modules that were given a device, or "disk", with their paths.
         main: the device that everything offloaded runs on.
         hooks: accelerate's hooks that bring weights, by path of the module.
+        loader: what reads the weights that lie on the disk; None where none do.
         settings: what else was said when the model was dispatched.
     """
 
@@ -51,6 +56,7 @@ class _Dispatched:
     places: list[tuple[str, nn.Module, Any]]
     main: Any
     hooks: dict[str, Any]
+    loader: Any
     settings: dict[str, Any]
 
     @classmethod
@@ -62,13 +68,14 @@ class _Dispatched:
         if not hooks:
             return None
         bringing = {path: hook for path, hook in hooks.items() if hook.offload}
+        bases = (_base(hook.weights_map)[0] for hook in bringing.values())
+        loader = next((base for base in bases if getattr(base, "index", None)), None)
         # Without a map the whole model was offloaded (accelerate.cpu_offload, disk_offload).
-        disk = any(_folder(hook.weights_map) is not None for hook in bringing.values())
-        given: Mapping[str, Any] = getattr(model, "hf_device_map", None) or {"": "disk" if disk else "cpu"}
+        given: Mapping[str, Any] = getattr(model, "hf_device_map", None) or {"": "disk" if loader else "cpu"}
         places = [(path, model.get_submodule(path), device) for path, device in given.items()]
         some = next(iter((bringing or hooks).values()))
         settings = {"skip_keys": some.skip_keys, "offload_buffers": some.offload_buffers}
-        return cls(model, places, some.execution_device, bringing, settings)
+        return cls(model, places, some.execution_device, bringing, loader, settings)
 
     @property
     def offloads(self) -> bool:
@@ -106,7 +113,7 @@ class _Dispatched:
             dispatch_model(self.model, homes, main_device="cpu", force_hooks=True, skip_keys=self.settings["skip_keys"])
         vars(self.model).pop("hf_device_map", None)  # nothing has to be brought from anywhere
 
-    def disperse(self) -> None:
+    def disperse(self, changed: bool) -> None:
         """Dispatch the model as it was: what became of each module goes where that was."""
         from accelerate import cpu_offload, disk_offload, dispatch_model
         from accelerate.hooks import remove_hook_from_module
@@ -119,19 +126,20 @@ class _Dispatched:
             path = now.get(id(module), path)
             if path in paths:
                 devices[path] = device
-        folder = None
-        if "disk" in devices.values():
+        folder = index = None
+        if self.loader is not None and changed:
             folder = tempfile.mkdtemp(prefix="hf_shrink_offload_")
             weakref.finalize(self.model, rmtree, folder, True)
-        buffers = self.settings["offload_buffers"]
+        elif self.loader is not None:
+            folder, index = self.loader.save_folder, self.loader.index
+        buffers = self.settings["offload_buffers"] or changed  # packed weights are buffers
         if list(devices) == [""] and folder is not None:
             disk_offload(self.model, folder, self.main, offload_buffers=buffers)
         elif list(devices) == [""] and self.offloads:
             cpu_offload(self.model, self.main, offload_buffers=buffers)
         else:
-            dispatch_model(
-                self.model, devices, main_device=self.main, offload_dir=folder, force_hooks=True, **self.settings
-            )
+            offloading = {**self.settings, "offload_dir": folder, "offload_index": index, "offload_buffers": buffers}
+            dispatch_model(self.model, devices, main_device=self.main, force_hooks=True, **offloading)
 
 
 def _aligning(module: nn.Module) -> list[Any]:
@@ -153,21 +161,15 @@ def _base(weights: Any) -> tuple[Any, str]:
     return weights, prefix
 
 
-def _folder(weights: Any) -> Path | None:
-    """The folder of weights that lie on the disk; None for those in memory."""
-    base, _ = _base(weights)
-    folder = getattr(base, "save_folder", None)
-    return None if folder is None else Path(folder)
-
-
 def _value(weights: Any, name: str) -> Tensor:
     """A weight on the CPU; of a file of accelerate's it is mapped."""
     base, prefix = _base(weights)
-    key, folder = prefix + name, _folder(weights)
+    key = prefix + name
     entry = getattr(base, "index", {}).get(key)
-    if folder is None or entry is None or "safetensors_file" in entry or key in getattr(base, "state_dict", {}):
+    if entry is None or "safetensors_file" in entry or key in base.state_dict:
         value: Tensor = weights[name]
         return value.to("cpu")
     dtype, shape = getattr(torch, entry["dtype"]), torch.Size(entry["shape"])
-    flat: Tensor = torch.from_file(str(folder / f"{key}.dat"), shared=False, size=shape.numel(), dtype=dtype)
+    file = str(Path(base.save_folder) / f"{key}.dat")
+    flat: Tensor = torch.from_file(file, shared=False, size=shape.numel(), dtype=dtype)
     return flat.view(shape)

@@ -101,10 +101,11 @@ class ShrinkCallback(TrainerCallback):
             ShrinkError: the trainer has made its optimizer already, and the recipe needs parameters of its own.
         """
         callbacks = trainer.callback_handler.callbacks
+        known = self._model is not None and any(other is self for other in callbacks)
         callbacks[:] = [self, *(other for other in callbacks if other is not self)]
         keep_card(trainer)
         self._card_kept = True
-        if self._model is None:
+        if not known:
             if trainer.optimizer is not None:
                 self._refuse_late()
             assert trainer.model is not None
@@ -112,6 +113,8 @@ class ShrinkCallback(TrainerCallback):
         return self
 
     def _attach(self, model: nn.Module) -> None:
+        if self._model is not None:  # an earlier one
+            self.parts = self._build()
         self._model = bare(model)
         self._finished = False
         for part in self.parts:
@@ -126,22 +129,21 @@ class ShrinkCallback(TrainerCallback):
             )
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._model is None:
-            if kwargs.get("optimizer") is not None:
-                self._refuse_late()
-            self._attach(kwargs["model"])
+        _check_deepspeed(args)
+        if kwargs.get("optimizer") is not None:
+            self._refuse_late()
+        self._attach(kwargs["model"])
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        _check_deepspeed(args)
         model = bare(kwargs["model"])
         sharded = is_sharded(kwargs["model"])
         if self._model is not model:  # added late, or made anew by `model_init`
             self._refuse_late()
             if sharded:
                 raise ShrinkError("FSDP has spread the model already; give ShrinkCallback to Trainer(callbacks=[...])")
-            if self._model is not None:
-                self.parts = self._build()
             self._attach(model)
             _recompile(args)  # what was compiled does not know the hooks
         if self._finished:
@@ -178,8 +180,11 @@ class ShrinkCallback(TrainerCallback):
     def on_pre_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        scaler = getattr(kwargs.get("optimizer"), "scaler", None)
+        optimizer: Any = kwargs.get("optimizer")
+        scaler = getattr(optimizer, "scaler", None)
         scale = float(scaler.get_scale()) if scaler is not None else 1.0
+        if scaler is not None and not args.max_grad_norm:
+            scaler.unscale_(optimizer.optimizer)  # which clipping has done otherwise
         for part in self.parts:
             part.before_optimizer_step(state.global_step + 1, scale)
 
@@ -249,7 +254,7 @@ class ShrinkCallback(TrainerCallback):
         """What is known before the parts are made real."""
         assert self._window is not None
         began, clock = self._steps
-        report = ShrinkReport(seed=seed)
+        report = ShrinkReport(seed=seed, trained=True)
         report.seconds["total"] = time.perf_counter() - clock
         report.notes.append(
             f"made while training: {state.global_step} optimizer steps, changes between steps {self._window.start} and "
@@ -264,6 +269,12 @@ def _recompile(args: TrainingArguments) -> None:
     """Forget what `torch.compile` made of the model as it was."""
     if args.torch_compile:
         torch.compiler.reset()
+
+
+def _check_deepspeed(args: TrainingArguments) -> None:
+    """Raises ShrinkError: its engine keeps weights, gradients and scales where only it finds them."""
+    if args.deepspeed is not None:
+        raise ShrinkError("ShrinkCallback does not work with DeepSpeed; train with DDP, or with FSDP")
 
 
 def _check_sharded(model: nn.Module) -> None:

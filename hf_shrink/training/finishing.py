@@ -19,7 +19,10 @@ from hf_shrink.checkpoint.save import bind, model_portability, save_model
 from hf_shrink.checkpoint.ties import settle_ties
 from hf_shrink.errors import CheckpointError
 from hf_shrink.evaluation.size import unique_bytes
+from hf_shrink.pipeline.planning import find_binding
 from hf_shrink.reporting.card import model_card
+from hf_shrink.reporting.layout import layout_of
+from hf_shrink.reporting.source_card import find_source_card
 from hf_shrink.runtime.packed import count_parameters
 from hf_shrink.surgery import settle_config
 from hf_shrink.training.part import Part
@@ -29,6 +32,8 @@ def make_real(model: PreTrainedModel, parts: Sequence[Part], record: ShrinkRecor
     """Let every part change the model in place, and bind `save_pretrained` and `push_to_hub` as `shrink` does."""
     report = record.report
     report.parameters_before, report.bytes_before = count_parameters(model), unique_bytes(model)
+    binding = find_binding(model)
+    report.layout = [] if binding is None else [block.to_dict() for block in layout_of(binding)]
     with torch.no_grad():
         for part in parts:
             part.finish(model, record)
@@ -37,7 +42,8 @@ def make_real(model: PreTrainedModel, parts: Sequence[Part], record: ShrinkRecor
     report.not_portable_because = model_portability(model)
     report.portable = not report.not_portable_because
     report.parameters_after, report.bytes_after = count_parameters(model), unique_bytes(model)
-    record.card = model_card(record, config={"architectures": [type(model).__name__]})
+    config = {"architectures": [type(model).__name__]}
+    record.card = model_card(record, config=config, source_card=find_source_card(record.source))
     bind(model, record)
 
 

@@ -30,17 +30,18 @@ class Opened:
     asked: list[nn.Parameter]
 
     def parameter_groups(self, options: Tuning) -> list[dict[str, Any]]:
-        """For the optimizer: scales; norms and biases; zero points and roundings."""
-        scales = [linear.log_scale for linear in self.linears.values()]
-        integers = [linear.zero for linear in self.linears.values() if linear.zero is not None]
-        integers += [linear.steps for linear in self.linears.values() if isinstance(linear.steps, nn.Parameter)]
+        """For the optimizer: scales; norms and biases; zero points and roundings where these are trained."""
         groups: list[dict[str, Any]] = [
-            {"params": scales, "lr": options.learning_rate},
-            {"params": integers, "lr": options.rounding_rate},
+            {"params": [linear.log_scale], "lr": options.scale_rate(linear.scheme.bits)}
+            for linear in self.linears.values()
         ]
+        opened = [linear for linear in self.linears.values() if isinstance(linear.steps, nn.Parameter)]
+        integers = [number for linear in opened for number in (linear.zero, linear.steps) if number is not None]
+        groups.append({"params": integers, "lr": options.integer_rate})
+        rate = options.scale_rate(min((linear.scheme.bits for linear in self.linears.values()), default=8))
         for owner, name, before in self.vectors:
             size = float(before.detach().float().square().mean().sqrt())
-            groups.append({"params": [getattr(owner, name)], "lr": options.learning_rate * (size or 1.0)})
+            groups.append({"params": [getattr(owner, name)], "lr": rate * (size or 1.0)})
         return [group for group in groups if group["params"]]
 
     def close(self) -> None:

@@ -9,6 +9,10 @@ from typing import Any, Literal
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
 
+COARSE_RATE = 8e-3  # of scales, at one bit
+FARTHEST = 0.9  # steps of the grid that a rounding can move
+FASTEST = 0.03  # steps of the grid in an optimizer step: SmolLM2's roundings fall apart at 0.1
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -17,18 +21,18 @@ class Tuning:
     Attributes:
         steps: optimizer steps, each on about `tokens` tokens.
         tokens: of one step; calibration batches are put together to that many.
-        learning_rate: of the logarithms of scales, and of norms and biases relative to their size; zero points and
-            roundings move by `rounding_rate`.
-        rounding: also train which way every weight is rounded, which takes 16 bytes a weight. "auto": where that is not
-            more than 16 GB.
-        rounding_rate: in steps of the grid.
+        learning_rate: of the logarithms of scales, and of norms and biases relative to their size. None: by the bits,
+            see `scale_rate`.
+        rounding: also train zero points, and which way every weight is rounded, which takes 16 bytes a weight. "auto":
+            where that is not more than 16 GB.
+        rounding_rate: of roundings and zero points, in steps of the grid. None: see `integer_rate`.
         held_out: fraction of the calibration batches that is not trained on and decides whether tuning is kept.
     """
 
     steps: int
-    learning_rate: float = 2e-3
+    learning_rate: float | None = None
     rounding: bool | Literal["auto"] = False
-    rounding_rate: float = 3e-3
+    rounding_rate: float | None = None
     held_out: float = 0.125
     tokens: int = 4096
 
@@ -41,8 +45,24 @@ class Tuning:
             raise RecipeError(f"tune.rounding must be true, false or auto, not {self.rounding!r}")
         for name in ("learning_rate", "rounding_rate", "held_out"):
             value = getattr(self, name)
+            if value is None and name != "held_out":
+                continue
             if not isinstance(value, int | float) or not 0 < value < 1:
                 raise RecipeError(f"tune.{name} must be above 0 and below 1, not {value!r}")
+
+    def scale_rate(self, bits: int) -> float:
+        """The learning rate of scales of so many bits: by default in proportion to the steps of their grid."""
+        return COARSE_RATE / 2 ** (bits - 1) if self.learning_rate is None else self.learning_rate
+
+    @property
+    def integer_rate(self) -> float:
+        """The learning rate of roundings and zero points.
+
+        Adam moves a number by its rate in a step at most, and the rate falls to zero: all in all by half of steps x
+        rate. By default that is `FARTHEST`, so that a weight whose gradient keeps its sign changes its side, which
+        takes half a step of the grid; fewer than 40 steps are too few for that.
+        """
+        return min(FASTEST, 2 * FARTHEST / self.steps) if self.rounding_rate is None else self.rounding_rate
 
     @classmethod
     def from_options(cls, options: Mapping[str, Any]) -> Tuning | None:

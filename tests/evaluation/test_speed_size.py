@@ -106,6 +106,9 @@ def test_comparison_alternates():
     assert order == warm_up + runs
     assert result["unit"] == "tokens/s"
     assert result["speedup"] == pytest.approx(result["compressed"] / result["dense"])
+    for name in ("dense", "compressed"):
+        least, greatest = result["spread"][name]
+        assert least <= result[name] <= greatest
 
 
 def test_the_models_own_sampling_settings_do_not_matter():

@@ -187,6 +187,8 @@ def test_run_asks_the_hub_before_it_computes(
     _taken(hub, monkeypatch)
     code, said = outcome(run(source, tmp_path / "out"), screen)
     assert (code, "thesis.pdf" in said) == (2, True)
+    code, said = outcome([*run(source, tmp_path / "out")[:-2], "--private"], screen)
+    assert (code, "--push-to-hub" in said) == (2, True)
     assert not (tmp_path / "out").exists()
 
 

@@ -65,7 +65,10 @@ def full_record(source: str = "owner/tiny-llama", blocks: int = 4) -> ExampleRec
             notes=["group size 128 does not divide 48; 16 is used", "<b>note & more</b>"],
             block_errors={f"model.layers.{i}": 0.01 * (i + 1) for i in range(blocks - 1)},
             evaluation=evaluation(),
-            completions=[{"prompt": "The <tide>", "dense": "goes out", "compressed": "```goes``` & comes"}] * 2,
+            completions=[
+                {"prompt": "The <tide>", "dense": " goes out", "compressed": "```goes``` & comes"},
+                {"prompt": "The ebb", "dense": "comes", "compressed": "\n"},
+            ],
             layout=layout(blocks),
             machine={"processor": "A processor", "cores": 2, "memory_gb": 24.0, "threads": 1, "device": "cpu"},
         ),
@@ -74,6 +77,7 @@ def full_record(source: str = "owner/tiny-llama", blocks: int = 4) -> ExampleRec
 
 
 def evaluation() -> dict[str, Any]:
+    spread = {"dense": [19.0, 21.0], "compressed": [28.5, 31.5]}
     return {
         "data": "16 x 512 tokens of shore.txt",
         "task": "text-generation",
@@ -89,14 +93,15 @@ def evaluation() -> dict[str, Any]:
         },
         "excess_loss": figure(0.08),
         "skipped": {},
-        "speed": {"unit": "tokens/s", "dense": 20.0, "compressed": 30.0, "speedup": 1.5},
+        "speed": {"unit": "tokens/s", "dense": 20.0, "compressed": 30.0, "speedup": 1.5, "spread": spread},
     }
 
 
 def searched_record(blocks: int = 4) -> ExampleRecord:
     """As `full_record`, with what a search and a sweep leave in a plan."""
     record = full_record(blocks=blocks)
-    plan = front(record.plan, blocks).plan("30%")
+    said = {"limits": {"bytes": 80_000_000}, "bytes": 79_900_000, "predicted_kl": 0.05, "measured_kl": 0.04}
+    plan = front(replace(record.plan, search=said), blocks).plan("30%")
     return replace(record, plan=plan)
 
 

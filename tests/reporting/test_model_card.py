@@ -14,6 +14,8 @@ from reporting.record_example import bare_record, full_record, searched_record
 from hf_shrink.errors import CheckpointError
 from hf_shrink.reporting import model_card, write_report
 from hf_shrink.reporting.plots import MISSING
+from hf_shrink.reporting.reproduce import TRAINED
+from hf_shrink.reporting.source_card import find_source_card
 
 SOURCE_CARD = """---
 license: other
@@ -66,7 +68,8 @@ def test_metadata_loads_and_is_complete(tmp_path):
     data = metadata_load(path)
     assert data["base_model"] == "owner/tiny-llama" and data["base_model_relation"] == "quantized"
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "text-generation"
-    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "shore-1.0", "LICENSE.md")
+    assert (data["license"], data["license_name"]) == ("other", "shore-1.0")
+    assert data["license_link"] == "https://huggingface.co/owner/tiny-llama/blob/main/LICENSE.md"
     assert data["language"] == ["en"] and data["extra_gated_prompt"] == "Say who you are."
     assert data["tags"] == ["hf_shrink", "quantized", "compressed-tensors", "3-bit", "4-bit", "8-bit", "pruned", "chat"]
     results = ModelCard.load(path).data.eval_results
@@ -205,6 +208,25 @@ def test_write_report_writes_everything(tmp_path):
     (source / "README.md").unlink()  # as where the source is elsewhere by now: the card kept what it said
     write_report(folder, record, name="small")
     assert again == {path: path.read_bytes() for path in paths}, "the same run gives the same files"
+
+
+def test_the_card_of_a_model_of_the_hub_is_found_where_it_was_fetched_before(tmp_path, monkeypatch):
+    (tmp_path / "models--owner--tiny-llama" / "refs").mkdir(parents=True)
+    (tmp_path / "models--owner--tiny-llama" / "refs" / "main").write_text("0" * 40)
+    snapshot = tmp_path / "models--owner--tiny-llama" / "snapshots" / ("0" * 40)
+    snapshot.mkdir(parents=True)
+    (snapshot / "README.md").write_text(SOURCE_CARD)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_source_card("owner/tiny-llama") == SOURCE_CARD
+    assert find_source_card("owner/never-fetched") is None
+    assert find_source_card(str(tmp_path / "nowhere")) is None
+
+
+def test_what_was_made_in_training_claims_no_command_that_does_it_again():
+    record = full_record()
+    assert "hf-shrink run owner/tiny-llama" in model_card(record) and TRAINED not in model_card(record)
+    record.report.trained = True
+    assert "hf-shrink run" not in model_card(record) and TRAINED in model_card(record)
 
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):

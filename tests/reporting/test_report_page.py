@@ -94,7 +94,7 @@ def test_figures_and_user_text_are_shown_as_they_are():
         "no plots",
     ):
         assert expected in text
-    assert "The <tide>" in text and "<tide>" not in html
+    assert "(it ends at once)" in text and "The <tide>" in text and "<tide>" not in html
 
 
 def test_the_headline_has_size_speed_and_quality():

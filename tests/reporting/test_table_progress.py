@@ -28,7 +28,7 @@ def test_plain_text_away_from_a_terminal():
     lines = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("|")}
     assert "480 kB" in lines["Size"] and "120 kB" in lines["Size"] and "4.00x smaller" in lines["Size"]
     assert "12 [10.8, 13.2]" in lines["Perplexity"] and "13 [11.7, 14.3]" in lines["Perplexity"]
-    assert "20 tokens/s" in lines["Decoding"] and "30 tokens/s" in lines["Decoding"]
+    assert "20 [19, 21] tokens/s" in lines["Decoding"] and "30 [28.5, 31.5] tokens/s" in lines["Decoding"]
     assert "8,176" in text
 
 

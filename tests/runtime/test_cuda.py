@@ -18,13 +18,10 @@ from transformers import CompileConfig, StaticCache
 
 from hf_shrink import kernel_summary, optimize_for_inference, shrink
 from hf_shrink.evaluation import evaluate_model
-from hf_shrink.ops.grid import FLOAT8
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import CompressedLinear, int8
 from hf_shrink.runtime.kernels import tiles
 from hf_shrink.runtime.kernels.blocks import blockwise_linear
-from hf_shrink.runtime.kernels.launches import fused_for
-from hf_shrink.runtime.kernels.octets import as_two_float8
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA GPU here: unmeasured")
 
@@ -56,27 +53,6 @@ def test_products_by_kernel_and_by_blocks(scheme, dtype):
         close(found, wanted)
         close(blockwise_linear(fast.kernel, there, fast.bias), wanted)
         close(fast.kernel.few_rows(there.bfloat16()), wanted - plain.bias.detach().double())
-
-
-@pytest.mark.parametrize("scheme", [*SCHEMES, FP8, W8A8], ids=str)
-def test_unpacking_in_one_launch_is_unpacking_in_many(scheme):
-    what = "tiles" if scheme.packed else "octets"
-    assert fused_for(torch.device("cuda", 0), what) is not None, "Triton does not run here"
-    for dtype in (torch.bfloat16, torch.float32):
-        _, fast = optimized(scheme, 208, 768, device="cuda", dtype=torch.bfloat16)
-        for start, stop in ((0, 208), (64, 201)):
-            found = fast.kernel.unpacked(start, stop, dtype)
-            slow = copy.copy(fast.kernel)
-            slow._fused = None
-            torch.testing.assert_close(found, slow.unpacked(start, stop, dtype), rtol=2**-7, atol=1e-6)
-
-
-def test_float8_inputs_split_in_one_launch_as_in_many():
-    tokens = (torch.randn(5, 1000) * torch.logspace(-9, 9, 5)[:, None]).bfloat16().cuda()
-    tokens[2] = 0
-    values, scales = as_two_float8(tokens)
-    found, factors = fused_for(torch.device("cuda", 0), "octets").split(tokens, FLOAT8, 2.0**-100, 128.0, 16.0)
-    assert torch.equal(factors, scales) and torch.equal(found.float(), values.float())
 
 
 @pytest.mark.parametrize("rows", [16, 48, 72, 200])

@@ -44,7 +44,7 @@ def pruned(*steps: dict[str, Any]) -> dict[str, Any]:
 RTN = {"quantize": {"scheme": "W4A16", "method": "rtn", "group_size": 16}}
 BUDGET = {"budget": {"bytes": "45%"}, "search": {"bits": [2, 4], "generations": 1}, "evaluation": {"metrics": []}}
 RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
-    "gptq": (tiny_llama, quantized(method="gptq")),
+    "gptq": (lambda: two_blocks(), quantized(method="gptq")),
     "experts": (lambda: MIXTURES["mixtral"](), quantized(**QUICK_GPTQ, starved_experts="rtn")),
     "learned": (lambda: two_blocks(), quantized(method="learned", steps=8, transforms=["awq"])),
     "tuned": (lambda: two_blocks(), quantized(method="rtn", tune={"steps": 2, "tokens": 64})),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama
+from torch._dynamo.utils import counters
 from training.trained import TASKS, image, language, outputs, tiny_vit, trainer, weights, width
 from transformers import TrainerCallback
 
@@ -55,7 +57,10 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
 def test_in_company(name: str, plain: dict[str, torch.Tensor], tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=2)
     run = trainer(model, language, tmp_path, [ShrinkCallback(width())], **SETTINGS[name])
+    counters.clear()
     run.train()
+    if name == "compiled":  # once with the scores, once when the masks have settled
+        assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]
     assert small(model) == pytest.approx(0.3, abs=0.05)
     found = outputs(model, language)
     if name in ("checkpointing", "compiled"):  # ways to compute the same
@@ -186,6 +191,12 @@ def test_stopped_before_the_end_nothing_is_cut(tmp_path: Path, caplog: pytest.Lo
     run.train()
     assert small(model) == 0 and not hasattr(model, "shrink_report")
     assert math.isfinite(run.evaluate()["eval_loss"])
+    again = ShrinkCallback(width())  # of what was given up no mask stays
+    trainer(model, language, tmp_path, [again]).train()
+    assert small(model) == pytest.approx(0.3, abs=0.05)
+    other = tiny_llama(num_hidden_layers=2)
+    trainer(other, language, tmp_path, [again]).train()  # the same callback for another model
+    assert small(other) == pytest.approx(0.3, abs=0.05)
 
 
 def test_late_and_made_anew_and_first_among_callbacks(tmp_path: Path) -> None:
@@ -244,6 +255,12 @@ def test_refused_for_the_model(tmp_path: Path) -> None:
         trainer(adapted, language, tmp_path, [ShrinkCallback(weights(sparsity=0.5))])
     with pytest.raises(ArchitectureError, match="transformers model"):
         trainer(torch.nn.Linear(2, 2), language, tmp_path, [ShrinkCallback(width())])  # type: ignore[arg-type]
+
+
+def test_deepspeed_is_refused() -> None:
+    args: Any = SimpleNamespace(deepspeed={"zero_optimization": {"stage": 3}})
+    with pytest.raises(ShrinkError, match="DeepSpeed"):
+        ShrinkCallback(width()).on_init_end(args, None, None, model=tiny_llama())  # type: ignore[arg-type]
 
 
 def test_it_is_exported_and_only_imported_when_asked_for() -> None:

@@ -8,7 +8,7 @@ from torch import nn
 
 from hf_shrink import RecipeError
 from hf_shrink.training.pruning.collecting import Collected
-from hf_shrink.training.pruning.gate import Gate
+from hf_shrink.training.pruning.gate import Gate, remove_gates
 from hf_shrink.training.pruning.scoring import SCORES
 from hf_shrink.training.schedule import Schedule, Window
 
@@ -55,7 +55,9 @@ def test_a_gate_masks_and_collects_what_every_sample_says(name: str, dtype: torc
     linear = nn.Linear(7, 5, bias=False).to(dtype)
     gate = Gate(INDEX, SCORES.build(name, {}))
     gate.reset(torch.device("cpu"))
-    linear.register_forward_pre_hook(gate.hook)
+    Gate(INDEX, None).place(linear)
+    remove_gates(linear)  # an earlier training's
+    gate.place(linear)
     gate.close(torch.tensor([True, False, True]))
     batches = [torch.randn(3, 4, 7).to(dtype), torch.randn(2, 4, 7).to(dtype)]
     for x in batches:  # accumulated

@@ -79,6 +79,21 @@ def test_it_comes_nearer_to_the_dense_model_on_fresh_data(rounding: bool, plain:
     assert not any("embed" in name or "lm_head" in name for name in moved)
 
 
+def test_roundings_turn_at_the_default_rate(plain: Any) -> None:
+    tuned = shrunk(small_llama(), {"steps": 60, "rounding": True, "learning_rate": 0.01}, method="gptq")
+    packed = [name for name in plain.state_dict() if name.endswith("weight_packed")]
+    assert any(not torch.equal(plain.state_dict()[name], tuned.state_dict()[name]) for name in packed)
+    for steps in (60, 1000):  # the whole way, of which a cosine leaves half, is more than half a step of the grid
+        assert 0.5 < 0.5 * steps * Tuning(steps=steps).integer_rate < 1
+
+
+def test_rates_fit_the_grid_unless_they_are_given() -> None:
+    assert Tuning(steps=1).scale_rate(2) == 2 * Tuning(steps=1).scale_rate(3) == 0.004
+    assert Tuning(steps=2).integer_rate < 0.05
+    given = Tuning(steps=1, learning_rate=0.1, rounding_rate=0.2)
+    assert (given.scale_rate(2), given.integer_rate) == (0.1, 0.2)
+
+
 def test_rounding_is_left_alone_where_it_would_take_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     options = {"steps": 6, "learning_rate": 0.01, "rounding_rate": 0.02}
     small = shrunk(small_llama(), {**options, "rounding": "auto"})

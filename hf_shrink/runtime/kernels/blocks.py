@@ -22,10 +22,10 @@ _STEP = 64  # rows of the weight: whole blocks of every kernel's layout
 def blockwise_linear(kernel: Kernel, input: Tensor, bias: Tensor | None) -> Tensor:
     """x W^T + b on (..., columns), in the dtype of the input.
 
-    Computed in float32 or float64 at least, in half precision for inputs of such a dtype where it is native: what a
-    Linear with the dense weight would give.
+    Computed in float32 or float64 at least, in bfloat16 for inputs of that dtype where it is native: what a Linear
+    with the dense weight would give.
     """
-    fast = kernel.bfloat16_native if input.dtype == torch.bfloat16 else input.dtype == torch.float16 and input.is_cuda
+    fast = input.dtype == torch.bfloat16 and kernel.bfloat16_native
     compute = input.dtype if fast else torch.promote_types(input.dtype, torch.float32)
     tokens = input.reshape(-1, kernel.columns).to(compute)
     parts = [tokens @ kernel.unpacked(start, stop, compute) for start, stop in _row_blocks(kernel)]

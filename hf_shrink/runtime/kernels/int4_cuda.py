@@ -5,13 +5,10 @@ It computes with the weight in bfloat16, rounded once: what a bfloat16 model wit
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
 from hf_shrink.runtime.kernels.int4 import Int4, TwoPlanes
-from hf_shrink.runtime.kernels.launches import fused_for
 from hf_shrink.runtime.kernels.nibbles import Layout
 from hf_shrink.runtime.kernels.tiles import (
     MOST_ROWS,
@@ -28,13 +25,6 @@ CAPABILITY = (8, 0)  # of the first devices that multiply bfloat16
 
 class _Tiled(Int4):
     device = "cuda"
-    planes: ClassVar[int]
-
-    def __init__(
-        self, scheme: Scheme, rows: int, columns: int, scale_dtype: torch.dtype, few: int, tensors: dict[str, Tensor]
-    ) -> None:
-        super().__init__(scheme, rows, columns, scale_dtype, few, tensors)
-        self._fused = fused_for(tensors["weight"].device, "tiles")
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
@@ -58,14 +48,6 @@ class _Tiled(Int4):
     def _nibbles(self, rows: Tensor | None) -> Tensor:
         return unpack_tiles(self._weight)[: self.rows] if rows is None else gather_tiles(self._weight, rows)
 
-    def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        exact = dtype is torch.bfloat16 or (self._rest is None and dtype is not torch.float64)
-        if self._fused is None or not exact:
-            return super().unpacked(start, stop, dtype)
-        packed, scales = self._weight[start // ROWS : -(-stop // ROWS)], self._scales[:, start:stop]
-        weight: Tensor = self._fused.unpack_tiles(packed, scales, stop - start, self._group, self.planes, dtype)
-        return weight.T
-
     def _columns(self, start: int, stop: int) -> Tensor:
         return unpack_tiles(self._weight[start // ROWS : -(-stop // ROWS)]).float().T
 
@@ -76,11 +58,7 @@ class _Tiled(Int4):
 class TiledInt4(_Tiled, Int4):
     """2 to 4 bits."""
 
-    planes: ClassVar[int] = 1
-
 
 class TiledTwoPlanes(_Tiled, TwoPlanes):
     """5 to 8 bits, in two planes: torch's int8 kernel for CUDA (`_weight_int8pack_mm`) has a thread for each output and
     reads every weight alone."""
-
-    planes: ClassVar[int] = 2

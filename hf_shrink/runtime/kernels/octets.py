@@ -12,7 +12,6 @@ from torch import Tensor
 from hf_shrink.ops.grid import FLOAT8, Grid
 from hf_shrink.runtime.int8 import int8_linear, multiplies_int8
 from hf_shrink.runtime.kernels.base import Kernel
-from hf_shrink.runtime.kernels.launches import fused_for
 from hf_shrink.runtime.kernels.scales import some
 from hf_shrink.scheme import Scheme
 
@@ -34,7 +33,6 @@ class Octets(Kernel):
         super().__init__(scheme, rows, columns, scale_dtype, few, tensors)
         self._weight = tensors["weight"].view(torch.int8 if scheme.type == "int" else FLOAT8)
         self._scale = tensors["scales"].view(torch.float32)
-        self._fused = fused_for(tensors["weight"].device, "octets")
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
@@ -67,9 +65,6 @@ class Octets(Kernel):
         return some(self._scale, rows).to(self.scale_dtype).view(-1, 1)
 
     def unpacked(self, start: int, stop: int, dtype: torch.dtype) -> Tensor:
-        if self._fused is not None and dtype is not torch.float64:
-            weight: Tensor = self._fused.unpack_octets(self._weight[start:stop], self._scale[start:stop], dtype)
-            return weight.T
         exact = dtype == self.scale_dtype == torch.bfloat16  # the product of both is rounded once, like that of floats
         wide = dtype if exact else torch.promote_types(dtype, torch.float32)
         return (self._weight[start:stop].to(wide) * self._scale[start:stop, None].to(wide)).to(dtype).T
@@ -92,11 +87,7 @@ class Float8(Octets):
         return multiplies_float8(device)
 
     def few_rows(self, tokens: Tensor) -> Tensor:
-        if self._fused is None:
-            values, scales = as_two_float8(tokens)
-        else:
-            values, scales = self._fused.split(tokens, FLOAT8, _SMALLEST, _LARGEST, _FINER)
-        both = float8_product(values, scales, self._weight, self._scale)
+        both = float8_product(*as_two_float8(tokens), self._weight, self._scale)
         return both[: len(tokens)] + both[len(tokens) :]
 
 

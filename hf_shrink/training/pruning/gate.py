@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from hf_shrink.training.pruning.scoring import TrainingScore
+
+_PLACED: WeakKeyDictionary[nn.Module, list[RemovableHandle]] = WeakKeyDictionary()
 
 
 class Gate:
@@ -30,8 +34,11 @@ class Gate:
         self._index, self._score = index, score
         self.mask = torch.ones(len(index))
 
-    def hook(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        """A forward pre-hook."""
+    def place(self, module: nn.Module) -> None:
+        """In front of the matrix; see `remove_gates`."""
+        _PLACED.setdefault(module, []).append(module.register_forward_pre_hook(self._hook))
+
+    def _hook(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         return (self(inputs[0]), *inputs[1:])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -60,6 +67,13 @@ class Gate:
         """What the score says of the backward passes since the last call, float32 (units,)."""
         found, self.mask.grad = self.mask.grad, None
         return torch.zeros_like(self.mask) if found is None else found
+
+
+def remove_gates(model: nn.Module) -> None:
+    """Take away all gates that were placed in a model, those of an earlier training that was given up as well."""
+    for module in model.modules():
+        for handle in _PLACED.pop(module, []):
+            handle.remove()
 
 
 def _spread(mask: Tensor, index: Tensor, x: Tensor) -> Tensor:

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding, bind
@@ -30,7 +29,7 @@ from hf_shrink.registry import did_you_mean
 from hf_shrink.surgery import check_plan, cut_block
 from hf_shrink.training.models import is_sharded, without_adapters
 from hf_shrink.training.pruning.collecting import Collected
-from hf_shrink.training.pruning.gate import Gate
+from hf_shrink.training.pruning.gate import Gate, remove_gates
 from hf_shrink.training.pruning.scoring import SCORES, TrainingScore
 from hf_shrink.training.schedule import Window
 
@@ -59,9 +58,9 @@ class GradualWidth:
         self._step, self._portable = step, portable
         self._score, self._method = _methods(step)
         self._units: dict[Place, _Units] = {}
-        self._handles: list[RemovableHandle] = []
 
     def attach(self, model: PreTrainedModel) -> None:
+        remove_gates(model)
         with without_adapters(model):
             self._binding: Binding = bind(model)
             check_width(self._binding)
@@ -76,10 +75,8 @@ class GradualWidth:
                         slot = reader(part)
                         gate = Gate(slot.index, self._score)
                         self._units[stack.name, block.index, kind] = _Units(part, gate)
-                        module = model.get_submodule(slot.path)
-                        self._handles.append(module.register_forward_pre_hook(gate.hook))
+                        gate.place(model.get_submodule(slot.path))
         self._collected = Collected(self._score, [len(units.gate.mask) for units in self._units.values()])
-        self._model = model
         self._allocation = self._allocate(1.0)  # raises what the end would raise
 
     def attach_copy(self, model: PreTrainedModel) -> None:
@@ -122,9 +119,7 @@ class GradualWidth:
             self._settle()
 
     def finish(self, model: PreTrainedModel, record: ShrinkRecord) -> None:
-        if model is self._model:
-            for handle in self._handles:
-                handle.remove()
+        remove_gates(model)
         plans: dict[str, dict[int, BlockPlan]] = {}
         for (stack, index, kind), units in self._units.items():
             kept = units.gate.mask.bool().cpu()
