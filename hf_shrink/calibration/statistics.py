@@ -179,8 +179,11 @@ def shortening(rows: Tensor, longest: float | None) -> Tensor:
 
 
 def summed(rows: Tensor, factors: Tensor) -> Tensor:
-    """float32 (in,), the sum of float32 rows (n, in), each times its factor (n, 1). Of a batch, not of all tokens."""
-    return torch.mv(rows.t(), factors.squeeze(1))
+    """float64 (in,), the sum of float32 rows (n, in), each times its factor (n, 1).
+
+    Sums in float32 are not good enough: what an input that hardly varies has of variance is a small difference of them.
+    """
+    return (rows * factors).sum(0, dtype=torch.float64)
 
 
 def add_symmetric(sums: Tensor, rows: Tensor) -> None:
