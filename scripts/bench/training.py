@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
@@ -25,7 +24,7 @@ from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import RESULTS, ROOT, about, run_fresh, stopwatch
+from common import RESULTS, ROOT, about, run_fresh
 from store import OtherProtocol, Store
 
 CACHE = ROOT / ".cache" / "bench" / "training"
@@ -82,55 +81,17 @@ def names(seeds: Sequence[int], only: Sequence[str] | None) -> list[str]:
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Train one variant and measure it. In a process of its own: everything heavy is imported here."""
-    import torch
-    from training_tasks import TASKS as KNOWN
-    from training_tasks import AccuracyAndF1
-    from transformers import Trainer, TrainingArguments
+    from training_run import trained
 
-    from hf_shrink import ShrinkCallback, shrink
-
-    torch.set_num_threads(job["threads"])
-    task, (recipe, while_training) = KNOWN[job["task"]], VARIANTS[job["variant_name"]]
-    train, held_out = task.rows()
-    dense = CACHE / f"{job['task']}-{job['seed']}"
-    metric = AccuracyAndF1(keep_in_memory=True)
-    trains = recipe is None or while_training
-    with tempfile.TemporaryDirectory() as folder, stopwatch() as took:
-        model = task.model(job["seed"]) if trains else type(task.model(0)).from_pretrained(dense)
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=folder,
-                seed=job["seed"],
-                use_cpu=True,
-                report_to=[],
-                save_strategy="no",
-                logging_steps=50,
-                disable_tqdm=True,
-                **task.settings,
-            ),
-            train_dataset=train,  # type: ignore[arg-type]
-            eval_dataset=held_out,  # type: ignore[arg-type]
-            callbacks=[ShrinkCallback(recipe, **WINDOW)] if recipe is not None and while_training else [],
-            compute_metrics=lambda p: metric.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
-        )
-        if trains:
-            trainer.train()
-        else:
-            batches = [trainer.data_collator(train[i : i + 32]) for i in range(0, 512, 32)]
-            shrink(model, recipe, calibration=batches, seed=job["seed"], progress=False)
-        if recipe is None:
-            model.save_pretrained(dense)
-        measured = trainer.evaluate()
-    return {
-        **{key: round(measured[f"eval_{key}"], 4) for key in ("accuracy", "f1", "loss")},
-        "steps": trainer.state.global_step,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "block_parameters": sum(p.numel() for n, p in model.named_parameters() if ".layer." in n or ".layers." in n),
-        "speedup": round(speedup(model, task.model(0), trainer.data_collator(held_out[:BATCH])), 3),
-        **took,
-        "threads": torch.get_num_threads(),
-    }
+    with trained(job, *VARIANTS[job["variant_name"]], CACHE, WINDOW) as found:
+        named = list(found.model.named_parameters())
+        batch = found.trainer.data_collator(found.held_out[:BATCH])
+        return {
+            **found.figures,
+            "parameters": sum(p.numel() for _, p in named),
+            "block_parameters": sum(p.numel() for n, p in named if ".layer." in n or ".layers." in n),
+            "speedup": round(speedup(found.model, found.task.model(0), batch), 3),
+        }
 
 
 def speedup(model: Any, dense: Any, batch: Mapping[str, Any]) -> float:

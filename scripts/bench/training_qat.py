@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from itertools import product
@@ -24,7 +23,7 @@ from statistics import mean
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from common import RESULTS, ROOT, about, folder_bytes, run_fresh, stopwatch
+from common import RESULTS, ROOT, about, folder_bytes, run_fresh
 from store import OtherProtocol, Store
 
 TASKS = ("plays", "digits")
@@ -78,55 +77,11 @@ def names(seeds: Sequence[int], only: Sequence[str] | None) -> list[str]:
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Train one variant and measure it. In a process of its own: everything heavy is imported here."""
-    import torch
-    from training_tasks import TASKS as KNOWN
-    from training_tasks import AccuracyAndF1
-    from transformers import Trainer, TrainingArguments
+    from training_run import trained
 
-    from hf_shrink import ShrinkCallback, shrink
-
-    torch.set_num_threads(job["threads"])
-    task, (recipe, while_training) = KNOWN[job["task"]], VARIANTS[job["variant_name"]]
-    train, held_out = task.rows()
-    dense = CACHE / f"{job['task']}-{job['seed']}"
-    metric = AccuracyAndF1(keep_in_memory=True)
-    trains = recipe is None or while_training
-    with tempfile.TemporaryDirectory() as folder, stopwatch() as took:
-        model = task.model(job["seed"]) if trains else type(task.model(0)).from_pretrained(dense)
-        trainer = Trainer(
-            model=model,
-            args=TrainingArguments(
-                output_dir=folder,
-                seed=job["seed"],
-                use_cpu=True,
-                report_to=[],
-                save_strategy="no",
-                logging_steps=50,
-                disable_tqdm=True,
-                **task.settings,
-            ),
-            train_dataset=train,  # type: ignore[arg-type]
-            eval_dataset=held_out,  # type: ignore[arg-type]
-            callbacks=[ShrinkCallback(recipe, start=START)] if recipe is not None and while_training else [],
-            compute_metrics=lambda p: metric.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
-        )
-        if trains:
-            trainer.train()
-        else:
-            batches = [trainer.data_collator(train[i : i + 32]) for i in range(0, 512, 32)]
-            shrink(model, recipe, calibration=batches, seed=job["seed"], progress=False, optimize=False)
-        if recipe is None:
-            model.save_pretrained(dense)
-        measured = trainer.evaluate()
-        trainer.save_model()
-        size = folder_bytes(Path(folder))
-    return {
-        **{key: round(measured[f"eval_{key}"], 4) for key in ("accuracy", "f1", "loss")},
-        "steps": trainer.state.global_step,
-        "weight_bytes": size,
-        **took,
-        "threads": torch.get_num_threads(),
-    }
+    with trained(job, *VARIANTS[job["variant_name"]], CACHE, {"start": START}, optimize=False) as found:
+        found.trainer.save_model()
+        return {**found.figures, "weight_bytes": folder_bytes(found.folder)}
 
 
 def summarise(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:

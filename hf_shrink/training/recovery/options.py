@@ -11,8 +11,7 @@ from hf_shrink.registry import did_you_mean
 
 Method = Literal["lora", "full", "scales"]
 METHODS = ("lora", "full", "scales")
-# Of Adam's steps: adapters; all weights; the logarithms of scales.
-RATES: Mapping[str, float] = {"lora": 1e-3, "full": 1e-4, "scales": 2e-3}
+RATES: Mapping[str, float] = {"lora": 1e-3, "full": 1e-4}  # of Adam's steps: adapters; all weights
 
 
 @dataclass(frozen=True)
@@ -80,5 +79,5 @@ class Recovery:
         return cls(**options)
 
     def rate(self, method: Method) -> float:
-        """The largest learning rate."""
+        """The largest learning rate of "lora" or "full"."""
         return RATES[method] if self.learning_rate is None else self.learning_rate

@@ -166,7 +166,7 @@ def _by_scales(
     known = Teacher(teacher.eval(), regrouped(batches, recovery.tokens), progress)
     options = Tuning(
         steps=recovery.steps or MOST_STEPS,
-        learning_rate=recovery.rate("scales"),
+        learning_rate=recovery.learning_rate,  # None: by the bits
         rounding=recovery.rounding,
         held_out=recovery.held_out,
         tokens=recovery.tokens,
