@@ -32,6 +32,14 @@ def test_results_are_taken_up_and_replaced(tmp_path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == ["quality.json"]
 
 
+def test_two_runs_fill_one_file(tmp_path: Path) -> None:
+    one, other = (store.Store(tmp_path / "quality.json", PROTOCOL) for _ in range(2))
+    for run, measured in ((one, BEST), (other, RIVAL)):
+        run.add(measured)
+        run.write({})
+    assert list(store.Store(tmp_path / "quality.json", PROTOCOL).results) == ["best:W4g64", "autoround:W4g64"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -33,9 +33,10 @@ def read_walk(walk: StackWalk, path: Path, position: int, starved: Mapping[str, 
     with torch.no_grad():
         for name, tensor in map_tensors(path).items():
             kind, batch, *rest = name.split(".")
+            tensor = tensor.to(walk.hidden[int(batch)].device, copy=True)
             if kind == "hidden":
-                walk.hidden[int(batch)] = tensor.clone()
+                walk.hidden[int(batch)] = tensor
             else:
                 block, place = map(int, rest)
-                walk.handed[int(batch)][block, place] = tensor.clone()
+                walk.handed[int(batch)][block, place] = tensor
     walk.go_to(position, starved)

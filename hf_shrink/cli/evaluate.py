@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_shrink.cli.options import Commands, add_common, check_folder
+from hf_shrink.cli.options import Commands, add_common, add_device, check_folder
 
 EXAMPLES = """\
 examples:
@@ -44,11 +44,13 @@ def add(commands: Commands) -> None:
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence (default: the recipe's)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens between windows of a text that overlap")
     parser.add_argument("--json", metavar="FILE", help="write the figures")
+    add_device(parser)
     add_common(parser)
     parser.set_defaults(command=command, shared=True)
 
 
 def command(options: argparse.Namespace) -> None:
+    from hf_shrink.checkpoint.device import chosen_device
     from hf_shrink.checkpoint.measured import fewer_tokens, load_measured
     from hf_shrink.checkpoint.source import load_processing
     from hf_shrink.evaluation import evaluate_model
@@ -62,8 +64,9 @@ def command(options: argparse.Namespace) -> None:
     if options.json:
         check_folder(options.json)
     with silence(), Progress(quiet=options.quiet) as progress:
-        measured = load_measured(options.directory)
-        dense = load_measured(options.baseline) if options.baseline else None
+        device = str(chosen_device(options.device))
+        measured = load_measured(options.directory, device=device)
+        dense = load_measured(options.baseline, device=device) if options.baseline else None
         result = evaluate_model(
             measured.model,
             data,

@@ -54,6 +54,12 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_device(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: the accelerator where there is one it fits)"
+    )
+
+
 def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe with the command line's changes, or what a JSON file holds."""
     from dataclasses import replace

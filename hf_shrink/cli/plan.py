@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, recipe_of
+from hf_shrink.cli.options import Commands, add_device, add_memory, add_recipe, add_source, check_folder, recipe_of
 
 
 def add(commands: Commands) -> None:
@@ -24,6 +24,7 @@ def add(commands: Commands) -> None:
     )
     parser.add_argument("--figure", metavar="FILE", help="draw the plan, or the points of a sweep, as .html or .png")
     add_memory(parser)
+    add_device(parser)
     parser.set_defaults(command=command, shared=True)
 
 
@@ -37,7 +38,7 @@ def command(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
     for file in filter(None, (options.json, options.figure)):
         check_folder(file)
-    with open_checkpoint(options.source, options.max_memory) as (model, processing):
+    with open_checkpoint(options.source, options.max_memory, options.device) as (model, processing):
         settings = {
             "tokenizer": processing,
             "calibration": options.calibration,

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_shrink.cli.options import Commands, add_common, check_alone
+from hf_shrink.cli.options import Commands, add_common, add_device, check_alone
 
 METHODS = ("lora", "full", "scales")
 MINUTES = 15.0
@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence")
     parser.add_argument("--rank", type=int, metavar="N", help="of the adapters")
     parser.add_argument("--learning-rate", type=float, metavar="X")
+    add_device(parser)
     add_common(parser)
     parser.set_defaults(command=command, shared=True)
 
@@ -47,6 +48,7 @@ def command(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         seed=options.seed,
         progress=not options.quiet,
+        device=options.device,
         **chosen,
     )
     print(result.note)

@@ -7,7 +7,16 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hf_shrink.cli.options import Commands, add_memory, add_recipe, add_source, check_folder, one_line, recipe_of
+from hf_shrink.cli.options import (
+    Commands,
+    add_device,
+    add_memory,
+    add_recipe,
+    add_source,
+    check_folder,
+    one_line,
+    recipe_of,
+)
 from hf_shrink.cli.push import add_private
 from hf_shrink.cli.recover import recovering
 from hf_shrink.errors import ShrinkError
@@ -26,6 +35,7 @@ def add(commands: Commands) -> None:
         "--evaluation", metavar="SPEC", help="what to measure on: 'self', a data recipe, a file, or 'none'"
     )
     add_memory(parser)
+    add_device(parser)
     parser.add_argument(
         "--resume",
         action=argparse.BooleanOptionalAction,
@@ -75,6 +85,7 @@ def command(options: argparse.Namespace) -> None:
         overwrite=options.overwrite,
         resume=options.resume,
         max_memory=options.max_memory,
+        device=options.device,
         progress=options.log_file or not options.quiet,
     )
     if not ranks().first:
@@ -123,6 +134,7 @@ def _recovered(recover: Any, options: argparse.Namespace) -> Any:
         overwrite=True,
         seed=options.seed,
         progress=not options.quiet,
+        device=options.device,
         minutes=options.recover,
     )
     return read_record(Path(options.output) / RECORD_NAME).report

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
+from hf_shrink.checkpoint.device import chosen_device, free_on
 from hf_shrink.checkpoint.measured import load_measured, source_skeleton
 from hf_shrink.checkpoint.record import RECORD_NAME, current_versions, read_record
 from hf_shrink.checkpoint.source import Source, open_source
-from hf_shrink.errors import ArchitectureError, CheckpointError
+from hf_shrink.errors import CheckpointError
 from hf_shrink.evaluation.machine import available_bytes, can_measure_memory, hardware
 from hf_shrink.evaluation.memory import Load, measure_memory
 from hf_shrink.evaluation.size import unique_bytes
@@ -69,7 +70,7 @@ def bench_checkpoint(
         ArchitectureError: the model reads what cannot be made up, or there is no such device.
     """
     workload = workload or Workload()
-    device = _checked_device(device)
+    device = str(chosen_device(device))
     source = open_source(folder, dense=False)
     dense, notes = _dense_source(source, baseline)
     places = [_Place(f"dense {name}", dense, name) for name in dense_dtypes if dense is not None]
@@ -107,15 +108,6 @@ class _Place:
     @property
     def where(self) -> str:
         return str(self.source.folder) if self.source.shards else self.source.name
-
-
-def _checked_device(name: str | None) -> str:
-    """The device asked for, or the best one. Raises ArchitectureError where it is not on this machine."""
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    here = ["cpu"] if accelerator is None else [accelerator.type, "cpu"]
-    if name is not None and name.partition(":")[0] not in here:
-        raise ArchitectureError(f"there is no device {name!r} here; there is: {', '.join(here)}")
-    return name or here[0]
 
 
 def _hardware(device: str) -> dict[str, Any]:
@@ -185,9 +177,7 @@ def _bytes_needed(place: _Place) -> int:
 
 
 def _free_bytes(device: str) -> int | None:
-    if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
-    return available_bytes() if device == "cpu" else None
+    return available_bytes() if device == "cpu" else free_on(torch.device(device))
 
 
 def _memories(

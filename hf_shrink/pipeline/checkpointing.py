@@ -17,13 +17,14 @@ from transformers import PreTrainedModel
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
+from hf_shrink.checkpoint.device import move, working_device
 from hf_shrink.checkpoint.fingerprint import digest, fingerprint
 from hf_shrink.checkpoint.folder import copy_side_files
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, current_versions, read_record
 from hf_shrink.checkpoint.run_folder import RunFolder
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.source import Source, load_processing, open_source
-from hf_shrink.checkpoint.streamed import load_streamed
+from hf_shrink.checkpoint.streamed import bytes_of_weights, load_streamed
 from hf_shrink.evaluation import stored_bytes
 from hf_shrink.pipeline.keeping import JournalKeeper, Keeper
 from hf_shrink.pipeline.measuring import measure
@@ -52,10 +53,12 @@ def shrink_checkpoint(
     resume: bool = True,
     max_memory: int | str = MAX_MEMORY,
     progress: bool | str | os.PathLike[str] = True,
+    device: str | None = None,
 ) -> ShrinkReport:
     """Shrink a saved model into a new folder: weights, config, tokenizer, card, report, plots.
 
-    The weights are those that `shrink` gives, byte for byte, but one block of the model is in memory at a time. The
+    The weights are those that `shrink` gives on that device, byte for byte. On an accelerator the whole model is worked
+    on there, where it fits; on the CPU one block of it is in memory at a time. The
     folder is written beside its final place and renamed when it is whole. A run that was cut off goes on after the last
     block that it finished when it is started again in the same way. The result is measured against the dense model as
     the recipe's `evaluation` says, on data that overlaps neither in seed nor in text with the calibration.
@@ -73,11 +76,13 @@ def shrink_checkpoint(
         resume: go on from what an earlier run with this output left; False: delete that.
         max_memory: bytes, or such as "4GB": what activations may take of memory before they go to a file, and weights
             where all of them fit in half of it. Changes no result.
+        device: "cpu", "cuda", "cuda:1" and so on; None: the accelerator, where there is one that the model fits.
 
     Raises:
         CheckpointError: the source cannot be read or the output cannot be written; what an earlier run left is of
-            another recipe, seed or source.
-        RecipeError, ArchitectureError, CalibrationError: as in `shrink`.
+            another recipe, seed, source or device.
+        RecipeError, ArchitectureError, CalibrationError: as in `shrink`; ArchitectureError also where there is no such
+            device, or the model does not fit it.
     """
     since = time.perf_counter()
     asked = recipe if isinstance(recipe, Plan) else load_recipe(recipe)
@@ -87,11 +92,13 @@ def shrink_checkpoint(
     with together(), RunFolder(output_dir, overwrite, resume) as run, silence(), showing(progress) as show:
         processing = tokenizer if tokenizer is not None else load_processing(found)
         model = None if found.shards else load_streamed(found, run.scratch, memory)  # of the Hub: fetched first
-        key = ranks().on_first(lambda: _key(found, asked, tokenizer, calibration, seed))
+        where, note = working_device(device, bytes_of_weights(found))
+        key = ranks().on_first(lambda: _key(found, asked, tokenizer, calibration, seed, where))
         journal = run.journal({**key, "processes": ranks().size})
         if run.whole:
             return ranks().on_first(lambda: read_record(run.target / RECORD_NAME).report)
         model = load_streamed(found, run.scratch, memory) if model is None else model
+        move(model, where)
         keeper = JournalKeeper(journal, run.finished, lambda: time.perf_counter() - since, memory, show.say)
         job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
         with evaluating(model):
@@ -99,12 +106,14 @@ def shrink_checkpoint(
             job.exclude = held_out.texts(processing) if held_out is not None and spec.data != "self" else None
             before = copy.deepcopy(processing)  # its tokens, where the run takes some out
             record = replace(job.run(job.data()), source=found.name)
+        record.report.notes += [note] if note is not None else []
         bind_save(model, record)
         source_card = ranks().on_first(lambda: _save(model, found, record, run.output))
         record.report.bytes_before = _source_bytes(found, record.report.bytes_before)
         record.report.bytes_after = ranks().on_first(lambda: stored_bytes(run.output))
         if held_out is not None:
             dense = load_streamed(found, run.scratch / "dense", memory, check=False)
+            move(dense, working_device(device, bytes_of_weights(found))[0])
             measure(dense, model, held_out, spec, (processing, before), record, show)
             del dense
         ranks().on_first(lambda: _describe(record, run.output, source_card))
@@ -124,9 +133,9 @@ def _describe(record: ShrinkRecord, output: Path, source_card: str | None) -> No
 
 @contextmanager
 def open_checkpoint(
-    source: str | os.PathLike[str], max_memory: int | str = MAX_MEMORY
+    source: str | os.PathLike[str], max_memory: int | str = MAX_MEMORY, device: str | None = None
 ) -> Iterator[tuple[PreTrainedModel, Any]]:
-    """A saved model of which one block is in memory at a time, to make plans of, and its tokenizer or processor.
+    """A saved model, on the CPU one block of it in memory at a time, to make plans of, and its tokenizer or processor.
 
     Arguments and errors as in `shrink_checkpoint`.
     """
@@ -134,10 +143,13 @@ def open_checkpoint(
     with tempfile.TemporaryDirectory() as scratch:
         with silence():
             processing, model = load_processing(found), load_streamed(found, Path(scratch), bytes_of(max_memory))
+            move(model, working_device(device, bytes_of_weights(found))[0])
         yield model, processing
 
 
-def _key(found: Source, asked: Recipe | Plan, tokenizer: Any, calibration: Any, seed: int) -> dict[str, Any]:
+def _key(
+    found: Source, asked: Recipe | Plan, tokenizer: Any, calibration: Any, seed: int, device: torch.device
+) -> dict[str, Any]:
     """What decides a run's result, as JSON values."""
     text = getattr(getattr(tokenizer_of(tokenizer), "backend_tokenizer", None), "to_str", lambda: None)()
     data = asked.calibration.data if calibration is None and isinstance(asked, Recipe) else calibration
@@ -151,6 +163,7 @@ def _key(found: Source, asked: Recipe | Plan, tokenizer: Any, calibration: Any, 
         "calibration file": digest(Path(name)) if name is not None and Path(name).is_file() else None,
         "versions": current_versions(),
         "threads": torch.get_num_threads(),
+        "device": device.type,
     }
 
 

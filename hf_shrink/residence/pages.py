@@ -30,7 +30,7 @@ def can_tell() -> bool:
 
 def is_own(tensor: Tensor) -> bool:
     """Whether any of the tensor's bytes are in memory of the process's own; True where that cannot be told."""
-    if not can_tell():
+    if tensor.device.type != "cpu" or not can_tell():
         return True
     first, last = _span(tensor)
     if first >= last:
@@ -43,6 +43,8 @@ def is_own(tensor: Tensor) -> bool:
 
 def let_go(tensor: Tensor) -> None:
     """Give back the pages that are all the tensor's. What was written to them since the file was mapped is lost."""
+    if tensor.device.type != "cpu":
+        return
     first, last = _span(tensor)
     start, size = tensor.data_ptr(), tensor.nbytes
     first += start > first * mmap.PAGESIZE  # pages at the ends belong to neighbours too

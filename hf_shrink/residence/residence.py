@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from hf_shrink.residence.files import map_tensors, write_tensors
@@ -46,6 +47,7 @@ class Residence:
         self._source: dict[str, list[Tensor]] = {}  # what a block was when it came, which it may hold no more
         self._parts: dict[str, dict[str, int]] = {}  # tensors in a file of ours, and where in memory that is
         self._current: weakref.ref[nn.Module] | None = None
+        self._device: torch.device | None = None  # an accelerator that all of the model is on
         self._model: weakref.ref[nn.Module] | None = None
         self._count = 0
 
@@ -87,6 +89,15 @@ class Residence:
         """The path that the block had when the model was attached; None for others, copies among them."""
         name, itself = vars(block).get(_NAME, ("", lambda: None))
         return name if itself() is block else None
+
+    def move(self, device: torch.device) -> None:
+        """Put all of the model on an accelerator, for good: nothing comes and goes any more."""
+        model = None if self._model is None else self._model()
+        assert model is not None
+        model.to(device)
+        self._device, self._rests = device, False
+        self._source.clear()
+        release_free_memory()
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -169,6 +180,8 @@ class Residence:
     def _write(self, name: str, tensors: Mapping[str, Tensor], names: list[str], path: Path) -> None:
         chosen = {n: tensors[n] for n in names}
         write_tensors(path, chosen)
+        if self._device is not None:
+            return
         self._read(name, tensors, map_tensors(path))
         for old_file in self.folder.glob(f"{name}-*.safetensors"):
             if old_file != path:
@@ -176,7 +189,8 @@ class Residence:
 
     def _read(self, name: str, tensors: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
         for n, tensor in found.items():
-            tensors[n].data = tensor  # of a view, what it is a view of stays: see `PackedModule._fill`
+            # Of a view, what it is a view of stays: see `PackedModule._fill`.
+            tensors[n].data = tensor.to(self._device or "cpu")
         self._parts[name] = {n: tensor.data_ptr() for n, tensor in found.items()}
 
     def _outside(self, model: nn.Module) -> dict[str, Tensor]:
@@ -233,6 +247,6 @@ def rest_at(model: nn.Module, path: str) -> None:
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters and buffers on the CPU by name, each object once."""
+    """Parameters and buffers that have values, by name, each object once."""
     found = (*module.named_parameters(), *module.named_buffers())
-    return {name: tensor for name, tensor in found if tensor.device.type == "cpu"}
+    return {name: tensor for name, tensor in found if not tensor.is_meta}

@@ -31,10 +31,12 @@ class Ranks:
     Attributes:
         rank: of this process, from 0.
         size: how many there are.
+        device: the accelerator that this process was given; None where it has none of its own.
     """
 
     rank = 0
     size = 1
+    device: torch.device | None = None
 
     @property
     def first(self) -> bool:

@@ -47,6 +47,7 @@ class Several(Ranks):
 
     def __init__(self, state: PartialState) -> None:
         self._device: torch.device = state.device
+        self.device = None if self._device.type == "cpu" else self._device
         self._state = state
         self.rank, self.size = state.process_index, state.num_processes
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 Head = tuple[Tensor, Tensor | None]  # weight (classes, width) and bias (classes,)
 CHUNK = 2**24  # logits made and handled at once, in elements
+CHUNK_CPU = 2**23  # there, larger tensors come fresh from the system each time: half as long again (2048 x 49152)
 ROWS = 2**21  # logits that are there already, handled at once, in elements: what stays in a cache
 
 
@@ -35,7 +36,7 @@ class _HeadDivergence(torch.autograd.Function):
         weight, target_weight = head[0].to(dtype), target_head[0].to(dtype)
         total = torch.zeros((), dtype=torch.float64, device=rows.device)
         gradient = torch.empty_like(rows) if ctx.needs_input_grad[0] else None
-        step = max(1, CHUNK // len(weight))
+        step = max(1, (CHUNK_CPU if kind == "cpu" else CHUNK) // len(weight))
         for start in range(0, len(rows), step):
             part = slice(start, start + step)
             own = _log_probabilities(rows[part].to(dtype), weight, head[1])

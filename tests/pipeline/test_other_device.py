@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from elsewhere import DEVICE, Elsewhere, pretending
-from tiny import QUICK_GPTQ, tiny_llama
+from tiny import QUICK_GPTQ, tiny_llama, tiny_tokenizer
 
-from hf_shrink import shrink
+from hf_shrink import shrink, shrink_checkpoint
+from hf_shrink.checkpoint import device as devices
+from hf_shrink.checkpoint.source import open_source
+from hf_shrink.checkpoint.streamed import load_streamed
+from hf_shrink.errors import ArchitectureError
 from hf_shrink.evaluation import evaluate_model
+from hf_shrink.pipeline import checkpointing, measuring
+from hf_shrink.residence import Residence
 
 SIZES = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1}
 QUICK = {**QUICK_GPTQ, "scheme": "W8A16", "group_size": 16}
@@ -70,3 +78,85 @@ def test_compression_stays_on_the_device(name: str) -> None:
         found = evaluate_model(model, batches(), metrics=("perplexity",))["model"]["perplexity"]["value"]
     assert all(tensor.device == DEVICE for tensor in (*model.parameters(), *model.buffers()))
     assert found == pytest.approx(wanted, rel=0.05)
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+@pytest.mark.parametrize(
+    "steps",
+    [
+        [{"quantize": QUICK}],
+        pytest.param(
+            [
+                {"prune": {"what": "width", "method": "obs", "ratio": 0.2}},
+                {"quantize": {**QUICK, "tune": {"steps": 2}}},
+            ],
+            marks=pytest.mark.slow,
+        ),
+    ],
+    ids=["gptq", "width, gptq and tuning"],
+)
+def test_a_checkpoint_is_shrunk_on_the_device_killed_and_taken_up_again(
+    steps: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "source"
+    tiny_llama(num_hidden_layers=2, **SIZES).save_pretrained(source)
+    tiny_tokenizer().save_pretrained(source)
+    recipe = {"portable": False, "steps": steps, "evaluation": {"metrics": ["perplexity", "kl_divergence"]}}
+    text = tmp_path / "text.txt"
+    text.write_text("one word after another, and then some more of them. " * 20)
+    recipe["evaluation"] |= {"data": str(text), "samples": 2, "length": 16}
+    monkeypatch.setattr(checkpointing, "write_report", lambda *given, **named: None)
+    # Loaded beforehand: while pretending, transformers leaves the buffers as they are that no checkpoint has.
+    loaded = [load_streamed(open_source(source), tmp_path / f"scratch-{i}", 10**9) for i in range(6)]
+    monkeypatch.setattr(checkpointing, "load_streamed", lambda *given, **named: loaded.pop())
+    monkeypatch.setattr(measuring, "compare_decode_speed", lambda *given, **named: None)
+    monkeypatch.setattr(checkpointing, "working_device", lambda name, weights: (DEVICE, None))
+    seen: list[torch.device] = []
+    finish = Residence.finish
+
+    def once(self: Residence, name: str, block: Any, *rest: Any) -> None:
+        finish(self, name, block, *rest)
+        seen.extend(tensor.device for tensor in (*block.parameters(), *block.buffers()))
+        if name.endswith(".0") and not (tmp_path / "killed").exists():
+            (tmp_path / "killed").touch()
+            raise Killed
+
+    def run(folder: str) -> Any:
+        return shrink_checkpoint(source, tmp_path / folder, recipe, calibration=batches(), progress=False)
+
+    with pretending():
+        report = run("whole")
+        monkeypatch.setattr(Residence, "finish", once)
+        with pytest.raises(Killed):
+            run("again")
+        run("again")
+    assert set(seen) == {DEVICE} and report.machine["device"] == "cuda:0"
+    assert report.evaluation["compressed"]["kl_divergence"]["value"] < 0.5
+    one, other = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "again"))
+    assert one == other
+
+
+def test_where_a_model_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = torch.device("cpu")
+    monkeypatch.setattr(devices.torch.accelerator, "current_accelerator", lambda check_available=False: None)
+    assert devices.working_device(None, 10**15) == (cpu, None)
+    with pytest.raises(ArchitectureError, match="no device 'cuda' here; there is: cpu"):
+        devices.working_device("cuda", 1)
+    monkeypatch.setattr(devices.torch.accelerator, "current_accelerator", lambda check_available=False: DEVICE)
+    monkeypatch.setattr(devices.torch.accelerator, "device_count", lambda: 1)
+    monkeypatch.setattr(devices.torch.cuda, "mem_get_info", lambda device: (10**10, 10**10))
+    assert devices.working_device(None, 6 * 10**9) == (DEVICE, None)
+    assert devices.working_device("cpu", 10**15) == (cpu, None)
+    where, note = devices.working_device(None, 7 * 10**9)
+    assert where == cpu and note is not None and "7.0 GB" in note and "device_map" in note
+    with pytest.raises(ArchitectureError, match="does not fit: its weights .* --device cpu"):
+        devices.working_device("cuda:0", 7 * 10**9)
+    with monkeypatch.context() as patch:
+        patch.setattr(devices, "ranks", lambda: SimpleNamespace(device=torch.device("cuda", 3)))
+        assert [devices.chosen_device(name).index for name in (None, "cuda", "cuda:0", "cpu")] == [3, 3, 0, None]
+    for name in ("cuda:1", "nonsense", "mps"):
+        with pytest.raises(ArchitectureError, match=f"no device '{name}' here; there is: cuda, cpu"):
+            devices.working_device(name, 1)

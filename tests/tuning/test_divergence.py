@@ -16,7 +16,7 @@ def reference(rows: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("with_bias", [False, True])
 @pytest.mark.parametrize("chunk", [1, 100, 10**9])
 def test_head_divergence_and_its_gradient(with_bias: bool, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(divergence, "CHUNK", chunk)
+    monkeypatch.setattr(divergence, "CHUNK_CPU", chunk)
     draw = torch.Generator().manual_seed(0)
     rows, target = torch.randn(7, 5, generator=draw), torch.randn(7, 5, generator=draw)
     weight, dense = torch.randn(11, 5, generator=draw), torch.randn(11, 5, generator=draw)

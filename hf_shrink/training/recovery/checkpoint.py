@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.checkpoint.adapters import ADAPTER, has_adapter
+from hf_shrink.checkpoint.device import chosen_device
 from hf_shrink.checkpoint.folder import OutputFolder, copy_side_files
 from hf_shrink.checkpoint.measured import fewer_tokens, load_measured
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
@@ -33,6 +34,7 @@ def recover_checkpoint(
     overwrite: bool = False,
     seed: int = 0,
     progress: bool = True,
+    device: str | None = None,
     **options: Any,
 ) -> Recovered:
     """Recover a saved compressed model into a new folder, which has everything that the old one has.
@@ -45,6 +47,7 @@ def recover_checkpoint(
         source: folder of the compressed model.
         output_dir: must not exist, or be empty, unless `overwrite`; may be `source` then.
         baseline: folder or Hub id of the dense model; None: what the folder's shrink.json says it was made from.
+        device: "cpu", "cuda" and so on; None: the accelerator where there is one.
         data, seed, options: as in `recover`.
 
     Raises:
@@ -61,8 +64,9 @@ def recover_checkpoint(
             "load_adapter(..., trainable=True) and DistillationTrainer"
         )
     with OutputFolder(output_dir, overwrite) as folder, silence(), Progress(quiet=not progress) as show:
-        found = load_measured(source)
-        dense = load_measured(baseline if baseline is not None else record.source)  # type: ignore[union-attr]
+        where = str(chosen_device(device))
+        found = load_measured(source, device=where)
+        dense = load_measured(baseline or record.source, device=where)  # type: ignore[union-attr]
         if fewer_tokens(found):
             raise RecipeError(
                 f"{source} has fewer tokens than {dense.source.name}, so their predictions cannot be compared; recover "
