@@ -152,7 +152,7 @@ def test_where_a_model_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
     assert devices.working_device("cpu", 10**15) == (cpu, None)
     where, note = devices.working_device(None, 7 * 10**9)
     assert where == cpu and note is not None and "7.0 GB" in note and "device_map" in note
-    with pytest.raises(ArchitectureError, match="does not fit: its weights .* --device cpu"):
+    with pytest.raises(ArchitectureError, match=r"does not fit: its weights .* --device cpu"):
         devices.working_device("cuda:0", 7 * 10**9)
     with monkeypatch.context() as patch:
         patch.setattr(devices, "ranks", lambda: SimpleNamespace(device=torch.device("cuda", 3)))
