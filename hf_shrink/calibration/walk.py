@@ -97,6 +97,11 @@ class StackWalk:
         return self._arguments.handed
 
     @property
+    def block(self) -> nn.Module:
+        """The current one."""
+        return self._blocks[self.position]
+
+    @property
     def tokens(self) -> int:
         """Tokens of all processes that pass through the stack, padding not counted."""
         own = sum(
@@ -118,7 +123,7 @@ class StackWalk:
         precise = nullcontext() if not self._fast else fast_precision(hidden.device, cached=False)
         with watching(self._masks[batch]) as watch, precise:
             self._experts.watches[batch] = watch
-            return self._blocks[self.position](hidden, *args, **kwargs)
+            return self.block(hidden, *args, **kwargs)
 
     def mask(self, batch: int) -> Tensor | None:
         """bool (batch, sequence) of the real tokens; None when nothing is padded."""
@@ -203,7 +208,7 @@ class StackWalk:
         assert found is not None
         stages = found.stages
         before = first_output(found.output) if self.reference is None else self.reference
-        block = self._blocks[self.position]
+        block = self.block
         if dense is not None and any(self._experts.phase(path) for path in matrices):
             dense.advance()  # tokens of an expert here and there are not the same ones
             dense = None

@@ -43,29 +43,36 @@ def free_on(device: torch.device) -> int | None:
     return int(getattr(torch, device.type).mem_get_info(device)[0]) if device.type in AT_WORK else None
 
 
-def working_device(name: str | None, weights: int) -> tuple[torch.device, str | None]:
-    """As `chosen_device`, for a model of so many bytes that is worked on whole.
+def settle(model: nn.Module, device: torch.device, *, asked: bool) -> str | None:
+    """Put a streamed model on an accelerator: whole where it fits, else block by block when each runs.
+
+    On the CPU it stays where it is.
+
+    Args:
+        asked: the user named the device.
 
     Returns:
-        The device, and a note where an accelerator that was not asked for by name is left alone.
+        A note for the user where the model is not there whole.
 
     Raises:
-        ArchitectureError: there is no such device here, or the model does not fit the one asked for by name.
+        ArchitectureError: not even single blocks fit the device that the user named.
     """
-    device = chosen_device(name)
-    free = free_on(device)
-    if free is None or weights <= ROOM * free:
-        return device, None
-    why = f"its weights ({weights / 1e9:.1f} GB) are more than {ROOM:.0%} of the {free / 1e9:.1f} GB free on {device}"
-    remedy = "load it with device_map='auto' over several devices and call hf_shrink.shrink"
-    if name is not None:
-        raise ArchitectureError(f"the model does not fit: {why}; {remedy}, or take --device cpu (device='cpu')")
-    return torch.device("cpu"), f"the CPU does the work: the model does not fit the accelerator, {why}; {remedy}"
-
-
-def move(model: nn.Module, device: torch.device) -> None:
-    """Put a streamed model on an accelerator, whole; on the CPU it stays where it is."""
     residence = residence_of(model)
     assert residence is not None
-    if device.type != "cpu":
+    free = free_on(device)
+    if device.type == "cpu":
+        return None
+    if free is None or residence.weights <= ROOM * free:
         residence.move(device)
+        return None
+    needed = residence.needed_to_visit()
+    if needed <= ROOM * free:
+        residence.visit(device)
+        return (
+            f"the weights ({residence.weights / 1e9:.1f} GB) come to {device}, which has {free / 1e9:.1f} GB free, one "
+            "block at a time"
+        )
+    why = f"a few blocks and the embeddings ({needed / 1e9:.1f} GB) exceed {ROOM:.0%} of the {free / 1e9:.1f} GB free"
+    if asked:
+        raise ArchitectureError(f"the model does not fit {device}: {why}; take --device cpu (device='cpu')")
+    return f"the CPU did the work: the model does not fit {device}, {why}"

@@ -48,8 +48,9 @@ def load_streamed(source: Source, scratch: Path, max_memory: int, *, check: bool
     residence = Residence(scratch, max_memory, sum(shard.stat().st_size for shard in shards) or UNKNOWN)
     with _settling(residence):
         model = load_source_model(source, check=False)
-    if not shards:
-        residence.weigh(bytes_of_weights(source))
+    if not shards:  # of the Hub: they are here only now
+        stored = find_shards(source.name, source.folder)
+        residence.weigh(sum(shard.stat().st_size for shard in stored))
     binding = bind(model)
     stacks = (*binding.towers, *binding.stacks)
     residence.attach(model, {block.path: block.module for stack in stacks for block in stack.blocks})
@@ -57,12 +58,6 @@ def load_streamed(source: Source, scratch: Path, max_memory: int, *, check: bool
     if check:
         ranks().on_first(lambda: check_finite(model, source.name))
     return model
-
-
-def bytes_of_weights(source: Source) -> int:
-    """On disk; a source of the Hub must have been loaded before."""
-    shards = source.shards or find_shards(source.name, source.folder)
-    return sum(shard.stat().st_size for shard in shards)
 
 
 @contextmanager

@@ -17,14 +17,14 @@ from transformers import PreTrainedModel
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
-from hf_shrink.checkpoint.device import move, working_device
+from hf_shrink.checkpoint.device import chosen_device, settle
 from hf_shrink.checkpoint.fingerprint import digest, fingerprint
 from hf_shrink.checkpoint.folder import copy_side_files
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, current_versions, read_record
 from hf_shrink.checkpoint.run_folder import RunFolder
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.source import Source, load_processing, open_source
-from hf_shrink.checkpoint.streamed import bytes_of_weights, load_streamed
+from hf_shrink.checkpoint.streamed import load_streamed
 from hf_shrink.evaluation import stored_bytes
 from hf_shrink.pipeline.keeping import JournalKeeper, Keeper
 from hf_shrink.pipeline.measuring import measure
@@ -58,7 +58,7 @@ def shrink_checkpoint(
     """Shrink a saved model into a new folder: weights, config, tokenizer, card, report, plots.
 
     The weights are those that `shrink` gives on that device, byte for byte. On an accelerator the whole model is worked
-    on there, where it fits; on the CPU one block of it is in memory at a time. The
+    on there, where it fits; otherwise, and on the CPU, one block of it is in memory at a time. The
     folder is written beside its final place and renamed when it is whole. A run that was cut off goes on after the last
     block that it finished when it is started again in the same way. The result is measured against the dense model as
     the recipe's `evaluation` says, on data that overlaps neither in seed nor in text with the calibration.
@@ -76,7 +76,8 @@ def shrink_checkpoint(
         resume: go on from what an earlier run with this output left; False: delete that.
         max_memory: bytes, or such as "4GB": what activations may take of memory before they go to a file, and weights
             where all of them fit in half of it. Changes no result.
-        device: "cpu", "cuda", "cuda:1" and so on; None: the accelerator, where there is one that the model fits.
+        device: "cpu", "cuda", "cuda:1" and so on; None: the accelerator, where there is one. A model that does not fit
+            it comes there block by block.
 
     Raises:
         CheckpointError: the source cannot be read or the output cannot be written; what an earlier run left is of
@@ -92,13 +93,13 @@ def shrink_checkpoint(
     with together(), RunFolder(output_dir, overwrite, resume) as run, silence(), showing(progress) as show:
         processing = tokenizer if tokenizer is not None else load_processing(found)
         model = None if found.shards else load_streamed(found, run.scratch, memory)  # of the Hub: fetched first
-        where, note = working_device(device, bytes_of_weights(found))
+        where = chosen_device(device)
         key = ranks().on_first(lambda: _key(found, asked, tokenizer, calibration, seed, where))
         journal = run.journal({**key, "processes": ranks().size})
         if run.whole:
             return ranks().on_first(lambda: read_record(run.target / RECORD_NAME).report)
         model = load_streamed(found, run.scratch, memory) if model is None else model
-        move(model, where)
+        note = settle(model, where, asked=device is not None)
         keeper = JournalKeeper(journal, run.finished, lambda: time.perf_counter() - since, memory, show.say)
         job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
         with evaluating(model):
@@ -113,7 +114,7 @@ def shrink_checkpoint(
         record.report.bytes_after = ranks().on_first(lambda: stored_bytes(run.output))
         if held_out is not None:
             dense = load_streamed(found, run.scratch / "dense", memory, check=False)
-            move(dense, working_device(device, bytes_of_weights(found))[0])
+            settle(dense, where, asked=False)
             measure(dense, model, held_out, spec, (processing, before), record, show)
             del dense
         ranks().on_first(lambda: _describe(record, run.output, source_card))
@@ -143,7 +144,7 @@ def open_checkpoint(
     with tempfile.TemporaryDirectory() as scratch:
         with silence():
             processing, model = load_processing(found), load_streamed(found, Path(scratch), bytes_of(max_memory))
-            move(model, working_device(device, bytes_of_weights(found))[0])
+            settle(model, chosen_device(device), asked=device is not None)
         yield model, processing
 
 

@@ -17,6 +17,7 @@ from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.precision import fast_precision
 from hf_shrink.quantization.base import LearningMethod, Learnt
+from hf_shrink.residence import at_work
 from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.runtime.trainable import TrainableLinear
 from hf_shrink.sharding import ranks
@@ -62,11 +63,12 @@ class Learning:
         timed: Callable[[str], AbstractContextManager[None]],
     ) -> Passed:
         """Pack the current block's matrices, improve them together, and go on to the next block (if `further`)."""
-        originals = {path: matrix(self.model.get_submodule(path)).detach() for path in paths}
-        with timed("calibrate"):
-            pack()
-        with timed("learn"):
-            self._learn(walk, dense, originals)
+        with at_work(walk.block):
+            originals = {path: matrix(self.model.get_submodule(path)).detach() for path in paths}
+            with timed("calibrate"):
+                pack()
+            with timed("learn"):
+                self._learn(walk, dense, originals)
         before = dense.target(0)
         with timed("calibrate"):
             if further:

@@ -227,6 +227,12 @@ class Job:
             return None
         if not isinstance(self.model, PreTrainedModel) or not data.batches:
             raise CalibrationError("tune works on transformers models with calibration data")
+        residence = residence_of(self.model)
+        if residence is not None and residence.visited:
+            raise RecipeError(
+                "tune trains the whole model at once, and it does not fit the accelerator; leave tune out (effort: "
+                "balanced), or take --device cpu (device='cpu')"
+            )
         return Teacher(self.model, regrouped(data.batches, tuning.tokens), self.show) if ranks().first else None
 
     def _tune(self, tuning: Tuning, teacher: Teacher | None) -> list[str]:

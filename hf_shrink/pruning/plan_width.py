@@ -28,6 +28,7 @@ from hf_shrink.pruning.shares import parts_of
 from hf_shrink.pruning.trials import Trials
 from hf_shrink.pruning.units import reader
 from hf_shrink.recipe import PruneStep
+from hf_shrink.residence import at_work
 
 FIELDS: dict[Kind, str] = {"attention": "query_heads", "cross_attention": "cross_heads", "mlp": "channels"}
 
@@ -83,7 +84,9 @@ def plan_width(
         plans: dict[tuple[str, int], BlockPlan] = {}
         for done, (part, kept) in enumerate(allocation.kept):
             progress("choosing units", done, len(allocation.kept))
-            better = kept if part.tied is not None else scorer.improved(part.block, part.kind, kept)
+            stack, place = part.block
+            with at_work(binding.stack(stack).blocks[place].module):
+                better = kept if part.tied is not None else scorer.improved(part.block, part.kind, kept)
             plan = plans.get(part.block, BlockPlan())
             change: dict[str, Any] = {FIELDS[part.kind]: better}
             plans[part.block] = dataclasses.replace(plan, **change)
@@ -128,9 +131,10 @@ def unit_curves(
             parts = {kind: part for kind in kinds if (part := getattr(block, kind)) is not None}
             statistics = _statistics(walk, block, parts, last=block.index + 1 == len(stack.blocks))
             for kind, part in parts.items():
-                curves[stack.name, block.index, kind] = scorer.curves(
-                    (stack.name, block.index), kind, part, statistics.get(kind)
-                )
+                with at_work(block.module):
+                    curves[stack.name, block.index, kind] = scorer.curves(
+                        (stack.name, block.index), kind, part, statistics.get(kind)
+                    )
             done += 1
     progress("scoring units", done, total)
     return curves

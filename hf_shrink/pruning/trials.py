@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -16,7 +16,7 @@ from hf_shrink.errors import CalibrationError
 from hf_shrink.pruning.predicting import Predictor
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
-from hf_shrink.residence import rest
+from hf_shrink.residence import at_work, rest
 from hf_shrink.sharding import share
 
 TOKENS = 1024
@@ -73,7 +73,10 @@ class Trials:
             block: in front of which nothing changes; None: everything runs again.
         """
         number = None if block is None else self._numbers[block]
-        with _changed(changes):
+        with ExitStack() as stack:
+            if number is not None:
+                stack.enter_context(at_work(self._blocks[number]))
+            stack.enter_context(_changed(changes))
             own = [self._divergence(number, sample) for sample in range(len(self._samples))]
         for changed in self._blocks.values() if number is None else (self._blocks[number],):
             rest(changed)

@@ -3,7 +3,7 @@
 from hf_shrink.residence.dispatched import at_home
 from hf_shrink.residence.files import flush_folder, map_tensors, write_tensors
 from hf_shrink.residence.pages import peak_memory
-from hf_shrink.residence.residence import OUTSIDE, Residence, forget, residence_of, rest, rest_at, twin
+from hf_shrink.residence.residence import OUTSIDE, Residence, at_work, forget, residence_of, rest, rest_at, twin
 from hf_shrink.residence.room import Room, States, bytes_of
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "Room",
     "States",
     "at_home",
+    "at_work",
     "bytes_of",
     "flush_folder",
     "forget",

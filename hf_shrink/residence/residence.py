@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from hf_shrink.residence.files import map_tensors, write_tensors
 from hf_shrink.residence.pages import can_tell, is_own, let_go
 from hf_shrink.residence.room import Room
 from hf_shrink.residence.trim import release_free_memory
+from hf_shrink.residence.visiting import Visits
 
 _ATTRIBUTE = "_hf_shrink_residence"
 _NAME = "_hf_shrink_block"  # of a block: its path when its model was attached, and itself: copies are not meant
@@ -47,7 +48,7 @@ class Residence:
         self._source: dict[str, list[Tensor]] = {}  # what a block was when it came, which it may hold no more
         self._parts: dict[str, dict[str, int]] = {}  # tensors in a file of ours, and where in memory that is
         self._current: weakref.ref[nn.Module] | None = None
-        self._device: torch.device | None = None  # an accelerator that all of the model is on
+        self._visits: Visits | None = None  # of its blocks to an accelerator that the rest is on
         self._model: weakref.ref[nn.Module] | None = None
         self._count = 0
 
@@ -56,13 +57,19 @@ class Residence:
 
     def weigh(self, weights: int) -> None:
         """The source's weights have so many bytes."""
+        self.weights = weights
         self._rests = can_tell() and weights > self.max_memory // 2
         self.room.limit = self.max_memory if self._rests else self.max_memory - weights
 
     @property
     def rests(self) -> bool:
-        """Whether blocks leave memory at all: not where all of them fit."""
-        return self._rests
+        """Whether blocks come and go at all: not where all of them fit."""
+        return self._rests or self._visits is not None
+
+    @property
+    def visited(self) -> bool:
+        """Whether blocks come to an accelerator one at a time."""
+        return self._visits is not None
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -95,9 +102,34 @@ class Residence:
         model = None if self._model is None else self._model()
         assert model is not None
         model.to(device)
-        self._device, self._rests = device, False
+        self._rests = False
         self._source.clear()
         release_free_memory()
+
+    def visit(self, device: torch.device) -> None:
+        """Put on an accelerator what lies in no block; a block comes there when it runs, and leaves for the next."""
+        model = None if self._model is None else self._model()
+        assert model is not None
+        inside = {id(module) for block in self.blocks for module in block.modules()}
+        for module in model.modules():
+            if id(module) not in inside:
+                module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
+        self._visits = Visits(device, _tensors, self.glanced_at)
+        for block in self.blocks:
+            self._visits.invite(block)
+
+    def needed_to_visit(self) -> int:
+        """Bytes that an accelerator must have for `visit`: what is in no block, and two blocks with a copy of each."""
+        model = None if self._model is None else self._model()
+        assert model is not None
+        largest = max(sum(tensor.nbytes for tensor in _tensors(block).values()) for block in self.blocks)
+        return sum(tensor.nbytes for tensor in self._outside(model).values()) + 4 * largest
+
+    def staying(self, block: nn.Module) -> AbstractContextManager[None]:
+        """Have a block where it would run, whatever other block runs meanwhile."""
+        if self._visits is None or self.name_of(block) is None:
+            return nullcontext()
+        return self._visits.staying(block)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -125,6 +157,8 @@ class Residence:
     def rest(self, block: nn.Module) -> None:
         """Nobody needs the block's tensors in memory for a while, or holds the memory that they are in."""
         name = self.name_of(block)
+        if self._visits is not None:
+            self._visits.send_back(block)
         if self._rests and name is not None:
             self._rest(name, _tensors(block))
 
@@ -133,11 +167,13 @@ class Residence:
         for block in self.blocks:
             self.rest(block)
         model = None if self._model is None else self._model()
-        if self._rests and model is not None:
+        if self._rests and model is not None and self._visits is None:
             self._rest(OUTSIDE, self._outside(model))
 
     def finish(self, name: str, module: nn.Module, path: Path) -> None:
         """Write what is not the source's, of a block or (`OUTSIDE`) of a model, to `path`; it is read from there."""
+        if self._visits is not None:
+            self._visits.send_back(module)
         tensors = self._outside(module) if name == OUTSIDE else _tensors(module)
         self._write(name, tensors, self._ours(name, tensors), path)
         if self._rests:
@@ -145,8 +181,10 @@ class Residence:
 
     def adopt(self, name: str, module: nn.Module, path: Path) -> None:
         """Take what `finish` wrote, in this process or another."""
+        if self._visits is not None:
+            self._visits.send_back(module)
         tensors = self._outside(module) if name == OUTSIDE else _tensors(module)
-        self._read(name, tensors, map_tensors(path))
+        self._read(name, tensors, path)
 
     def _enter(self, block: nn.Module) -> None:
         if not self._rests or self.name_of(block) is None:
@@ -180,17 +218,17 @@ class Residence:
     def _write(self, name: str, tensors: Mapping[str, Tensor], names: list[str], path: Path) -> None:
         chosen = {n: tensors[n] for n in names}
         write_tensors(path, chosen)
-        if self._device is not None:
-            return
-        self._read(name, tensors, map_tensors(path))
+        self._read(name, {n: tensor for n, tensor in chosen.items() if tensor.device.type == "cpu"}, path)
         for old_file in self.folder.glob(f"{name}-*.safetensors"):
             if old_file != path:
                 old_file.unlink()
 
-    def _read(self, name: str, tensors: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    def _read(self, name: str, tensors: Mapping[str, Tensor], path: Path) -> None:
+        """Those of `tensors` that the file has are read from there."""
+        found = {n: tensor for n, tensor in map_tensors(path).items() if n in tensors}
         for n, tensor in found.items():
             # Of a view, what it is a view of stays: see `PackedModule._fill`.
-            tensors[n].data = tensor.to(self._device or "cpu")
+            tensors[n].data = tensor.to(tensors[n].device)
         self._parts[name] = {n: tensor.data_ptr() for n, tensor in found.items()}
 
     def _outside(self, model: nn.Module) -> dict[str, Tensor]:
@@ -220,11 +258,18 @@ def twin(block: nn.Module) -> nn.Module:
     """A copy of a block that is about to get other tensors; those that lie in files are not copied."""
     residence = residence_of(block)
     memo: dict[int, Any] = {}
-    if residence is not None and residence.rests:
-        for parameter in block.parameters():
-            if not is_own(parameter):
-                memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
-    return copy.deepcopy(block, memo)
+    with at_work(block):
+        if residence is not None and residence.rests:
+            for parameter in block.parameters():
+                if not is_own(parameter):
+                    memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
+        return copy.deepcopy(block, memo)
+
+
+def at_work(block: nn.Module) -> AbstractContextManager[None]:
+    """Have a block's weights where it runs, whatever other block runs meanwhile."""
+    residence = residence_of(block)
+    return nullcontext() if residence is None else residence.staying(block)
 
 
 def forget(copied: nn.Module, block: nn.Module) -> None:

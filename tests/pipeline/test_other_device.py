@@ -15,7 +15,7 @@ from hf_shrink import shrink, shrink_checkpoint
 from hf_shrink.checkpoint import device as devices
 from hf_shrink.checkpoint.source import open_source
 from hf_shrink.checkpoint.streamed import load_streamed
-from hf_shrink.errors import ArchitectureError
+from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.evaluation import evaluate_model
 from hf_shrink.pipeline import checkpointing, measuring
 from hf_shrink.residence import Residence
@@ -84,79 +84,104 @@ class Killed(BaseException):
     """Nothing catches it."""
 
 
-@pytest.mark.parametrize(
-    "steps",
-    [
-        [{"quantize": QUICK}],
-        pytest.param(
-            [
-                {"prune": {"what": "width", "method": "obs", "ratio": 0.2}},
-                {"quantize": {**QUICK, "tune": {"steps": 2}}},
-            ],
-            marks=pytest.mark.slow,
-        ),
-    ],
-    ids=["gptq", "width, gptq and tuning"],
-)
-def test_a_checkpoint_is_shrunk_on_the_device_killed_and_taken_up_again(
-    steps: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    source = tmp_path / "source"
-    tiny_llama(num_hidden_layers=2, **SIZES).save_pretrained(source)
+EVALUATED = {"metrics": ["perplexity", "kl_divergence"], "samples": 2, "length": 16}
+SEVERAL: dict[str, list[dict[str, Any]]] = {
+    **{name: RECIPES[name] for name in ("gptq, with a head", "learned", "scaled", "rotated", "width", "weights")},
+    **{name: RECIPES[name] for name in ("width by gradients", "depth", "hidden")},
+    "depth and span": [{"prune": {"what": "depth", "method": "span", "blocks": 1}}, {"quantize": QUICK}],
+}
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run `shrink_checkpoint` on the device that is not there; `visited`: the model does not fit it whole."""
+    source, text = tmp_path / "source", tmp_path / "text.txt"
+    tiny_llama(num_hidden_layers=3, **SIZES).save_pretrained(source)
     tiny_tokenizer().save_pretrained(source)
-    recipe = {"portable": False, "steps": steps, "evaluation": {"metrics": ["perplexity", "kl_divergence"]}}
-    text = tmp_path / "text.txt"
     text.write_text("one word after another, and then some more of them. " * 20)
-    recipe["evaluation"] |= {"data": str(text), "samples": 2, "length": 16}
     monkeypatch.setattr(checkpointing, "write_report", lambda *given, **named: None)
-    # Loaded beforehand: while pretending, transformers leaves the buffers as they are that no checkpoint has.
-    loaded = [load_streamed(open_source(source), tmp_path / f"scratch-{i}", 10**9) for i in range(6)]
-    monkeypatch.setattr(checkpointing, "load_streamed", lambda *given, **named: loaded.pop())
     monkeypatch.setattr(measuring, "compare_decode_speed", lambda *given, **named: None)
-    monkeypatch.setattr(checkpointing, "working_device", lambda name, weights: (DEVICE, None))
-    seen: list[torch.device] = []
-    finish = Residence.finish
+    monkeypatch.setattr(checkpointing, "chosen_device", lambda name: DEVICE)
+    monkeypatch.setattr(Residence, "needed_to_visit", lambda self: 0)
+    # Loaded beforehand: while pretending, transformers leaves the buffers as they are that no checkpoint has.
+    loaded = [load_streamed(open_source(source), tmp_path / f"scratch-{i}", 0) for i in range(6)]
+    monkeypatch.setattr(checkpointing, "load_streamed", lambda *given, **named: loaded.pop())
+
+    def run(folder: str, steps: list[dict[str, Any]], *, visited: bool = False) -> Any:
+        recipe: dict[str, Any] = {"portable": False, "evaluation": {**EVALUATED, "data": str(text)}}
+        recipe |= {"steps": steps} if steps else {"budget": {"bytes": "60%"}}
+        monkeypatch.setattr(devices, "free_on", lambda device: 0 if visited else 10**12)
+        return shrink_checkpoint(source, tmp_path / folder, recipe, calibration=batches(), progress=False)
+
+    return run
+
+
+@pytest.mark.parametrize("visited", [False, True], ids=["whole", "visited"])
+def test_a_checkpoint_is_shrunk_on_the_device_killed_and_taken_up_again(
+    runs: Any, visited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+    steps, finish = [{"quantize": QUICK}], Residence.finish
 
     def once(self: Residence, name: str, block: Any, *rest: Any) -> None:
+        seen.extend(tensor.device.type for tensor in (*block.parameters(), *block.buffers()))
         finish(self, name, block, *rest)
-        seen.extend(tensor.device for tensor in (*block.parameters(), *block.buffers()))
-        if name.endswith(".0") and not (tmp_path / "killed").exists():
+        if name.endswith(".1") and not (tmp_path / "killed").exists():
             (tmp_path / "killed").touch()
             raise Killed
 
-    def run(folder: str) -> Any:
-        return shrink_checkpoint(source, tmp_path / folder, recipe, calibration=batches(), progress=False)
-
     with pretending():
-        report = run("whole")
+        report = runs("whole", steps)
         monkeypatch.setattr(Residence, "finish", once)
         with pytest.raises(Killed):
-            run("again")
-        run("again")
-    assert set(seen) == {DEVICE} and report.machine["device"] == "cuda:0"
-    assert report.evaluation["compressed"]["kl_divergence"]["value"] < 0.5
+            runs("again", steps, visited=visited)
+        again = runs("again", steps, visited=visited)
+    assert set(seen) == {"cuda"} and report.machine["device"] == again.machine["device"] == "cuda:0"
+    assert any("one block at a time" in note for note in again.notes) == visited
+    one, other = (made.evaluation["compressed"]["kl_divergence"]["value"] for made in (report, again))
+    assert one == other < 0.5
     one, other = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "again"))
     assert one == other
 
 
-def test_where_a_model_is_worked_on(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SEVERAL)
+def test_blocks_that_come_one_at_a_time_change_nothing(name: str, runs: Any, tmp_path: Path) -> None:
+    with pretending():
+        whole, visited = runs("whole", SEVERAL[name]), runs("visited", SEVERAL[name], visited=True)
+    for report in (whole, visited):
+        del report.evaluation["seconds"]
+    assert whole.evaluation == visited.evaluation
+    one, other = ((tmp_path / folder / "model.safetensors").read_bytes() for folder in ("whole", "visited"))
+    assert one == other
+
+
+def test_what_changes_the_whole_model_at_once_needs_all_of_it_there(runs: Any, tmp_path: Path) -> None:
+    tuned = [{"quantize": {**QUICK, "tune": {"steps": 2}}}]
+    for steps, message in ((tuned, "leave tune out"), ([], "take --device cpu")):
+        with pretending(), pytest.raises(RecipeError, match=message):
+            runs(message, steps, visited=True)
+
+
+def test_where_a_model_is_worked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     monkeypatch.setattr(devices.torch.accelerator, "current_accelerator", lambda check_available=False: None)
-    assert devices.working_device(None, 10**15) == (cpu, None)
+    assert devices.chosen_device(None) == devices.chosen_device("cpu") == cpu
     with pytest.raises(ArchitectureError, match="no device 'cuda' here; there is: cpu"):
-        devices.working_device("cuda", 1)
+        devices.chosen_device("cuda")
     monkeypatch.setattr(devices.torch.accelerator, "current_accelerator", lambda check_available=False: DEVICE)
     monkeypatch.setattr(devices.torch.accelerator, "device_count", lambda: 1)
-    monkeypatch.setattr(devices.torch.cuda, "mem_get_info", lambda device: (10**10, 10**10))
-    assert devices.working_device(None, 6 * 10**9) == (DEVICE, None)
-    assert devices.working_device("cpu", 10**15) == (cpu, None)
-    where, note = devices.working_device(None, 7 * 10**9)
-    assert where == cpu and note is not None and "7.0 GB" in note and "device_map" in note
-    with pytest.raises(ArchitectureError, match=r"does not fit: its weights .* --device cpu"):
-        devices.working_device("cuda:0", 7 * 10**9)
-    with monkeypatch.context() as patch:
-        patch.setattr(devices, "ranks", lambda: SimpleNamespace(device=torch.device("cuda", 3)))
-        assert [devices.chosen_device(name).index for name in (None, "cuda", "cuda:0", "cpu")] == [3, 3, 0, None]
+    assert devices.chosen_device(None) == devices.chosen_device("cuda:0") == DEVICE
     for name in ("cuda:1", "nonsense", "mps"):
         with pytest.raises(ArchitectureError, match=f"no device '{name}' here; there is: cuda, cpu"):
-            devices.working_device(name, 1)
+            devices.chosen_device(name)
+    monkeypatch.setattr(devices, "ranks", lambda: SimpleNamespace(device=torch.device("cuda", 3)))
+    assert [devices.chosen_device(name).index for name in (None, "cuda", "cuda:0", "cpu")] == [3, 3, 0, None]
+    tiny_llama().save_pretrained(tmp_path / "source")
+    model = load_streamed(open_source(tmp_path / "source"), tmp_path / "scratch", 10**9)
+    monkeypatch.setattr(devices.torch.cuda, "mem_get_info", lambda device: (1000, 1000))
+    assert devices.settle(model, cpu, asked=True) is None
+    with pytest.raises(ArchitectureError, match=r"does not fit cuda:0: a few blocks .* --device cpu"):
+        devices.settle(model, DEVICE, asked=True)
+    note = devices.settle(model, DEVICE, asked=False)
+    assert note is not None and note.startswith("the CPU did the work") and model.device == cpu
