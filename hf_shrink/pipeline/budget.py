@@ -24,7 +24,7 @@ from hf_shrink.pruning.samples import choose
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.recipe import Budget, QuantizeStep, Recipe, SearchSpec
 from hf_shrink.recipe.effort import expand
-from hf_shrink.residence import Room, residence_of
+from hf_shrink.residence import Room, visited
 from hf_shrink.search.blank import blank_sensitivity
 from hf_shrink.search.choose import Chosen, choose_assignment
 from hf_shrink.search.fingerprint import sensitivity_of
@@ -72,8 +72,7 @@ class Searching:
         """Raises ArchitectureError where a budget cannot be spent on the model."""
         if not isinstance(model, PreTrainedModel):
             raise ArchitectureError("only transformers models take a budget; quantize this module (method: rtn)")
-        residence = residence_of(model)
-        if residence is not None and residence.visited:
+        if visited(model):
             raise RecipeError(
                 "a search changes blocks all over the model, and the model does not fit the accelerator; "
                 "take --device cpu (device='cpu'), or a recipe with steps"

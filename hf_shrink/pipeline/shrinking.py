@@ -47,7 +47,7 @@ from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.layout import layout_of
 from hf_shrink.reporting.progress import Progress, silence
-from hf_shrink.residence import at_home, residence_of, rest
+from hf_shrink.residence import at_home, cast, residence_of, visited
 from hf_shrink.runtime.packed import PackedModule, count_parameters
 from hf_shrink.sharding import ranks, together
 from hf_shrink.tuning import Teacher, Tuning, regrouped, tune
@@ -127,15 +127,6 @@ def check_not_quantized(model: nn.Module) -> None:
     if block is not None:
         method = block.get("quant_method") if isinstance(block, dict) else getattr(block, "quant_method", None)
         raise RecipeError(f"this model is quantized already ({getattr(method, 'value', method)}); load the dense model")
-
-
-def _cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """The model's weights in another dtype, in place and block by block."""
-    residence = residence_of(model)
-    for block in residence.blocks if residence is not None else ():
-        block.to(dtype)
-        rest(block)
-    model.to(dtype)
 
 
 @contextmanager
@@ -227,8 +218,7 @@ class Job:
             return None
         if not isinstance(self.model, PreTrainedModel) or not data.batches:
             raise CalibrationError("tune works on transformers models with calibration data")
-        residence = residence_of(self.model)
-        if residence is not None and residence.visited:
+        if visited(self.model):
             raise RecipeError(
                 "tune trains the whole model at once, and it does not fit the accelerator; leave tune out (effort: "
                 "balanced), or take --device cpu (device='cpu')"
@@ -276,7 +266,7 @@ class Job:
         self.keeper.begin(model, planned.plan, data.batches)
         data, tokenizer = self._with_fewer_tokens(planned.plan, data)
         if self.recipe is not None and self.recipe.dtype != "keep":
-            _cast(model, getattr(torch, self.recipe.dtype))
+            cast(model, getattr(torch, self.recipe.dtype))
         tuning = Tuning.from_options(planned.plan.tune)
         teacher = self._teacher(tuning, data)
         method = plan_method(planned.plan)

@@ -2,8 +2,9 @@
 
 from hf_shrink.residence.dispatched import at_home
 from hf_shrink.residence.files import flush_folder, map_tensors, write_tensors
+from hf_shrink.residence.looked_after import at_work, cast, forget, residence_of, rest, rest_at, twin, visited
 from hf_shrink.residence.pages import peak_memory
-from hf_shrink.residence.residence import OUTSIDE, Residence, at_work, forget, residence_of, rest, rest_at, twin
+from hf_shrink.residence.residence import OUTSIDE, Residence
 from hf_shrink.residence.room import Room, States, bytes_of
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "at_home",
     "at_work",
     "bytes_of",
+    "cast",
     "flush_folder",
     "forget",
     "map_tensors",
@@ -22,5 +24,6 @@ __all__ = [
     "rest",
     "rest_at",
     "twin",
+    "visited",
     "write_tensors",
 ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -18,8 +17,8 @@ from hf_shrink.residence.room import Room
 from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.residence.visiting import Visits
 
-_ATTRIBUTE = "_hf_shrink_residence"
-_NAME = "_hf_shrink_block"  # of a block: its path when its model was attached, and itself: copies are not meant
+ATTRIBUTE = "_hf_shrink_residence"
+NAME = "_hf_shrink_block"  # of a block: its path when its model was attached, and itself: copies are not meant
 OUTSIDE = "outside"  # the name of what lies in no block
 
 
@@ -84,17 +83,17 @@ class Residence:
             residence._enter(block)
 
         self._model = weakref.ref(model)
-        vars(model)[_ATTRIBUTE] = self
+        vars(model)[ATTRIBUTE] = self
         for name, block in blocks.items():
-            vars(block)[_ATTRIBUTE] = self
-            vars(block)[_NAME] = name, weakref.ref(block)
+            vars(block)[ATTRIBUTE] = self
+            vars(block)[NAME] = name, weakref.ref(block)
             self._blocks.append(weakref.ref(block))
-            self._source[name] = [tensor.data for tensor in _tensors(block).values() if not is_own(tensor)]
+            self._source[name] = [tensor.data for tensor in tensors_of(block).values() if not is_own(tensor)]
             block.register_forward_pre_hook(entered)
 
     def name_of(self, block: nn.Module) -> str | None:
         """The path that the block had when the model was attached; None for others, copies among them."""
-        name, itself = vars(block).get(_NAME, ("", lambda: None))
+        name, itself = vars(block).get(NAME, ("", lambda: None))
         return name if itself() is block else None
 
     def move(self, device: torch.device) -> None:
@@ -114,7 +113,7 @@ class Residence:
         for module in model.modules():
             if id(module) not in inside:
                 module._apply(lambda tensor: tensor.to(device), recurse=False)  # type: ignore[no-untyped-call]
-        self._visits = Visits(device, _tensors, self.glanced_at)
+        self._visits = Visits(device, tensors_of, self.glanced_at)
         for block in self.blocks:
             self._visits.invite(block)
 
@@ -122,7 +121,7 @@ class Residence:
         """Bytes that an accelerator must have for `visit`: what is in no block, and two blocks with a copy of each."""
         model = None if self._model is None else self._model()
         assert model is not None
-        largest = max(sum(tensor.nbytes for tensor in _tensors(block).values()) for block in self.blocks)
+        largest = max(sum(tensor.nbytes for tensor in tensors_of(block).values()) for block in self.blocks)
         return sum(tensor.nbytes for tensor in self._outside(model).values()) + 4 * largest
 
     def staying(self, block: nn.Module) -> AbstractContextManager[None]:
@@ -160,7 +159,7 @@ class Residence:
         if self._visits is not None:
             self._visits.send_back(block)
         if self._rests and name is not None:
-            self._rest(name, _tensors(block))
+            self._rest(name, tensors_of(block))
 
     def rest_all(self) -> None:
         """The same for all blocks, and for what lies in none."""
@@ -174,7 +173,7 @@ class Residence:
         """Write what is not the source's, of a block or (`OUTSIDE`) of a model, to `path`; it is read from there."""
         if self._visits is not None:
             self._visits.send_back(module)
-        tensors = self._outside(module) if name == OUTSIDE else _tensors(module)
+        tensors = self._outside(module) if name == OUTSIDE else tensors_of(module)
         self._write(name, tensors, self._ours(name, tensors), path)
         if self._rests:
             self._let_go(name, tensors)
@@ -183,7 +182,7 @@ class Residence:
         """Take what `finish` wrote, in this process or another."""
         if self._visits is not None:
             self._visits.send_back(module)
-        tensors = self._outside(module) if name == OUTSIDE else _tensors(module)
+        tensors = self._outside(module) if name == OUTSIDE else tensors_of(module)
         self._read(name, tensors, path)
 
     def _enter(self, block: nn.Module) -> None:
@@ -192,7 +191,7 @@ class Residence:
         before = None if self._current is None else self._current()
         if before is not None and before is not block:
             # Only what a file stands behind: whoever changes a tensor for a while may hold the memory that it is in.
-            for tensor in _tensors(before).values():
+            for tensor in tensors_of(before).values():
                 self.glanced_at(tensor)
         self._current = weakref.ref(block)
 
@@ -236,62 +235,12 @@ class Residence:
             id(tensor)
             for module in model.modules()
             if self.name_of(module) is not None
-            for tensor in _tensors(module).values()
+            for tensor in tensors_of(module).values()
         }
-        return {n: tensor for n, tensor in _tensors(model).items() if id(tensor) not in inside}
+        return {n: tensor for n, tensor in tensors_of(model).items() if id(tensor) not in inside}
 
 
-def residence_of(module: nn.Module) -> Residence | None:
-    """What looks after a model or one of its blocks; None where that simply is in memory."""
-    found: Residence | None = vars(module).get(_ATTRIBUTE)
-    return found
-
-
-def rest(block: nn.Module) -> None:
-    """As `Residence.rest`. Does nothing for a model that is simply in memory."""
-    residence = residence_of(block)
-    if residence is not None:
-        residence.rest(block)
-
-
-def twin(block: nn.Module) -> nn.Module:
-    """A copy of a block that is about to get other tensors; those that lie in files are not copied."""
-    residence = residence_of(block)
-    memo: dict[int, Any] = {}
-    with at_work(block):
-        if residence is not None and residence.rests:
-            for parameter in block.parameters():
-                if not is_own(parameter):
-                    memo[id(parameter)] = nn.Parameter(parameter.data, requires_grad=parameter.requires_grad)
-        return copy.deepcopy(block, memo)
-
-
-def at_work(block: nn.Module) -> AbstractContextManager[None]:
-    """Have a block's weights where it runs, whatever other block runs meanwhile."""
-    residence = residence_of(block)
-    return nullcontext() if residence is None else residence.staying(block)
-
-
-def forget(copied: nn.Module, block: nn.Module) -> None:
-    """Nobody needs a `twin` of `block` any more."""
-    residence = residence_of(block)
-    if residence is not None:
-        for tensor in _tensors(copied).values():
-            residence.glanced_at(tensor)
-    copied.to("meta")
-
-
-def rest_at(model: nn.Module, path: str) -> None:
-    """As `rest`, of the block around the module at `path`, if that is in one."""
-    module = model
-    for name in path.split("."):
-        module = module.get_submodule(name)
-        if _NAME in vars(module):
-            rest(module)
-            return
-
-
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
+def tensors_of(module: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers that have values, by name, each object once."""
     found = (*module.named_parameters(), *module.named_buffers())
     return {name: tensor for name, tensor in found if not tensor.is_meta}
