@@ -6,7 +6,7 @@ share about a dozen words in a row, which does not happen by chance.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,13 +34,6 @@ class OverlapFilter:
         if len(normalised) < SHINGLE:
             return bool(normalised) and normalised in self._texts
         return bool(np.isin(_shingle_hashes(normalised), self._known).any())
-
-
-def drop_overlapping(texts: Sequence[str], exclude: Iterable[str]) -> tuple[list[str], int]:
-    """The texts that share nothing with `exclude`, and how many were dropped."""
-    overlap = OverlapFilter(exclude)
-    kept = [text for text in texts if not overlap.overlaps(text)]
-    return kept, len(texts) - len(kept)
 
 
 def _normalise(text: str) -> str:

@@ -58,11 +58,6 @@ def refit_reader(
     return Refitted(found[:, :-1], found[:, -1] * size, followed)
 
 
-def refit_columns(weight: Tensor, statistics: InputStatistics, kept: Tensor, damping: float = DAMPING) -> Tensor:
-    """`refit_reader` without a bias: float32 (out, k)."""
-    return refit_reader(weight, None, statistics, kept, damping).weight
-
-
 def _solved(weight: Tensor, statistics: InputStatistics, kept: Tensor, damping: float) -> tuple[Tensor, None, float]:
     kept = kept.to(weight.device)
     found = least_squares_refit(weight, statistics.mean, kept, damping)

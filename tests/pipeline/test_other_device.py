@@ -116,7 +116,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return run
 
 
-@pytest.mark.parametrize("visited", [False, True], ids=["whole", "visited"])
+@pytest.mark.parametrize("visited", [pytest.param(False, id="whole", marks=pytest.mark.slow), True])
 def test_a_checkpoint_is_shrunk_on_the_device_killed_and_taken_up_again(
     runs: Any, visited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

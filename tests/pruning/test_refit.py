@@ -14,7 +14,7 @@ from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import CalibrationError
 from hf_shrink.plan import BlockPlan
-from hf_shrink.pruning.refit import refit_columns
+from hf_shrink.pruning.refit import refit_reader
 from hf_shrink.surgery import cut_block
 
 HEADS, CHANNELS = (0, 1, 4, 5), tuple(range(0, 80, 2))
@@ -29,7 +29,7 @@ def statistics(x: Tensor) -> InputStatistics:
 def test_it_is_the_least_squares_solution() -> None:
     x = torch.randn(400, 24) @ torch.randn(24, 24)
     weight, kept = torch.randn(10, 24), torch.tensor([0, 3, 4, 11, 17, 20, 23])
-    found = refit_columns(weight, statistics(x), kept, damping=0.0)
+    found = refit_reader(weight, None, statistics(x), kept, damping=0.0).weight
     target = x.double() @ weight.double().T
     expected = torch.linalg.lstsq(x[:, kept].double(), target).solution.T
     torch.testing.assert_close(found.double(), expected, rtol=1e-3, atol=1e-4)
@@ -37,19 +37,19 @@ def test_it_is_the_least_squares_solution() -> None:
 
 def test_keeping_everything_changes_nothing() -> None:
     x, weight = torch.randn(50, 12), torch.randn(5, 12)
-    torch.testing.assert_close(refit_columns(weight, statistics(x), torch.arange(12)), weight)
+    torch.testing.assert_close(refit_reader(weight, None, statistics(x), torch.arange(12)).weight, weight)
 
 
 def test_inputs_that_say_nothing_leave_the_weight_as_it_is() -> None:
     weight, kept = torch.randn(5, 12), torch.tensor([1, 2, 7])
-    found = refit_columns(weight, statistics(torch.zeros(9, 12)), kept)
+    found = refit_reader(weight, None, statistics(torch.zeros(9, 12)), kept).weight
     torch.testing.assert_close(found, weight[:, kept])
 
 
 def test_not_finite_statistics_are_an_error() -> None:
     broken = InputStatistics(torch.full((4, 4), float("nan")), 3)
     with pytest.raises(CalibrationError):
-        refit_columns(torch.randn(2, 4), broken, torch.tensor([0, 1]))
+        refit_reader(torch.randn(2, 4), None, broken, torch.tensor([0, 1]))
 
 
 def outputs_after(refit: bool, part: str) -> tuple[list[Tensor], list[Tensor]]:
@@ -67,7 +67,8 @@ def outputs_after(refit: bool, part: str) -> tuple[list[Tensor], list[Tensor]]:
     assert owner is not None
     slot = owner.slot(role)
     module = owner.modules[slot.path]
-    weight = refit_columns(matrix(module), walk.statistics({slot.path: module})[slot.path], slot.positions(kept))
+    statistics = walk.statistics({slot.path: module})[slot.path]
+    weight = refit_reader(matrix(module), None, statistics, slot.positions(kept)).weight
     cut_block(block, BlockPlan(channels=kept) if part == "mlp" else BlockPlan(query_heads=kept))
     if refit:
         matrix(module).copy_(weight)
