@@ -22,21 +22,31 @@ def runner_at(folder: Path) -> Any:
 
 def test_command_lines_have_the_common_protocol(tmp_path: Path) -> None:
     runner = runner_at(tmp_path)
-    found, _ = peers.peer_variants(["llmcompressor-gptq", "autoround"], [W4, W2], 64)
+    found, _ = peers.peer_variants(["llmcompressor-gptq", "gptqmodel"], [W4, W2], 64)
     lines = {v.id: runner.command(v, Path("OUT")) for v in found}
     assert list(lines) == [
         "llmcompressor-gptq:W4g64",
         "llmcompressor-gptq:W2g64-asymmetric",
-        "autoround:W4g64",
-        "autoround:W2g64-asymmetric",
+        "gptqmodel:W4g64",
+        "gptqmodel:W2g64-asymmetric",
     ]
     rest = f"--model {tmp_path}/dense --calibration {tmp_path}/emma.txt --heldout {tmp_path}/novel.txt"
     rest += f" {tmp_path}/plays.txt --samples 128 --threads 2 --output OUT"
     start = f"{tmp_path}/home/llmcompressor/bin/python {tmp_path}/peers/run.py llmcompressor-gptq"
     assert " ".join(lines["llmcompressor-gptq:W4g64"]) == f"{start} --bits 4 --group 64 {rest}"
-    assert " ".join(lines["autoround:W2g64-asymmetric"]).endswith(
-        f"autoround --bits 2 --group 64 --asymmetric --iters 200 {rest}"
-    )
+    assert " ".join(lines["gptqmodel:W2g64-asymmetric"]).endswith(f"gptqmodel --bits 2 --group 64 --asymmetric {rest}")
+
+
+def test_a_script_of_ours_gets_the_same_as_a_job(tmp_path: Path) -> None:
+    python, script, text = runner_at(tmp_path).command(AUTOROUND_W2, Path("OUT"))
+    assert python == f"{tmp_path}/home/autoround/bin/python"
+    assert Path(script).is_file() and Path(script).name == "autoround.py"
+    job = json.loads(text)
+    assert job["held_out"] == [f"{tmp_path}/novel.txt", f"{tmp_path}/plays.txt"]
+    assert job["calibration"] == f"{tmp_path}/emma.txt" and job["model"] == f"{tmp_path}/dense"
+    assert [job[name] for name in ("bits", "group", "symmetric", "iterations")] == [2, 64, False, 200]
+    assert [job[name] for name in ("samples", "held_out_samples", "length", "threads")] == [128, 40, 512, 2]
+    assert job["output"] == "OUT"
 
 
 def test_tools_with_a_format_of_their_own_are_measured_once() -> None:
@@ -57,15 +67,16 @@ def test_tools_with_a_format_of_their_own_are_measured_once() -> None:
 
 
 @pytest.mark.parametrize("name", peers.PEERS)
-def test_every_peer_has_a_command_line(tmp_path: Path, name: str) -> None:
+def test_every_peer_of_the_runner_has_a_command_line(tmp_path: Path, name: str) -> None:
     eight = variants.Setting(8, 64)
     found, left_out = peers.peer_variants([name], [W4, eight], 64)
     assert found and not left_out
     for variant in found:
         command = runner_at(tmp_path).command(variant, Path("OUT"))
+        if peers.PEERS[name].own is not None:
+            continue
         assert command[2] == name
         assert all(isinstance(word, str) for word in command)
-        assert ("--iters" in command) == (name == "autoround")
         assert "--asymmetric" not in command  # none was asked; what a tool has by itself is no option of it
 
 
@@ -79,7 +90,7 @@ def test_a_missing_environment_is_told_with_its_remedy(tmp_path: Path) -> None:
 
 
 PRINTED: dict[str, Any] = {
-    "peer": "autoround",
+    "peer": "llmcompressor-gptq",
     "bits": 2,
     "group": 64,
     "symmetric": False,
@@ -89,11 +100,12 @@ PRINTED: dict[str, Any] = {
     "perplexity": {"plays": 20.0, "novel": 30.0},
     "threads": 1,
 }
+GPTQ_W2 = variants.Variant("llmcompressor-gptq", "peer", W2)
 AUTOROUND_W2 = variants.Variant("autoround", "peer", W2, 200)
 
 
 def test_what_the_runner_prints_is_read() -> None:
-    assert peers.read(PRINTED, AUTOROUND_W2, ["novel", "plays"], 1) == {
+    assert peers.read(PRINTED, GPTQ_W2, ["novel", "plays"], 1) == {
         "seconds_with_loading": 12.5,
         "peak_mb": 1024.0,
         "decode_tokens_per_second": None,
@@ -114,8 +126,8 @@ def test_what_the_runner_prints_is_read() -> None:
     ],
 )
 def test_something_else_than_asked_is_refused(change: dict[str, Any]) -> None:
-    with pytest.raises(RuntimeError, match="autoround:W2g64-asymmetric measured something else"):
-        peers.read({**PRINTED, **change}, AUTOROUND_W2, ["novel", "plays"], 1)
+    with pytest.raises(RuntimeError, match="llmcompressor-gptq:W2g64-asymmetric measured something else"):
+        peers.read({**PRINTED, **change}, GPTQ_W2, ["novel", "plays"], 1)
 
 
 def test_tools_of_their_own_format_say_bits_and_group_that_mean_nothing() -> None:
@@ -126,7 +138,7 @@ def test_tools_of_their_own_format_say_bits_and_group_that_mean_nothing() -> Non
 
 def test_a_run_counts_bytes_and_records_versions(tmp_path: Path) -> None:
     runner = runner_at(tmp_path)
-    python = tmp_path / "home" / "autoround" / "bin" / "python"
+    python = tmp_path / "home" / "llmcompressor" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.symlink_to(sys.executable)
     runner.script.parent.mkdir()
@@ -138,9 +150,9 @@ def test_a_run_counts_bytes_and_records_versions(tmp_path: Path) -> None:
         "printed['threads'] = int(os.environ['OMP_NUM_THREADS'])\n"
         "print('noise'); print(json.dumps(printed))\n"
     )
-    found = runner.run(AUTOROUND_W2)
-    assert found["variant"] == "autoround:W2g64-asymmetric"
+    found = runner.run(GPTQ_W2)
+    assert found["variant"] == "llmcompressor-gptq:W2g64-asymmetric"
     assert found["weight_bytes"] == 77
-    assert (found["threads"], found["iterations"]) == (2, 200)
+    assert found["threads"] == 2
     assert set(found["about"]) == {"date", "commit", "versions", "hardware"}
-    assert set(found["about"]["versions"]) == {"python", "auto-round", "torch", "transformers"}
+    assert set(found["about"]["versions"]) == {"python", "llmcompressor", "compressed-tensors", "torch", "transformers"}

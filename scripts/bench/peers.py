@@ -13,6 +13,7 @@ from typing import Any
 from common import about, folder_bytes, run_fresh
 from variants import DEFAULT_ITERATIONS, Setting, Variant
 
+LENGTH = 512
 HELD_OUT_WINDOWS = 40  # the runner's own, and not an option of it
 KIB_IN_MB = 1.024  # the runner counts peak memory in units of 1000 KiB
 
@@ -26,6 +27,7 @@ class Peer:
         packages: what decides its result; their versions are recorded.
         bits: of a tool with a format of its own, which is measured once; None where bits, group and symmetry are asked.
         saves: the runner writes its checkpoint, so that bytes can be counted.
+        own: a script of ours, which takes a job and says what came of it, in place of the peers' runner.
     """
 
     name: str
@@ -33,6 +35,7 @@ class Peer:
     packages: tuple[str, ...]
     bits: int | None = None
     saves: bool = False
+    own: str | None = None
 
     def settings(self, asked: Sequence[Setting], group: int) -> list[Setting]:
         """At which settings it is measured beside those `asked` of ours."""
@@ -55,7 +58,7 @@ PEERS = {
     peer.name: peer
     for peer in (
         Peer("llmcompressor-gptq", "llmcompressor", ("llmcompressor", "compressed-tensors"), saves=True),
-        Peer("autoround", "autoround", ("auto-round",), saves=True),
+        Peer("autoround", "autoround", ("auto-round",), saves=True, own="autoround.py"),
         Peer("gptqmodel", "gptqmodel", ("gptqmodel", "optimum"), saves=True),
         Peer("bitsandbytes-nf4", "base", ("bitsandbytes",), bits=4),
         Peer("bitsandbytes-int8", "base", ("bitsandbytes",), bits=8),
@@ -90,6 +93,9 @@ class Runner:
         """The command line of one measurement."""
         peer, setting = PEERS[variant.name], variant.setting
         assert setting is not None
+        if peer.own is not None:
+            script = Path(__file__).resolve().with_name(peer.own)
+            return [str(self.python(peer)), str(script), json.dumps(self._job(variant, output))]
         command = [str(self.python(peer)), str(self.script), peer.name, "--bits", str(setting.bits)]
         if setting.group is not None:
             command += ["--group", str(setting.group)]
@@ -101,6 +107,22 @@ class Runner:
         command += [str(path) for path in self.held_out]
         return [*command, "--samples", str(self.samples), "--threads", str(self.threads), "--output", str(output)]
 
+    def _job(self, variant: Variant, output: Path) -> dict[str, Any]:
+        assert variant.setting is not None
+        setting = variant.setting.to_dict()
+        return {
+            "model": str(self.model),
+            "calibration": str(self.calibration),
+            "held_out": [str(path) for path in self.held_out],
+            "samples": self.samples,
+            "held_out_samples": HELD_OUT_WINDOWS,
+            "length": LENGTH,
+            **{name: setting[name] for name in ("bits", "group", "symmetric")},
+            "iterations": variant.iterations,
+            "threads": self.threads,
+            "output": str(output),
+        }
+
     def run(self, variant: Variant) -> dict[str, Any]:
         """Measure. Raises RuntimeError where the peer fails or measured something else than was asked."""
         peer = PEERS[variant.name]
@@ -108,9 +130,11 @@ class Runner:
         with tempfile.TemporaryDirectory() as folder:
             printed = run_fresh(self.command(variant, Path(folder)), self.threads)
             size = folder_bytes(Path(folder)) if peer.saves else None
+        if peer.own is None:
+            printed = read(printed, variant, [path.stem for path in self.held_out], self.threads)
         return {
             **variant.to_dict(),
-            **read(printed, variant, [path.stem for path in self.held_out], self.threads),
+            **printed,
             "weight_bytes": size,
             "about": described,
         }
