@@ -34,7 +34,7 @@ class Tuning:
     rounding: bool | Literal["auto"] = False
     rounding_rate: float | None = None
     held_out: float = 0.125
-    tokens: int = 4096
+    tokens: int = 1024
 
     def __post_init__(self) -> None:
         for name in ("steps", "tokens"):
