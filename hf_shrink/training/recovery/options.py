@@ -11,6 +11,7 @@ from hf_shrink.registry import did_you_mean
 
 Method = Literal["lora", "full", "scales"]
 METHODS = ("lora", "full", "scales")
+TOKENS: Mapping[str, int] = {"lora": 2048, "full": 2048, "scales": 1024}  # of a step
 RATES: Mapping[str, float] = {"lora": 1e-3, "full": 1e-4}  # of Adam's steps: adapters; all weights
 
 
@@ -27,7 +28,7 @@ class Recovery:
             call of `recover`, preparations included, and do not.
         learning_rate: the largest; None: what the method does well with.
         rank: of the adapters; their alpha is twice as large.
-        tokens: of one step.
+        tokens: of one step; None: what the method does well with, see `TOKENS`.
         samples, length: how many sequences of how many tokens are taken from the data.
         held_out: fraction of the data that is not trained on and decides whether the model is adopted.
         hidden: weight of the hidden states' error beside the predictions' divergence ("lora" and "full").
@@ -41,7 +42,7 @@ class Recovery:
     minutes: float | None = None
     learning_rate: float | None = None
     rank: int = 32
-    tokens: int = 2048
+    tokens: int | None = None
     samples: int = 128
     length: int = 512
     held_out: float = 0.06
@@ -57,7 +58,7 @@ class Recovery:
             raise RecipeError("recovery needs an end: give steps, for example 200, or minutes, for example 15")
         for name in ("steps", "rank", "tokens", "samples", "length"):
             value = getattr(self, name)
-            if value is None and name == "steps":
+            if value is None and name in ("steps", "tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"recovery.{name} must be a whole number of at least 1, not {value!r}")
@@ -77,6 +78,10 @@ class Recovery:
             if key not in valid:
                 raise RecipeError(f"unknown option {key!r} of recovery; {did_you_mean(key, valid)}")
         return cls(**options)
+
+    def step(self, method: Method) -> int:
+        """Tokens of a step."""
+        return TOKENS[method] if self.tokens is None else self.tokens
 
     def rate(self, method: Method) -> float:
         """The largest learning rate of "lora" or "full"."""

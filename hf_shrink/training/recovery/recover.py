@@ -163,13 +163,14 @@ def _by_scales(
 ) -> tuple[Any, float, float, str, int]:
     optimized = any(module.kernel is not None for module in model.modules() if isinstance(module, PackedModule))
     model.eval()
-    known = Teacher(teacher.eval(), regrouped(batches, recovery.tokens), progress)
+    tokens = recovery.step("scales")
+    known = Teacher(teacher.eval(), regrouped(batches, tokens), progress)
     options = Tuning(
         steps=recovery.steps or MOST_STEPS,
         learning_rate=recovery.learning_rate,  # None: by the bits
         rounding=recovery.rounding,
         held_out=recovery.held_out,
-        tokens=recovery.tokens,
+        tokens=tokens,
     )
     found = tune(model, known, options, seed, progress, None if until is None else until - time.monotonic())
     if optimized:
@@ -188,7 +189,7 @@ def _by_training(
     seed: int,
     progress: ProgressCallback,
 ) -> tuple[Any, float, float, str, int]:
-    size, accumulate = _sizes(model, recovery.tokens)
+    size, accumulate = _sizes(model, recovery.step(method))
     groups = regrouped(batches, size)
     count = max(1, round(len(groups) * recovery.held_out))
     if len(groups) < 2:
