@@ -8,6 +8,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from hf_shrink.residence import at_work
+
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -21,15 +23,16 @@ def in_float32(block: nn.Module, enabled: bool = True) -> Iterator[None]:
     if not enabled or stored not in HALF:
         yield
         return
-    whole = [(module, name) for module, name, tensor in _tensors(block) if tensor.dtype == torch.float32]
-    block.to(torch.float32)
-    try:
-        yield
-    finally:
-        kept = [(module, name, getattr(module, name).data) for module, name in whole if hasattr(module, name)]
-        block.to(stored)
-        for module, name, data in kept:
-            getattr(module, name).data = data
+    with at_work(block):
+        whole = [(module, name) for module, name, tensor in _tensors(block) if tensor.dtype == torch.float32]
+        block.to(torch.float32)
+        try:
+            yield
+        finally:
+            kept = [(module, name, getattr(module, name).data) for module, name in whole if hasattr(module, name)]
+            block.to(stored)
+            for module, name, data in kept:
+                getattr(module, name).data = data
 
 
 def _tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
@@ -41,12 +44,14 @@ def _tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
 @contextmanager
 def float32_for_now(block: nn.Module) -> Iterator[None]:
     """The block in float32 while it computes; afterwards its own tensors are back, untouched."""
-    tensors = [t for t in (*block.parameters(), *block.buffers()) if t.is_floating_point() and t.dtype != torch.float32]
-    stored = [t.data for t in tensors]
-    for tensor in tensors:
-        tensor.data = tensor.data.float()
-    try:
-        yield
-    finally:
-        for tensor, data in zip(tensors, stored, strict=True):
-            tensor.data = data
+    with at_work(block):
+        everything = (*block.parameters(), *block.buffers())
+        tensors = [t for t in everything if t.is_floating_point() and t.dtype != torch.float32]
+        stored = [t.data for t in tensors]
+        for tensor in tensors:
+            tensor.data = tensor.data.float()
+        try:
+            yield
+        finally:
+            for tensor, data in zip(tensors, stored, strict=True):
+                tensor.data = data
