@@ -13,12 +13,15 @@ import copy
 import gc
 import json
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -29,8 +32,9 @@ from speed_models import LLAMA_1B
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_shrink import kernel_summary, optimize_for_inference, shrink
+from hf_shrink import kernel_summary, optimize_for_inference, shrink, shrink_checkpoint
 from hf_shrink.evaluation.speed import Workload, measure_speed
+from hf_shrink.residence import Residence
 from hf_shrink.runtime.int8 import multiplies_int8
 from hf_shrink.runtime.kernels.crossover import few_limit
 from hf_shrink.runtime.kernels.octets import multiplies_float8
@@ -209,6 +213,36 @@ def compression(blocks: int) -> Callable[[Run], dict[str, Any]]:
     return measure
 
 
+def from_folder(run: Run) -> dict[str, Any]:
+    """`shrink_checkpoint` on 4 blocks of the 1B model's shape: whole on the GPU, and block by block as if it did not
+    fit. Same weights, seconds and peak memory of the GPU."""
+    sequences, length, size = CALIBRATION
+    ids = torch.randint(0, LLAMA_1B["vocab_size"], (sequences // 4, length))  # type: ignore[call-overload]
+    batches = [{"input_ids": part} for part in ids.split(size)]
+    quantize = {"method": "gptq", "scheme": "W4A16", "group_size": 128, "damping": 0.01}
+    recipe = {"steps": [{"quantize": quantize}], "evaluation": {"metrics": []}}
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "source"
+        random_1b(4).cpu().save_pretrained(source)
+        for name, free in (("whole", None), ("block by block", 0)):
+            gc.collect()
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats()
+            since = time.monotonic()
+            with ExitStack() as stack:
+                if free is not None:
+                    stack.enter_context(mock.patch.object(Residence, "needed_to_visit", lambda self: 0))
+                    stack.enter_context(mock.patch("hf_shrink.checkpoint.device.free_on", lambda device: free))
+                shrink_checkpoint(
+                    source, Path(folder) / name, recipe, calibration=batches, progress=False, device=DEVICE
+                )
+            seconds, peak = round(time.monotonic() - since, 1), torch.cuda.max_memory_allocated()
+            found[name] = {"seconds": seconds, "peak bytes": peak}
+        one, other = ((Path(folder) / name / "model.safetensors").read_bytes() for name in found)
+    return {**found, "same bytes": one == other}
+
+
 PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "host": host,
     "kernels": kernels,
@@ -220,6 +254,7 @@ PARTS: dict[str, Callable[[Run], dict[str, Any]]] = {
     "SmolLM2-135M, compiled": compiled("SmolLM2-135M", ("dense", "W4")),
     "summary": summary,
     "shrink, 1B": compression(16),
+    "from a folder, 4 blocks of 1B": from_folder,
 }
 
 

@@ -16,9 +16,11 @@ from packed_linears import SCHEMES, close, expected, linear_of, optimized
 from tiny import tiny_llama
 from transformers import CompileConfig, StaticCache
 
-from hf_shrink import kernel_summary, optimize_for_inference, shrink
+from hf_shrink import kernel_summary, optimize_for_inference, shrink, shrink_checkpoint
+from hf_shrink.checkpoint import device as devices
 from hf_shrink.evaluation import evaluate_model
 from hf_shrink.plan import Scheme
+from hf_shrink.residence import Residence
 from hf_shrink.runtime import CompressedLinear, int8
 from hf_shrink.runtime.kernels import tiles
 from hf_shrink.runtime.kernels.blocks import blockwise_linear
@@ -216,6 +218,22 @@ def test_compression_runs_where_the_model_is(steps):
     found = evaluate_model(model, batches, baseline=dense, metrics=("kl_divergence",))
     assert 0 <= found["model"]["kl_divergence"]["value"] < 10
     assert kernel_summary(model) is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_folder_is_worked_on_whole_and_block_by_block(dtype, tmp_path, monkeypatch):
+    source = tmp_path / "source"
+    small_llama().cpu().to(dtype).save_pretrained(source)
+    batches = [{"input_ids": torch.randint(3, 320, (2, 48))} for _ in range(8)]
+    steps = [{"prune": {"what": "width", "method": "obs", "ratio": 0.2}}, {"quantize": {"method": "gptq"}}]
+    recipe = {"steps": steps, "evaluation": {"metrics": []}}
+    monkeypatch.setattr(Residence, "needed_to_visit", lambda self: 0)
+    for name, free in (("whole", 10**12), ("visited", 0)):
+        monkeypatch.setattr(devices, "free_on", lambda device, free=free: free)
+        report = shrink_checkpoint(source, tmp_path / name, recipe, calibration=batches, progress=False)
+        assert report.machine["device"].startswith("cuda")
+    one, other = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "visited"))
+    assert one == other
 
 
 def test_a_linear_that_no_kernel_takes_is_right_anyway():
