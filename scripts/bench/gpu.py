@@ -233,9 +233,9 @@ def from_folder(run: Run) -> dict[str, Any]:
             with ExitStack() as stack:
                 if free is not None:
                     stack.enter_context(mock.patch.object(Residence, "needed_to_visit", lambda self: 0))
-                    stack.enter_context(mock.patch("hf_shrink.checkpoint.device.free_on", lambda device: free))
+                    stack.enter_context(mock.patch("hf_shrink.checkpoint.device.free_on", return_value=free))
                 shrink_checkpoint(
-                    source, Path(folder) / name, recipe, calibration=batches, progress=False, device=DEVICE
+                    source, Path(folder) / name, recipe, calibration=batches, progress=False, device=str(DEVICE)
                 )
             seconds, peak = round(time.monotonic() - since, 1), torch.cuda.max_memory_allocated()
             found[name] = {"seconds": seconds, "peak bytes": peak}
