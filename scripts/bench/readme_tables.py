@@ -47,6 +47,7 @@ class Rated:
     seconds: float | None
     peak_mb: float | None
     megabytes: float | None
+    threads: int
     commit: str
     ours: bool
 
@@ -71,6 +72,7 @@ def rated(quality: Mapping[str, Any], older: Mapping[str, Any]) -> list[Rated]:
                 result.get("seconds_with_loading"),
                 result.get("peak_mb"),
                 None if size is None else size / 1e6,
+                result["threads"],
                 result["about"]["commit"],
                 result["kind"] in ("effort", "method"),
             )
@@ -87,7 +89,8 @@ def _older(older: Mapping[str, Any], texts: int) -> Iterable[tuple[str, Rated]]:
             losses = (result["excess_loss"], *[None] * (texts - 1))
             figures = (result["seconds_with_loading"], result["peak_mb"], result["weight_bytes"] / 1e6)
             name = f"**hf_shrink**, `method: {result['method']}`"
-            row = Rated(name, result["bits"], result["perplexity"], losses, *figures, older["commit"], True)
+            threads, commit = older["protocol"]["threads"], older["commit"]
+            row = Rated(name, result["bits"], result["perplexity"], losses, *figures, threads, commit, True)
             yield TODAY[result["method"]], row
 
 
@@ -104,11 +107,12 @@ def quality_table(quality: Mapping[str, Any], older: Mapping[str, Any]) -> str:
     """Perplexity and excess loss, time and memory of making it, and bytes."""
     texts = list(quality["protocol"]["held_out"])
     headings = ["", "bits", f"perplexity, {texts[0]}", *(f"excess loss, {text}" for text in texts)]
-    headings += ["seconds", "peak MB", "weights MB", "at commit"]
+    headings += ["seconds", "threads", "peak MB", "weights MB", "at commit"]
     rows = []
     for row in rated(quality, older):
         losses = [_digits(loss, 3) for loss in row.losses]
-        figures = [_digits(row.seconds), _digits(row.peak_mb), _digits(row.megabytes), f"`{row.commit}`"]
+        threads = "" if row.seconds is None else str(row.threads)
+        figures = [_digits(row.seconds), threads, _digits(row.peak_mb), _digits(row.megabytes), f"`{row.commit}`"]
         rows.append([row.name, str(row.bits or ""), f"{row.perplexity:.2f}", *losses, *figures])
     return markdown(headings, rows)
 

@@ -60,7 +60,7 @@ class Store:
         Raises:
             OtherProtocol: the result says that it ran with another number of threads.
         """
-        if result["threads"] != self.protocol["threads"]:
+        if result["threads"] != self.protocol.get("threads", result["threads"]):
             raise OtherProtocol(
                 f"{result['variant']} ran on {result['threads']} threads, not on {self.protocol['threads']}"
             )

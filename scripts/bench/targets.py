@@ -141,6 +141,8 @@ def _judge_seconds(target: Target, result: Result, rivals: list[Result]) -> dict
     (rival,) = found
     if rival["about"]["hardware"] != result["about"]["hardware"]:
         return _unknown(target, f"{rival['variant']} ran on other hardware")
+    if rival["threads"] != result["threads"]:
+        return _unknown(target, f"{rival['variant']} ran on {rival['threads']} threads, not {result['threads']}")
     return _verdict(target, result[SECONDS], rival[SECONDS], rival["variant"])
 
 
