@@ -35,7 +35,7 @@ def load_measured(path_or_id: str | os.PathLike[str], dtype: str = "auto", devic
         device: where to load it.
 
     Raises:
-        CheckpointError: it cannot be found or loaded.
+        CheckpointError: it cannot be found or loaded, or does not fit the device.
     """
     source = open_source(path_or_id, dense=False)
     where = str(source.folder) if source.shards else source.name
@@ -43,6 +43,8 @@ def load_measured(path_or_id: str | os.PathLike[str], dtype: str = "auto", devic
     where_to = None if device == "cpu" else device
     try:
         model = model_class(source).from_pretrained(where, dtype=dtype, use_safetensors=True, device_map=where_to)
+    except torch.OutOfMemoryError as error:
+        raise CheckpointError(f"{source.name} does not fit {device}; take --device cpu (device='cpu')") from error
     except (OSError, ValueError, RuntimeError, ImportError) as error:
         raise CheckpointError(f"{source.name} does not load: {' '.join(str(error).split())}") from error
     if has_adapter(source.folder):

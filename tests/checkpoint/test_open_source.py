@@ -10,8 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoModel, BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+from transformers import AutoModel, BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hf_shrink.checkpoint.measured import load_measured
 from hf_shrink.checkpoint.shards import read_header
 from hf_shrink.checkpoint.source import check_finite, load_processing, load_source_model, open_source
 from hf_shrink.errors import CheckpointError
@@ -232,3 +233,14 @@ def test_a_bare_model(tmp_path: Path) -> None:
     bare.save_pretrained(tmp_path)
     assert type(load_source_model(open_source(tmp_path))) is type(bare)
     assert isinstance(AutoModel.from_pretrained(tmp_path), type(bare))
+
+
+def test_a_model_that_does_not_fit_its_device_is_told_with_the_remedy(
+    dense: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*given: object, **named: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(LlamaForCausalLM, "from_pretrained", full)
+    with pytest.raises(CheckpointError, match="does not fit cuda:0; take --device cpu"):
+        load_measured(dense, device="cuda:0")
