@@ -40,6 +40,16 @@ def test_two_runs_fill_one_file(tmp_path: Path) -> None:
     assert list(store.Store(tmp_path / "quality.json", PROTOCOL).results) == ["best:W4g64", "autoround:W4g64"]
 
 
+def test_what_is_dropped_does_not_come_back_from_the_file(tmp_path: Path) -> None:
+    kept = store.Store(tmp_path / "quality.json", PROTOCOL)
+    kept.add(BEST)
+    kept.write({})
+    again = store.Store(tmp_path / "quality.json", PROTOCOL)
+    again.drop(BEST["variant"])
+    again.add(RIVAL)
+    assert list(again.results) == ["autoround:W4g64"]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -168,7 +168,7 @@ def main(words: Sequence[str] | None = None) -> int:
         for tool in tools:
             if tool.name in a.rerun and not a.dry_run:
                 for name, _ in variants_of(tool):
-                    store.results.pop(variant_id(subject, name), None)
+                    store.drop(variant_id(subject, name))
     waiting = [
         (number, subject, tool)
         for subject in a.subjects

@@ -31,6 +31,7 @@ class Store:
         self.path = path
         self.protocol = json.loads(json.dumps(protocol))  # as it will be read again
         self._added: dict[str, dict[str, Any]] = {}
+        self._dropped: set[str] = set()
         self.results = self._read()
 
     def _read(self) -> dict[str, dict[str, Any]]:
@@ -65,7 +66,14 @@ class Store:
                 f"{result['variant']} ran on {result['threads']} threads, not on {self.protocol['threads']}"
             )
         self._added[result["variant"]] = json.loads(json.dumps(result))
-        self.results = {**self._read(), **self._added}
+        kept = {variant: known for variant, known in self._read().items() if variant not in self._dropped}
+        self.results = {**kept, **self._added}
+
+    def drop(self, variant: str) -> None:
+        """Forget a variant's result, whatever the file has, until one is added again."""
+        self.results.pop(variant, None)
+        self._added.pop(variant, None)
+        self._dropped.add(variant)
 
     def write(self, summary: Mapping[str, Any]) -> Path:
         """Write everything, whole or not at all: the measured results, and `summary`, which is computed from them."""
