@@ -130,7 +130,7 @@ def test_images_in_the_calibration_make_images_better(name: str) -> None:
     assert errors[0] < errors[1]
 
 
-@pytest.mark.parametrize("method", ["rtn", "learned"])
+@pytest.mark.parametrize("method", ["rtn", pytest.param("learned", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("name", KINDS)
 def test_transforms_fold_into_the_text_beside_a_tower(name: str, method: str) -> None:
     dense, batches = CASES[name].build(), batches_for(name)

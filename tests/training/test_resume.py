@@ -45,7 +45,10 @@ def train(recipe: Any, folder: Path, stop: int = 0, resume: bool = False) -> dic
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-@pytest.mark.parametrize("name", RECIPES)
+QUICK = ("2:4 by taylor", "width by movement")
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in RECIPES])
 def test_resumed_is_unbroken(name: str, tmp_path: Path) -> None:
     unbroken = train(RECIPES[name], tmp_path / "unbroken")
     for stop in (1, 4, 7):  # before, within and after the window

@@ -162,7 +162,7 @@ RESUMED: dict[str, tuple[dict[str, Any], float]] = {
 }
 
 
-@pytest.mark.parametrize("name", RESUMED)
+@pytest.mark.parametrize("name", ["with masks", *(pytest.param(n, marks=pytest.mark.slow) for n in list(RESUMED)[:2])])
 def test_resumed_is_unbroken(name: str, tmp_path: Path) -> None:
     recipe, start = RESUMED[name]
 
