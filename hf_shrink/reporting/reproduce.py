@@ -51,7 +51,8 @@ def provenance(record: Record) -> dict[str, str]:
     machine = report.machine
     if machine:
         said = [str(machine[key]) for key in ("device", "processor") if machine.get(key)]
-        said += [f"{machine['threads']} threads"] if machine.get("threads") else []
+        count = machine.get("threads")
+        said += [f"{count} thread{'s' * (count != 1)}"] if count else []
         said += [f"{machine['memory_gb']:g} GB of memory"] if machine.get("memory_gb") else []
         found["Machine"] = ", ".join(said)
     if record.versions:

@@ -94,7 +94,10 @@ def _memory(model: ModelSpeed) -> list[str]:
 
 def _below(report: SpeedReport) -> list[str]:
     work, hardware = report.workload, report.about.get("hardware", {})
-    where = hardware.get("accelerator") or f"{hardware.get('processor', 'unknown processor')}, {report.threads} threads"
+    where = (
+        hardware.get("accelerator")
+        or f"{hardware.get('processor', 'unknown processor')}, {report.threads} thread{'s' * (report.threads != 1)}"
+    )
     first = (
         f"Medians of {work['repeats']} runs in turn [least, greatest]: prompt {work['prompt']}, then {work['new']} "
         f"tokens; long prompt {work['prefill']}; batch {work['batch']}; {where}."
