@@ -155,7 +155,7 @@ def test_it_says_how_to_get_it_again_and_gives_no_path_away():
     text = Page(report_html(record)).text
     assert "hf-shrink run dense --recipe shrink.json --seed 3 --output again" in text
     assert "/home/someone" not in text and "shore.txt" in text
-    assert "torch 2.13.0" in text and "1 threads" in text and "128 x 512 tokens that the model wrote" in text
+    assert "torch 2.13.0" in text and "1 thread," in text and "128 x 512 tokens that the model wrote" in text
     assert "4 min 24 s" in text
 
 
