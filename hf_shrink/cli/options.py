@@ -56,7 +56,7 @@ def add_memory(parser: argparse.ArgumentParser) -> None:
 
 def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: the accelerator where there is one it fits)"
+        "--device", metavar="D", help="cpu, cuda, cuda:1, ... (default: the accelerator where there is one)"
     )
 
 

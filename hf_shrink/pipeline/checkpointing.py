@@ -100,6 +100,8 @@ def shrink_checkpoint(
             return ranks().on_first(lambda: read_record(run.target / RECORD_NAME).report)
         model = load_streamed(found, run.scratch, memory) if model is None else model
         note = settle(model, where, asked=device is not None)
+        if note is not None:
+            show.say(note)
         keeper = JournalKeeper(journal, run.finished, lambda: time.perf_counter() - since, memory, show.say)
         job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
         with evaluating(model):

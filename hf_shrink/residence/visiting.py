@@ -50,7 +50,7 @@ class Visits:
         self._tensors, self._read = tensors, read
         self._visitor: weakref.ref[nn.Module] | None = None
         self._staying: list[nn.Module] = []
-        self._left: dict[tuple[int, str], _Left] = {}
+        self._left: dict[int, dict[str, _Left]] = {}  # by block
 
     def invite(self, block: nn.Module) -> None:
         """Let the block come whenever it runs. A copy of it does not come by itself: it stays where it was made."""
@@ -69,7 +69,7 @@ class Visits:
         block.to(self.device)
         here = self._tensors(block)
         for name, home in homes.items():
-            self._left[id(block), name] = _Left(home, _looks(here[name]))
+            self._left.setdefault(id(block), {})[name] = _Left(home, _looks(here[name]))
             self._read(home)
 
     def send_back(self, block: nn.Module) -> None:
@@ -77,10 +77,11 @@ class Visits:
         tensors = self._tensors(block)
         if any(block is other for other in self._staying) or all(t.device.type == "cpu" for t in tensors.values()):
             return
+        known = self._left.pop(id(block), {})
         homes = {
             id(tensor): left.home
             for name, tensor in tensors.items()
-            if (left := self._left.pop((id(block), name), None)) is not None and left.is_of(tensor)
+            if (left := known.get(name)) is not None and left.is_of(tensor)
         }
 
         def back(tensor: Tensor) -> Tensor:

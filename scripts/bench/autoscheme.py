@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+from autoround import dense
 from common import folder_bytes, peak_memory_mb, perplexity, stopwatch, windows
 
 OPTIONS = ("W2A16", "W3A16", "W4A16", "W8A16")
@@ -70,7 +71,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             out = Path(folder) / "out"
             rounding.quantize_and_save(str(out), format="auto_round")
         saved = next(out.rglob("config.json")).parent
-        small = AutoModelForCausalLM.from_pretrained(saved, device_map="cpu")
+        small = dense(job["model"], saved)
         return {
             "seconds_with_loading": times["seconds"],
             "peak_mb": peak_memory_mb(),
