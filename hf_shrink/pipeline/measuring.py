@@ -54,8 +54,8 @@ def measure(
     speed = None
     if rests:
         record.report.notes.append(
-            "speed was not measured, and no text was written: the dense model is larger than half of max_memory, and "
-            "reading it from the disk for every token says nothing; see `hf-shrink bench`"
+            "speed was not measured, and no text was written: a model is larger than half of max_memory, or than the "
+            "accelerator, and bringing its blocks for every token says nothing; see `hf-shrink bench`"
         )
     else:
         show("comparing speed", 0, 1)
