@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from functools import partial
 from typing import Any
 
 from hf_shrink.cli.options import Commands, add_device, add_memory, add_recipe, add_source, check_folder, recipe_of
@@ -38,7 +40,8 @@ def command(options: argparse.Namespace) -> None:
     recipe = recipe_of(options)
     for file in filter(None, (options.json, options.figure)):
         check_folder(file)
-    with open_checkpoint(options.source, options.max_memory, options.device) as (model, processing):
+    say = partial(print, file=sys.stderr)
+    with open_checkpoint(options.source, options.max_memory, options.device, say) as (model, processing):
         settings = {
             "tokenizer": processing,
             "calibration": options.calibration,

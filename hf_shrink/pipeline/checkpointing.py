@@ -6,7 +6,7 @@ import copy
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -136,17 +136,22 @@ def _describe(record: ShrinkRecord, output: Path, source_card: str | None) -> No
 
 @contextmanager
 def open_checkpoint(
-    source: str | os.PathLike[str], max_memory: int | str = MAX_MEMORY, device: str | None = None
+    source: str | os.PathLike[str],
+    max_memory: int | str = MAX_MEMORY,
+    device: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> Iterator[tuple[PreTrainedModel, Any]]:
     """A saved model, on the CPU one block of it in memory at a time, to make plans of, and its tokenizer or processor.
 
-    Arguments and errors as in `shrink_checkpoint`.
+    Arguments and errors as in `shrink_checkpoint`; `say` is told where the model is not on the accelerator whole.
     """
     found = open_source(source)
     with tempfile.TemporaryDirectory() as scratch:
         with silence():
             processing, model = load_processing(found), load_streamed(found, Path(scratch), bytes_of(max_memory))
-            settle(model, chosen_device(device), asked=device is not None)
+            note = settle(model, chosen_device(device), asked=device is not None)
+        if note is not None:
+            say(note)
         yield model, processing
 
 

@@ -195,3 +195,7 @@ def test_where_a_model_is_worked_on(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         devices.settle(model, DEVICE, asked=True)
     note = devices.settle(model, DEVICE, asked=False)
     assert note is not None and note.startswith("the CPU did the work") and model.device == cpu
+    said: list[str] = []
+    with checkpointing.open_checkpoint(tmp_path / "source", 10**9, say=said.append) as (model, _):
+        assert model.device == cpu
+    assert said == [note.replace("cuda:0", "cuda:3")]
