@@ -121,6 +121,11 @@ class InputStatistics:
         own = self.total[:, None] * (self.total / max(self.weight, 1e-30))
         return ((self.hessian.double() - own) / max(self.tokens, 1)).float()
 
+    def evened(self, share: float) -> InputStatistics:
+        """As if others had come beside these inputs, in all directions alike and together `share` times as strong."""
+        even = share * self.hessian.diagonal().mean()
+        return InputStatistics(self.hessian + even * torch.eye(len(self.hessian), device=even.device), self.tokens)
+
     def with_constant(self, size: float) -> InputStatistics:
         """As if inputs had one more feature, always `size`: what a bias is to a weight."""
         assert self.total is not None

@@ -203,6 +203,7 @@ class Searching:
                 choose(self.batches, STATISTICS_TOKENS, self.seed),
                 shelf,
                 self.progress,
+                heads=self.space.embeddings and not self.space.portable,
             )
             made = RoundedWeights(self.model, self.binding, problem, self.method, statistics, shelf)
             self._weights = problem, made

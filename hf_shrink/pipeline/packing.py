@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.architectures.linears import is_matrix, matrix
+from hf_shrink.calibration.looked_up import also_looked_up
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.ops.columns import ROW_MULTIPLE
 from hf_shrink.pipeline.tied import weight_holders
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod, QuantizedWeight
@@ -21,7 +23,8 @@ from hf_shrink.runtime.packed import PackedModule
 from hf_shrink.runtime.sharing import share
 from hf_shrink.sharding import ranks, spread
 
-AT_ONCE = 1 << 24  # elements of a weight without statistics that are solved at a time
+AT_ONCE = 1 << 24  # elements that are solved at a time of a weight that no other is solved with
+TALL = 4  # of a weight with statistics, at least so many times as many rows as columns
 EACH = 4  # groups of weights for each of several processes at a time
 
 
@@ -68,7 +71,7 @@ def _solved(groups: Sequence[Sequence[Task]], method: QuantizationMethod) -> lis
     def solve(group: Sequence[Task]) -> QuantizedWeight:
         first = group[0]
         solver = method if first.statistics is not None or not method.needs_statistics else _data_free()
-        if len(group) == 1 and first.statistics is None:
+        if len(group) == 1 and (first.statistics is None or first.statistics.drift is None):
             return solve_alone(solver, first)
         return _solve(solver, torch.cat([_weight(task) for task in group]), first)
 
@@ -101,9 +104,11 @@ def put_packed(model: nn.Module, module: nn.Module, weight: QuantizedWeight) -> 
 
 
 def solve_alone(method: QuantizationMethod, task: Task) -> QuantizedWeight:
-    """One weight on its grid, without statistics: rows are independent, so one larger than all else goes in slices."""
-    weight = _dense(task.module)
+    """One weight on its grid: rows are independent, so that one larger than all else goes in slices."""
+    weight, statistics = _dense(task.module), task.statistics
     step = max(1, AT_ONCE // weight.shape[1])
+    if statistics is not None:  # every slice factors them again
+        step = max(step // ROW_MULTIPLE, TALL * weight.shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE
     if len(weight) <= step or task.scheme.strategy == "tensor":
         return _solve(method, _weight(task), task)
     parts, sizes = [], []
@@ -111,7 +116,8 @@ def solve_alone(method: QuantizationMethod, task: Task) -> QuantizedWeight:
         rows = slice(start, start + step)
         part = _weight(task, rows)
         parts.append(_solve(method, part, task))
-        sizes.append(float(part.square().sum(dtype=torch.float64)))
+        outputs = part if statistics is None else part @ statistics.mean.to(part.device)
+        sizes.append(float((outputs * part).sum(dtype=torch.float64)))
     return replace(QuantizedWeight.stacked(parts, sizes), sparse=task.sparse)
 
 
@@ -129,17 +135,27 @@ def _solve(method: QuantizationMethod, weight: Tensor, task: Task) -> QuantizedW
 
 
 def _groups(tasks: Sequence[Task], method: QuantizationMethod) -> list[list[Task]]:
-    """Tasks that are solved together; of several modules with one weight only the first is solved."""
+    """Tasks that are solved together; of several modules with one weight only one is solved."""
     groups: dict[object, list[Task]] = {}
-    seen: set[int] = set()
-    for task in tasks:
-        if id(task.module.weight) in seen:
-            continue
-        seen.add(id(task.module.weight))
+    for task in _once(tasks):
         together = task.statistics is not None and task.scheme.strategy != "tensor"
         key = (id(task.statistics), task.scheme, task.scale_dtype, task.sparse) if together else task.path
         groups.setdefault(key, []).append(task)
     return list(groups.values())
+
+
+def _once(tasks: Sequence[Task]) -> list[Task]:
+    """One task for each weight: of a head that is tied to its embedding the head's, which has statistics."""
+    holders: dict[int, list[Task]] = {}
+    for task in tasks:
+        holders.setdefault(id(task.module.weight), []).append(task)
+    found = []
+    for tied in holders.values():
+        task = next((t for t in tied if t.statistics is not None), tied[0])
+        if task.statistics is not None and any(isinstance(t.module, nn.Embedding) for t in tied):
+            task = replace(task, statistics=also_looked_up(task.statistics))
+        found.append(task)
+    return found
 
 
 def _dense(module: nn.Module) -> Tensor:

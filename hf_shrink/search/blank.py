@@ -12,7 +12,8 @@ from hf_shrink.architectures.bound import BoundAttention, BoundMlp
 from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.pruning.curves import PartCurves
 from hf_shrink.pruning.items import Items
-from hf_shrink.search.measuring import Space, outer_weights
+from hf_shrink.search.measuring import Space
+from hf_shrink.search.outer import outer_weights
 from hf_shrink.search.pieces import find_pieces
 from hf_shrink.search.sensitivity import Rounding, Sensitivity
 

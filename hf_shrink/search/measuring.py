@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundAttention, BoundMlp
@@ -38,6 +37,7 @@ from hf_shrink.recipe import PruneStep
 from hf_shrink.search.correcting import Corrections, tried_blocks, tried_schemes
 from hf_shrink.search.cuts import prunable_units
 from hf_shrink.search.fisher import Fisher, output_gradients
+from hf_shrink.search.outer import head_of, head_statistics, outer_weights
 from hf_shrink.search.pieces import Piece, find_pieces
 from hf_shrink.search.rounding import COARSE, Rounded, nearest, rounding_damages, sharing
 from hf_shrink.search.sensitivity import Rounding, Sensitivity
@@ -107,23 +107,6 @@ def measure(
     return replace(found, seconds=time.perf_counter() - started)
 
 
-def outer_weights(model: nn.Module) -> tuple[tuple[str, ...], ...]:
-    """Paths of the input embedding and the output head, together where they share a weight.
-
-    Not of embeddings of a class of their own, which compute something besides.
-    """
-    if not isinstance(model, PreTrainedModel):
-        return ()
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    fit = [m for m in ends if m is not None and (type(m) is nn.Embedding or is_matrix(m))]
-    paths = {path: module for path, module in model.named_modules() if any(module is m for m in fit)}
-    groups: dict[int, list[str]] = {}
-    for path, module in paths.items():
-        groups.setdefault(id(module.weight), []).append(path)
-    shared = {id(m.weight) for m in model.modules() if not any(m is f for f in fit) and hasattr(m, "weight")}
-    return tuple(tuple(found) for weight, found in groups.items() if weight not in shared)
-
-
 @dataclass(frozen=True)
 class _Trial:
     """Whole rounded weights of a piece, by path, whose divergence is to be measured."""
@@ -145,6 +128,7 @@ class _Measuring:
     scale_dtype: torch.dtype
     progress: ProgressCallback
     corrections: Corrections = field(default_factory=Corrections)
+    heads: dict[str, InputStatistics] = field(default_factory=dict)
 
     def rounding(self, pieces: Sequence[Piece]) -> dict[str, Rounding]:
         """What every scheme costs every piece, corrected."""
@@ -159,6 +143,7 @@ class _Measuring:
             if not inside:
                 continue
             walk = StackWalk(self.model, modules, self.batches)
+            last = self.space.embeddings and stack is self.binding.stacks[-1]
             tried = tried_blocks(len(modules), TRIED_BLOCKS)
             for block in stack.blocks:
                 self.progress("measuring what bits are worth", done, len(blocks))
@@ -167,7 +152,7 @@ class _Measuring:
                 with float32_for_now(block.module):
                     if own:
                         self._block(walk, own, fisher, found, changes if block.index in tried else None)
-                    if block.index + 1 < len(modules):
+                    if last or block.index + 1 < len(modules):
                         walk.advance()
                 for trial in changes:
                     places = [(matrix(matrices[path]), weight) for path, weight in trial.weights]
@@ -176,6 +161,8 @@ class _Measuring:
                         trial.piece, trial.scheme, predicted, self.trials.divergence_of(places, trial.piece.key)
                     )
                 done += 1
+            if last:
+                self.heads = head_statistics(self.model, walk)
         self.progress("measuring what bits are worth", len(blocks), len(blocks))
         return {piece.name: self.corrections.applied(found[piece.name], piece) for piece in pieces}
 
@@ -253,17 +240,19 @@ class _Measuring:
         return found
 
     def outer(self) -> dict[str, dict[Scheme, float]]:
-        """What it costs to round the embedding and the head, by the first path of each weight; without data."""
-        method = nearest()
+        """What it costs to round the embedding and the head, by the first path of each weight."""
         found: dict[str, dict[Scheme, float]] = {}
         for paths in outer_weights(self.model):
             module = self.model.get_submodule(paths[0])
             place = matrix(module) if is_matrix(module) else module.weight
             assert isinstance(place, Tensor)
             place = place.detach()
+            statistics = self.heads.get(head_of(self.model, paths) or "")
             for scheme in self.space.schemes:
                 self.progress("trying embeddings", 0, 1)
-                solved = method.solve(place.float(), scheme, None, scale_dtype=self.scale_dtype)
+                asked = self.method if statistics is not None and scheme.bits <= COARSE else None
+                method = nearest() if asked is None or not asked.needs_statistics else asked
+                solved = method.solve(place.float(), scheme, statistics, scale_dtype=self.scale_dtype)
                 found.setdefault(paths[0], {})[scheme] = self.trials.divergence_of([(place, solved.dequantized())])
         self.progress("trying embeddings", 1, 1)
         return found

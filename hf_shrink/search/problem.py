@@ -21,8 +21,9 @@ from hf_shrink.search.agreement import one_scheme
 from hf_shrink.search.costs import Costs
 from hf_shrink.search.cuts import STEP, Cut, cuts_of, prunable_units
 from hf_shrink.search.latency import LatencyTable
-from hf_shrink.search.measuring import Space, outer_weights
+from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Change, Cost, Group, Option, Place, Problem
+from hf_shrink.search.outer import outer_weights
 from hf_shrink.search.pieces import Piece, find_pieces
 from hf_shrink.search.pruned import undominated
 from hf_shrink.search.sensitivity import Sensitivity

@@ -22,6 +22,7 @@ from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.refit import LONGEST, refit_reader
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.search.options import Problem
+from hf_shrink.search.outer import head_statistics
 from hf_shrink.surgery import consumer_cuts
 
 IN_MEMORY = 2**30  # bytes of statistics and weights that are kept in memory; the rest waits in a file
@@ -61,6 +62,11 @@ class RoundedWeights:
         paths |= {path for group in range(len(problem.groups)) for path in self._readers(group)}
         self._modules = {path: model.get_submodule(path) for path in sorted(paths)}
         self._dense: dict[str, Tensor] = {path: model.get_parameter(f"{path}.weight").data for path in self._modules}
+        holders: dict[int, list[str]] = {}
+        for path, module in self._modules.items():
+            holders.setdefault(id(module.weight), []).append(path)
+        # A tied weight is rounded once: as the head's, whose inputs are known.
+        self._rounded_as = {p: next((q for q in tied if q in statistics), p) for tied in holders.values() for p in tied}
         self._biases = {path: bias_of(module) for path, module in self._modules.items() if is_matrix(module)}
 
     def weights(self, group: int, option: int) -> dict[str, Tensor]:
@@ -73,7 +79,7 @@ class RoundedWeights:
         if block is not None and not change.block.keeps_all:
             cuts = consumer_cuts(block, change.block)
         found: dict[str, Tensor] = {}
-        for path in dict.fromkeys([*change.schemes, *cuts]):
+        for path in dict.fromkeys(self._rounded_as[path] for path in (*change.schemes, *cuts)):
             found |= self._of(path, change.schemes.get(path), cuts.get(path))
         return found
 
@@ -161,10 +167,15 @@ def input_statistics(
     batches: Sequence[Mapping[str, Any]],
     shelf: Shelf,
     progress: ProgressCallback = quiet,
+    *,
+    heads: bool = False,
 ) -> dict[str, InputStatistics]:
     """Second moments of the dense model's inputs to the matrices at `paths` inside the stacks' blocks.
 
     They are put on the shelf, each under the id of its object.
+
+    Args:
+        heads: also of the inputs to the output head.
     """
     found: dict[str, InputStatistics] = {}
     total = sum(len(stack.blocks) for stack in stacks)
@@ -176,12 +187,14 @@ def input_statistics(
             inside = {path: model.get_submodule(path) for path in paths if path.startswith(block.path + ".")}
             with float32_for_now(block.module):
                 if inside:
-                    own = walk.statistics(inside, LONGEST)
-                    for statistics in own.values():
-                        shelf.take(id(statistics), [statistics.hessian])
-                    found |= own
+                    found |= walk.statistics(inside, LONGEST)
                 if block is not stack.blocks[-1]:
                     walk.advance()
+                elif heads and stack is stacks[-1]:
+                    walk.advance()
+                    found |= head_statistics(model, walk)
+            for own in found.values():
+                shelf.take(id(own), [own.hessian])
             done += 1
     progress("reading inputs", total, total)
     return found
