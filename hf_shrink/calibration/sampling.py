@@ -15,6 +15,7 @@ from hf_shrink.errors import CalibrationError
 # Rows sampled side by side hold one key-value cache between them; this bounds it.
 _CACHE_BYTES = 2 << 30
 _MOST_ROWS = 64
+_FEW_TOKENS = _MOST_ROWS * 512  # rows that hold fewer go with more others
 
 
 def stream_seed(seed: int, purpose: str) -> int:
@@ -132,7 +133,7 @@ def _generating(model: PreTrainedModel, config: GenerationConfig) -> Iterator[No
 
 
 def rows_at_once(model: PreTrainedModel, length: int) -> int:
-    """How many rows to sample side by side: as many as keep the key-value cache small, at most 64.
+    """How many rows to sample side by side: as many as keep the key-value cache small, at most 64 (of short ones more).
 
     Depends on the model and the length only, so that the samples do not depend on the machine's memory.
     """
@@ -142,4 +143,4 @@ def rows_at_once(model: PreTrainedModel, length: int) -> int:
     size = getattr(config, "head_dim", None) or getattr(config, "hidden_size", 1024) // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
     per_row = 2 * layers * groups * size * length * model.dtype.itemsize
-    return max(1, min(_MOST_ROWS, _CACHE_BYTES // per_row))
+    return max(1, min(max(_MOST_ROWS, _FEW_TOKENS // length), _CACHE_BYTES // per_row))

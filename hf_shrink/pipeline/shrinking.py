@@ -6,7 +6,7 @@ import functools
 import os
 import time
 from collections.abc import Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -42,15 +42,16 @@ from hf_shrink.pipeline.recipes import (
 )
 from hf_shrink.pipeline.targets import check_inputs
 from hf_shrink.pipeline.vocabulary import apply_vocabulary
+from hf_shrink.pipeline.whole_tuning import teacher_of, tune_whole
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import CalibrationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.layout import layout_of
 from hf_shrink.reporting.progress import Progress, silence
-from hf_shrink.residence import at_home, cast, residence_of, visited
+from hf_shrink.residence import at_home, cast, residence_of
 from hf_shrink.runtime.packed import PackedModule, count_parameters
 from hf_shrink.sharding import ranks, together
-from hf_shrink.tuning import Teacher, Tuning, regrouped, tune
+from hf_shrink.tuning import Tuning
 
 Module = TypeVar("Module", bound=nn.Module)
 NO_DATA = CalibrationData(batches=[], description="no calibration data")
@@ -211,35 +212,6 @@ class Job:
             plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show, self.tokenizer)
         )
 
-    def _teacher(self, tuning: Tuning | None, data: CalibrationData) -> Teacher | None:
-        """What the dense model says, before anything is changed; None without tuning, and where the first process has
-        it: tuning is one process's work."""
-        if tuning is None:
-            return None
-        if not isinstance(self.model, PreTrainedModel) or not data.batches:
-            raise CalibrationError("tune works on transformers models with calibration data")
-        if visited(self.model):
-            raise RecipeError(
-                "tune trains the whole model at once, and it does not fit the accelerator; leave tune out (effort: "
-                "balanced), or take --device cpu (device='cpu')"
-            )
-        return Teacher(self.model, regrouped(data.batches, tuning.tokens), self.show) if ranks().first else None
-
-    def _tune(self, tuning: Tuning, teacher: Teacher | None) -> list[str]:
-        """Tune the model in place; returns notes."""
-        model = self.model
-        assert isinstance(model, PreTrainedModel)
-
-        def work() -> list[str]:
-            assert teacher is not None
-            return list(tune(model, teacher, tuning, self.seed, self.show).notes)
-
-        residence = residence_of(model)
-        with nullcontext() if residence is None else residence.awake():
-            notes = ranks().on_first(work)
-            ranks().copy_first(*model.parameters(), *model.buffers())
-        return notes
-
     def _with_fewer_tokens(
         self, plan: Plan, data: CalibrationData
     ) -> tuple[CalibrationData, PreTrainedTokenizerBase | None]:
@@ -268,7 +240,9 @@ class Job:
         if self.recipe is not None and self.recipe.dtype != "keep":
             cast(model, getattr(torch, self.recipe.dtype))
         tuning = Tuning.from_options(planned.plan.tune)
-        teacher = self._teacher(tuning, data)
+        teacher = None
+        if tuning is not None:
+            teacher = teacher_of(model, tuning, data, self.tokenizer, self.seed, self.show, report.notes)
         method = plan_method(planned.plan)
         binding = find_binding(model)
         report.layout = [] if binding is None else [block.to_dict() for block in layout_of(binding)]
@@ -276,7 +250,7 @@ class Job:
         apply_plan(model, binding, planned.plan, method, data.batches, report, self.show, self.seed, keeper=self.keeper)
         if tuning is not None:
             since = time.perf_counter()
-            report.notes += self._tune(tuning, teacher)
+            report.notes += tune_whole(model, tuning, teacher, self.seed, self.show)
             report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)

@@ -13,7 +13,7 @@ from hf_shrink.registry import did_you_mean
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"method": "rtn"},  # no data; its search beats hqq on SmolLM2 (see quantization/rtn.py)
     "balanced": {"method": "gptq"},
-    "best": {"method": "gptq", "tune": {"steps": 128}},
+    "best": {"method": "gptq", "tune": {"steps": 128, "own_text": 0.5}},
 }
 CHOICES = ("method", "transforms", "tune")  # what an effort stands for; where it names none, there is none
 

@@ -11,6 +11,7 @@ from hf_shrink.registry import did_you_mean
 
 COARSE_RATE = 8e-3  # of scales, at one bit
 FARTHEST = 0.9  # steps of the grid that a rounding can move
+MOST_OWN = 10  # times as much own text as calibration data
 FASTEST = 0.03  # steps of the grid in an optimizer step: SmolLM2's roundings fall apart at 0.1
 
 
@@ -21,6 +22,8 @@ class Tuning:
     Attributes:
         steps: optimizer steps, each on about `tokens` tokens.
         tokens: of one step; calibration batches are put together to that many.
+        own_text: how much text of its own the dense model writes to be tuned on as well, as a share of the calibration
+            data; only for models of text alone that write from left to right.
         learning_rate: of the logarithms of scales, and of norms and biases relative to their size. None: by the bits,
             see `scale_rate`.
         rounding: also train zero points, and which way every weight is rounded, which takes 16 bytes a weight. "auto":
@@ -35,6 +38,7 @@ class Tuning:
     rounding_rate: float | None = None
     held_out: float = 0.125
     tokens: int = 1024
+    own_text: float = 0.0
 
     def __post_init__(self) -> None:
         for name in ("steps", "tokens"):
@@ -43,6 +47,9 @@ class Tuning:
                 raise RecipeError(f"tune.{name} must be a whole number of at least 1, not {value!r}")
         if not isinstance(self.rounding, bool) and self.rounding != "auto":
             raise RecipeError(f"tune.rounding must be true, false or auto, not {self.rounding!r}")
+        own = self.own_text
+        if not isinstance(own, int | float) or isinstance(own, bool) or not 0 <= own <= MOST_OWN:
+            raise RecipeError(f"tune.own_text must be a number from 0 to {MOST_OWN}, not {own!r}")
         for name in ("learning_rate", "rounding_rate", "held_out"):
             value = getattr(self, name)
             if value is None and name != "held_out":
