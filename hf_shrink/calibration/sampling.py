@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 
 from hf_shrink.errors import CalibrationError
+from hf_shrink.runtime.attention import grouped_attention
 
 # Rows sampled side by side hold one key-value cache between them; this bounds it.
 _CACHE_BYTES = 2 << 30
@@ -107,7 +108,7 @@ def continue_tokens(
     settings = {"do_sample": False, "max_new_tokens": new_tokens, "use_cache": True, "pad_token_id": pad, **ids}
     config = GenerationConfig(**settings)
     moved = {name: value.to(model.device) for name, value in inputs.items()}
-    with _generating(model, config), torch.no_grad():
+    with _generating(model, config), grouped_attention(model), torch.no_grad():
         # The general method: some models (Whisper) override `generate` with one that does more than sample.
         tokens = GenerationMixin.generate(
             model,

@@ -7,12 +7,14 @@ given twice. Everything else is handed on to transformers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -59,13 +61,31 @@ def sdpa_by_group(
     return output[:, :, :share].reshape(batch, 1, heads, -1), None
 
 
-def use_grouped_attention(model: nn.Module) -> None:
-    """Let the parts of a model that use "sdpa" use `sdpa_by_group`, in place. It is not saved with the model."""
+def use_grouped_attention(model: nn.Module) -> list[PreTrainedConfig]:
+    """Let the parts of a model that use "sdpa" use `sdpa_by_group`, in place. It is not saved with the model.
+
+    Returns:
+        The configs that were changed.
+    """
+    changed = []
     for part in model.modules():
         if not isinstance(part, PreTrainedModel) or part.config._attn_implementation != "sdpa":
             continue
         if part._can_set_attn_implementation():
             part.config._attn_implementation_internal = NAME
+            changed.append(part.config)
+    return changed
+
+
+@contextmanager
+def grouped_attention(model: nn.Module) -> Iterator[None]:
+    """`use_grouped_attention` for a while."""
+    changed = use_grouped_attention(model)
+    try:
+        yield
+    finally:
+        for config in changed:
+            config._attn_implementation_internal = "sdpa"
 
 
 def register() -> None:

@@ -16,6 +16,7 @@ from hf_shrink.calibration.sampling import sample_tokens
 from hf_shrink.calibration.text import Framing
 from hf_shrink.errors import CalibrationError
 from hf_shrink.recipe import CalibrationSpec
+from hf_shrink.runtime.attention import NAME
 
 CHAT_TEMPLATE = (
     "{% for m in messages %}<s>{{ m['role'] }}:{{ m['content'] }}</s>{% endfor %}"
@@ -75,6 +76,14 @@ def test_the_model_its_mode_and_its_generation_settings_come_back_unchanged():
     write(model=model)
     assert model.training and model.generation_config is own
     assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+
+
+def test_single_tokens_attend_by_groups_while_it_writes(monkeypatch):
+    model, used = tiny_llama(), set()
+    monkeypatch.setattr(sampling, "sample_tokens", lambda *given: used.add(model.config._attn_implementation) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        calibration_batches(CalibrationSpec(samples=2, length=8), model=model)
+    assert used == {NAME} and model.config._attn_implementation == "sdpa"
 
 
 def test_the_models_own_generation_settings_do_not_matter():
@@ -153,7 +162,9 @@ def test_progress_counts_every_token():
 
 
 def test_rows_are_sampled_in_chunks_whose_size_follows_from_the_model(monkeypatch):
+    assert [sampling.rows_at_once(tiny_llama(), length) for length in (128, 512, 1024)] == [256, 64, 64]
     monkeypatch.setattr(sampling, "_MOST_ROWS", 4)
+    monkeypatch.setattr(sampling, "_FEW_TOKENS", 0)
     data = write(samples=10, length=8)
     assert rows_of(data).shape == (10, 8)
     assert len({tuple(r) for r in rows_of(data).tolist()}) == 10
