@@ -29,6 +29,8 @@ class Attention:
         norm: path of the norm that feeds query, key and value (of a cross attention: query) and, but for other
             matrices, nothing else; of several the first that a block has. None: there is none, as where norms come
             after the residual sum.
+        norm_behind: path of the norm over the residual sum, where it comes behind; the next part reads it and adds to
+            it. None: there is none.
         tied: every block of the stack must keep the same heads (a position bias is handed from block to block).
         fixed: why heads cannot be removed at all; None when they can.
         head_count: attribute of `module` with the number of query heads, where none says the size of a head.
@@ -49,6 +51,7 @@ class Attention:
     attributes: Mapping[str, Quantity] = field(default_factory=dict)
     per_head: Mapping[str, int] = field(default_factory=dict)
     norm: str | tuple[str, ...] | None = None
+    norm_behind: str | None = None
     tied: bool = False
     fixed: str | None = None
     head_count: str | None = None
@@ -64,7 +67,7 @@ class Mlp:
         up, down, gate: paths of the Linears; `gate` equals `up` when fused as [gate; up], None when there is no gate.
         channels: config key of the hidden width; None when no key says it, so that any change of it is uneven.
         module, attributes: as in Attention.
-        norm: as in Attention, of what feeds up and gate.
+        norm, norm_behind: as in Attention, of what feeds up and gate.
         activation: config key with the name of the function between up and down, where there is no gate.
         whole: why the MLP cannot be taken out of its block; None when it can.
     """
@@ -76,6 +79,7 @@ class Mlp:
     module: str = ""
     attributes: Mapping[str, Quantity] = field(default_factory=dict)
     norm: str | tuple[str, ...] | None = None
+    norm_behind: str | None = None
     activation: str | None = None
     whole: str | None = None
 

@@ -20,6 +20,7 @@ from hf_shrink.pipeline.packing import tied_partner_missing, untie
 from hf_shrink.pipeline.recipes import plan_transforms, plan_weights_method
 from hf_shrink.pipeline.repairing import repair_and_remove
 from hf_shrink.pipeline.running import Run
+from hf_shrink.pipeline.shifting import shift
 from hf_shrink.pipeline.slicing import slice_planned
 from hf_shrink.pipeline.towers import tower_batches, towers_with
 from hf_shrink.pipeline.transforming import BlockScaler, rotate
@@ -64,6 +65,7 @@ def apply_plan(
     untie(model, tied_partner_missing(model, schemes))
     transforms = plan_transforms(plan)
     report.notes += rotate(model, [s.stack for s in stacks], transforms)
+    report.notes += shift(model, [s.stack for s in stacks], transforms, schemes, batches)
     masking = Masking.begin(model, plan.weights, zeroing, stacks)
     blocks = [block.path for stack in (*towers, *(s.stack for s in stacks)) for block in stack.blocks]
     work = tuple(dict.fromkeys([*schemes, *(masking.modules if masking is not None else ())]))

@@ -15,6 +15,7 @@ EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "balanced": {"method": "gptq"},
     "best": {"method": "gptq", "tune": {"steps": 128, "own_text": 0.5}},
 }
+ROUNDS_INPUTS = ("W8A8",)  # schemes for which shift is part of an effort that takes data
 CHOICES = ("method", "transforms", "tune")  # what an effort stands for; where it names none, there is none
 
 
@@ -29,7 +30,9 @@ def expand(step: Mapping[str, Any]) -> dict[str, Any]:
         return dict(step)
     if effort not in EFFORTS:
         raise RecipeError(f"unknown effort {effort!r}; {did_you_mean(str(effort), EFFORTS)}")
-    chosen = EFFORTS[effort]
+    chosen = dict(EFFORTS[effort])
+    if effort != "fast" and str(step.get("scheme")).upper() in ROUNDS_INPUTS:
+        chosen["transforms"] = ["shift"]
     for key in CHOICES:
         if key in step and (step[key] or None) != chosen.get(key):
             raise RecipeError(

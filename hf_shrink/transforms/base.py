@@ -96,7 +96,22 @@ class Rotation:
         raise TypeError(f"{type(self).__name__} does not say its matrix")
 
 
-Transform = Scaling | Rotation
+class Shifting:
+    """Base of transforms that take constants off channels: frozen dataclasses whose fields are a recipe's options."""
+
+    needs_statistics: ClassVar[bool] = True
+
+    def constants(self, rows: Tensor, symmetric: bool) -> Tensor:
+        """(channels,), what to take off.
+
+        Args:
+            rows: float32 (tokens, channels), inputs that will be rounded with one scale a token.
+            symmetric: whether they are rounded without zero points.
+        """
+        raise TypeError(f"{type(self).__name__} does not say its constants")
+
+
+Transform = Scaling | Rotation | Shifting
 TRANSFORMS: Registry[Transform] = Registry("transform", "hf_shrink.transforms")
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -83,6 +85,34 @@ def fold_rotation(model: nn.Module, stream: ResidualStream, rotation: Tensor) ->
         embedding = model.get_submodule(stream.embedding).weight
         assert isinstance(embedding, nn.Parameter)
         _multiply(embedding.data, rotation)
+
+
+def fold_shift(model: nn.Module, norm: str, readers: Sequence[str], carrier: str | None, constants: Tensor) -> Tensor:
+    """Take constants off a norm's outputs and put what its readers, and the residual, lack into their biases, in place.
+
+    Args:
+        carrier: path of the matrix that adds to the norm's output; None where that goes to the readers only.
+        constants: (channels,).
+
+    Returns:
+        What the rounded bias of the norm lost, float64: the constants that were used.
+    """
+    with torch.no_grad():
+        bias = model.get_submodule(norm).bias
+        assert isinstance(bias, nn.Parameter)
+        before = bias.data.double()
+        bias.data = (before - constants.to(before)).to(bias.dtype)
+        used = before - bias.data.double()
+        for path in readers:
+            module = model.get_submodule(path)
+            own = module.bias
+            assert isinstance(own, nn.Parameter)
+            own.data = (own.data.double() + matrix(module).double() @ used.to(own.device)).to(own.dtype)
+        if carrier is not None:
+            own = model.get_submodule(carrier).bias
+            assert isinstance(own, nn.Parameter)
+            own.data = (own.data.double() + used.to(own.device)).to(own.dtype)
+    return used
 
 
 def _multiply(weight: Tensor, factor: Tensor) -> None:

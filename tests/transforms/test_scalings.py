@@ -180,7 +180,7 @@ def test_smooth_without_maxima_says_so() -> None:
 
 
 def test_names_and_options() -> None:
-    assert TRANSFORMS.names() == ["awq", "rotate", "smooth"]
+    assert TRANSFORMS.names() == ["awq", "rotate", "shift", "smooth"]
     for specs, message in (
         (["awk"], "did you mean 'awq'"),
         ([{"smooth": {"alpa": 1}}], "did you mean 'alpha'"),

@@ -14,6 +14,7 @@ def _bert_attention(path: str) -> Attention:
         output=f"{path}.output.dense",
         head_size="attention_head_size",
         attributes={"num_attention_heads": "heads", "all_head_size": "query_width"},
+        norm_behind=f"{path}.output.LayerNorm",
     )
 
 
@@ -21,7 +22,7 @@ BERT = Stack(
     "encoder",
     "encoder.layer",
     _bert_attention("attention"),
-    Mlp(up="intermediate.dense", down="output.dense", activation="hidden_act"),
+    Mlp(up="intermediate.dense", down="output.dense", activation="hidden_act", norm_behind="output.LayerNorm"),
     cross_attention=_bert_attention("crossattention"),
     residual=LAYER_NORM,
 )
@@ -37,8 +38,15 @@ DISTILBERT = Stack(
         heads="n_heads",
         head_size="attention_head_size",
         attributes={"n_heads": "heads", "dim": "query_width"},
+        norm_behind="sa_layer_norm",
     ),
-    Mlp(up="ffn.lin1", down="ffn.lin2", channels="hidden_dim", activation="activation"),
+    Mlp(
+        up="ffn.lin1",
+        down="ffn.lin2",
+        channels="hidden_dim",
+        activation="activation",
+        norm_behind="output_layer_norm",
+    ),
     depth="n_layers",
     residual=LAYER_NORM,
 )
