@@ -13,9 +13,8 @@ from hf_shrink.registry import did_you_mean
 EFFORTS: Mapping[str, Mapping[str, Any]] = {
     "fast": {"method": "rtn"},  # no data; its search beats hqq on SmolLM2 (see quantization/rtn.py)
     "balanced": {"method": "gptq"},
-    "best": {"method": "gptq", "tune": {"steps": 128, "own_text": 0.5}},
+    "best": {"method": "gptq", "tune": {"steps": 128}},
 }
-ROUNDS_INPUTS = ("W8A8",)  # schemes for which shift is part of an effort that takes data
 CHOICES = ("method", "transforms", "tune")  # what an effort stands for; where it names none, there is none
 
 
@@ -30,15 +29,23 @@ def expand(step: Mapping[str, Any]) -> dict[str, Any]:
         return dict(step)
     if effort not in EFFORTS:
         raise RecipeError(f"unknown effort {effort!r}; {did_you_mean(str(effort), EFFORTS)}")
-    chosen = dict(EFFORTS[effort])
-    if effort != "fast" and str(step.get("scheme")).upper() in ROUNDS_INPUTS:
-        chosen["transforms"] = ["shift"]
+    chosen = _for_scheme(EFFORTS[effort], str(step.get("scheme")).upper())
     for key in CHOICES:
         if key in step and (step[key] or None) != chosen.get(key):
             raise RecipeError(
                 f"effort: {effort} stands for {{{written_out(chosen)}}} and decides {key}; give either effort or {key}"
             )
     return {**chosen, **step}
+
+
+def _for_scheme(effort: Mapping[str, Any], scheme: str) -> dict[str, Any]:
+    """An effort with what pays under one scheme only."""
+    chosen = dict(effort)
+    if scheme == "W8A8" and chosen["method"] == "gptq":
+        chosen["transforms"] = ["shift"]
+    if scheme == "W2A16" and "tune" in chosen:
+        chosen["tune"] = {**chosen["tune"], "own_text": 0.5}
+    return chosen
 
 
 def written_out(chosen: Mapping[str, Any]) -> str:
