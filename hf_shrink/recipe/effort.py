@@ -43,8 +43,6 @@ def _for_scheme(effort: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     chosen = dict(effort)
     if scheme == "W8A8" and chosen["method"] == "gptq":
         chosen["transforms"] = ["shift"]
-    if scheme == "W2A16" and "tune" in chosen:
-        chosen["tune"] = {**chosen["tune"], "own_text": 0.5}
     return chosen
 
 

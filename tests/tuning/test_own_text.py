@@ -12,7 +12,6 @@ from tiny_readers import tiny_bert
 from hf_shrink import shrink
 from hf_shrink.errors import RecipeError
 from hf_shrink.progress import quiet
-from hf_shrink.recipe.effort import expand
 from hf_shrink.tuning import Tuning, own_text, spread_evenly
 
 ROWS, LENGTH = 12, 160
@@ -86,9 +85,3 @@ def test_the_report_says_what_was_tuned_on(build: Any, data: Any, note: str | No
 def test_a_share_that_is_none(share: Any) -> None:
     with pytest.raises(RecipeError, match=r"tune.own_text must be a number from 0 to 10"):
         Tuning(steps=1, own_text=share)
-
-
-def test_best_asks_for_it_at_two_bits() -> None:
-    assert expand({"effort": "best", "scheme": "W2A16"})["tune"] == {"steps": 128, "own_text": 0.5}
-    assert expand({"effort": "best", "scheme": "W3A16"})["tune"] == {"steps": 128}
-    assert "tune" not in expand({"effort": "balanced", "scheme": "W2A16"})
