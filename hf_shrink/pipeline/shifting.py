@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.architectures.shiftable import find_shiftable
 from hf_shrink.calibration.capture import model_inputs
+from hf_shrink.calibration.collect import LastInputSeen
 from hf_shrink.calibration.padding import without_padding
 from hf_shrink.calibration.predictions import token_mask
 from hf_shrink.errors import CalibrationError
@@ -21,7 +22,9 @@ from hf_shrink.sharding import ranks
 from hf_shrink.transforms import Shifting, Transform
 from hf_shrink.transforms.fold import fold_shift
 
-TOKENS = 4096  # of each norm's outputs that are looked at
+TOKENS = 4096  # of each norm's outputs that are looked at, or as many as BYTES allow
+BYTES = 2**29  # of all norms' outputs
+FEWEST = 256
 
 
 def shift(
@@ -70,19 +73,26 @@ def _outputs(model: nn.Module, norms: Sequence[str], batches: Sequence[Mapping[s
     if not norms:
         return {}
 
-    def keep(rows: list[Tensor], mask: Tensor | None, _: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        rows.append(without_padding(output, mask).detach().flatten(0, -2).float())
+    widths = sum(model.get_parameter(f"{path}.bias").numel() for path in norms)
+    most = min(TOKENS, max(FEWEST, BYTES // (4 * widths)))
+
+    def keep(path: str, left: set[str], mask: Tensor | None, _: nn.Module, args: tuple[Any, ...], out: Tensor) -> None:
+        missing = most - sum(map(len, found[path]))
+        found[path].append(without_padding(out, mask).detach().flatten(0, -2)[:missing].float())
+        left.discard(path)
+        if not left:  # what comes behind, above all logits, is not needed
+            raise LastInputSeen
 
     for batch in batches:
-        leading = next(value for value in batch.values() if isinstance(value, Tensor)).shape[:2]
-        with ExitStack() as stack, torch.no_grad():
-            for path, rows in found.items():
-                hook = partial(keep, rows, token_mask(batch, leading))
+        leading, left = next(value for value in batch.values() if isinstance(value, Tensor)).shape[:2], set(norms)
+        with ExitStack() as stack, torch.no_grad(), suppress(LastInputSeen):
+            for path in norms:
+                hook = partial(keep, path, left, token_mask(batch, leading))
                 stack.callback(model.get_submodule(path).register_forward_hook(hook).remove)
             model(**model_inputs(model, batch))
-        if all(sum(map(len, rows)) >= TOKENS for rows in found.values()):
+        if all(sum(map(len, rows)) >= most for rows in found.values()):
             break
-    joined = {path: torch.cat(rows)[:TOKENS] for path, rows in found.items() if rows}
+    joined = {path: torch.cat(rows) for path, rows in found.items() if rows}
     for path in norms:
         if path not in joined or not torch.isfinite(joined[path]).all():
             raise CalibrationError(f"{path} gave nothing, or numbers that are not finite; check the calibration data")

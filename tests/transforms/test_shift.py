@@ -19,6 +19,7 @@ from hf_shrink import shrink
 from hf_shrink.architectures import bind
 from hf_shrink.architectures.shiftable import Shiftable, find_shiftable
 from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline import shifting
 from hf_shrink.recipe.effort import expand
 from hf_shrink.transforms import TRANSFORMS, Shifting
 from hf_shrink.transforms.fold import fold_shift
@@ -113,6 +114,27 @@ def test_rounded_inputs_lose_less() -> None:
     assert shifted[0] < 0.8 * plain[0]
     assert any("taken off the outputs of" in note for note in shifted[1])
     assert any("query, key, value were not shifted in 1 blocks" in note for note in shifted[1])
+
+
+def test_few_tokens_are_kept_of_many_norms(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    found = Shift.constants
+
+    def watched(self: Shift, rows: Tensor, symmetric: bool) -> Tensor:
+        seen.append(rows)
+        return found(self, rows, symmetric)
+
+    monkeypatch.setattr(shifting, "BYTES", 0)
+    monkeypatch.setattr(shifting, "FEWEST", 100)
+    monkeypatch.setattr(
+        Shift, "constants", lambda self, rows, symmetric: seen.append(rows) or found(self, rows, symmetric)
+    )
+    lost(built(), ["shift"])
+    assert {len(rows) for rows in seen} == {100}  # 84 of a batch are no padding
+    seen.clear()
+    monkeypatch.setattr(shifting, "FEWEST", 1000)
+    lost(built(), ["shift"])
+    assert {len(rows) for rows in seen} == {3 * 84}
 
 
 def test_what_cannot_gain_is_left_alone() -> None:
