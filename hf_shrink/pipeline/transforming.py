@@ -19,13 +19,18 @@ from hf_shrink.plan import Plan, Scheme, split_transform
 from hf_shrink.transforms import Rotation, Scaling, ScalingCase, Transform
 from hf_shrink.transforms.fold import fold_rotation, fold_scales
 
+FOR_ACTIVATIONS = ("smooth", "shift")
+
 
 def transform_notes(plan: Plan) -> tuple[str, ...]:
     """What is known of a plan's transforms before anything is changed."""
-    names = [split_transform(spec)[0] for spec in plan.transforms]
-    if "smooth" in names and all(scheme.name.endswith("A16") for scheme in plan.schemes.values()):
-        return ("smooth makes activations easier to round, which this plan leaves in 16 bits; awq is meant for that",)
-    return ()
+    if any(scheme.activation_bits < 16 for scheme in plan.schemes.values()):
+        return ()
+    idle = [name for name in (split_transform(spec)[0] for spec in plan.transforms) if name in FOR_ACTIVATIONS]
+    return tuple(
+        f"{name} makes activations easier to round, which this plan leaves in 16 bits; awq is meant for that"
+        for name in idle
+    )
 
 
 def rotate(model: nn.Module, stacks: Sequence[BoundStack], transforms: Sequence[Transform]) -> list[str]:

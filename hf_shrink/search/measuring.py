@@ -143,7 +143,9 @@ class _Measuring:
             if not inside:
                 continue
             walk = StackWalk(self.model, modules, self.batches)
-            last = self.space.embeddings and stack is self.binding.stacks[-1]
+            assert self.method is not None
+            heads = self.space.embeddings and self.method.needs_statistics
+            last = heads and stack is self.binding.stacks[-1]
             tried = tried_blocks(len(modules), TRIED_BLOCKS)
             for block in stack.blocks:
                 self.progress("measuring what bits are worth", done, len(blocks))
@@ -250,9 +252,10 @@ class _Measuring:
             statistics = self.heads.get(head_of(self.model, paths) or "")
             for scheme in self.space.schemes:
                 self.progress("trying embeddings", 0, 1)
-                asked = self.method if statistics is not None and scheme.bits <= COARSE else None
-                method = nearest() if asked is None or not asked.needs_statistics else asked
-                solved = method.solve(place.float(), scheme, statistics, scale_dtype=self.scale_dtype)
+                by_inputs = statistics is not None and scheme.bits <= COARSE
+                method, seen = (self.method, statistics) if by_inputs else (nearest(), None)
+                assert method is not None  # else there are no schemes
+                solved = method.solve(place.float(), scheme, seen, scale_dtype=self.scale_dtype)
                 found.setdefault(paths[0], {})[scheme] = self.trials.divergence_of([(place, solved.dequantized())])
         self.progress("trying embeddings", 1, 1)
         return found

@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import PreTrainedModel, T5Config, T5ForConditionalGeneration
+from tiny_readers import tiny_bert_mlm
+from transformers import BertForMaskedLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hf_shrink import shrink, shrink_checkpoint
 from hf_shrink.checkpoint import journal as journal_module
@@ -47,6 +48,13 @@ def tiny_t5() -> PreTrainedModel:
     return T5ForConditionalGeneration(config).eval()
 
 
+def deeper_bert() -> PreTrainedModel:
+    config = tiny_bert_mlm().config
+    config.num_hidden_layers = 5
+    torch.manual_seed(0)
+    return BertForMaskedLM(config).eval()
+
+
 def quantized(**changes: Any) -> dict[str, Any]:
     step = {"scheme": "W4A16", "group_size": 16, **changes}
     return {"steps": [{"quantize": step}], "evaluation": {"metrics": []}}
@@ -76,6 +84,12 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], Callable[[
     "depth": (tiny_llama, pruned({"what": "depth", "method": "kl_greedy", "blocks": 1}), batches),
     "weights": (tiny_llama, pruned({"what": "weights", "method": "sparsegpt", "sparsity": 0.5}), batches),
     "hidden": (tiny_llama, pruned({"what": "hidden", "method": "pca", "ratio": 0.2}), batches),
+    "gptq-tied-head": (
+        lambda: tiny_llama(tie_word_embeddings=True),
+        {"portable": False, **quantized(method="gptq", targets=["Linear", "Embedding"], ignore=[])},
+        batches,
+    ),
+    "shift": (deeper_bert, quantized(method="gptq", scheme="W8A8", group_size=None, transforms=["shift"]), batches),
     "encoder-decoder": (tiny_t5, quantized(method="gptq"), pairs),
 }
 
@@ -143,7 +157,7 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", some_slow(("width-then-quantize",), ["learned-awq", "encoder-decoder", "width-then-quantize"])
+    "name", some_slow(("width-then-quantize",), ["learned-awq", "encoder-decoder", "width-then-quantize", "shift"])
 )
 def test_a_run_that_was_killed_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build, recipe, data = CASES[name]

@@ -13,6 +13,9 @@ from hf_shrink.pipeline.shrinking import check_not_quantized
 from hf_shrink.progress import quiet
 from hf_shrink.quantization.base import ModelMethod
 from hf_shrink.recipe import QuantizeStep, Recipe
+from hf_shrink.transforms import Shifting, build_transforms
+
+NOT_SHIFTED = "inputs were not shifted before training, which moves norms and biases itself"
 
 
 def plan_training(model: nn.Module, recipe: Recipe) -> Planned:
@@ -24,6 +27,8 @@ def plan_training(model: nn.Module, recipe: Recipe) -> Planned:
     step = recipe.quantize
     if step is None:
         raise RecipeError("the recipe has no quantize step, so there is nothing to train for few bits; add one")
+    shifts = bool(step.transforms) and all(isinstance(t, Shifting) for t in build_transforms(step.transforms))
+    step = replace(step, transforms=()) if shifts else step
     _check_step(step)
     check_not_quantized(model)
     planned = plan_recipe(model, replace(recipe, steps=(step,), dtype="keep"), (), 0, quiet)
@@ -39,7 +44,7 @@ def plan_training(model: nn.Module, recipe: Recipe) -> Planned:
                 f"{path}: {scheme.name} has no steps of one size to learn; train with an integer scheme such as W8A8, "
                 "or quantize the trained model with shrink"
             )
-    return planned
+    return replace(planned, notes=(*planned.notes, NOT_SHIFTED)) if shifts else planned
 
 
 def _check_step(step: QuantizeStep) -> None:

@@ -17,7 +17,9 @@ from transformers import TrainerCallback
 
 import hf_shrink
 from hf_shrink import CalibrationError, DistillationTrainer, RecipeError, ShrinkCallback, ShrinkError
+from hf_shrink.pipeline.recipes import load_recipe
 from hf_shrink.runtime.linear import CompressedLinear
+from hf_shrink.training.qat.plan import plan_training
 
 
 class Before(TrainerCallback):
@@ -318,6 +320,15 @@ def test_calibration_beside_a_prune_step_is_refused(tmp_path: Path) -> None:
     callback = ShrinkCallback(recipe, calibration=[{"input_ids": torch.ones(1, 8, dtype=torch.long)}])
     with pytest.raises(CalibrationError, match="prune step first"):
         trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, [callback])
+
+
+@pytest.mark.parametrize(
+    "recipe", ["w8a8", {"steps": [{"quantize": {"effort": "balanced", "scheme": "W8A8"}}]}], ids=str
+)
+def test_what_shifts_inputs_is_trained_without(recipe: Any) -> None:
+    planned = plan_training(tiny_llama(num_hidden_layers=1), load_recipe(recipe))
+    assert planned.plan.schemes and not planned.plan.transforms
+    assert any("inputs were not shifted before training" in note for note in planned.notes)
 
 
 @pytest.mark.parametrize(
