@@ -1,8 +1,9 @@
-"""Attention of one token at a time on the CPU, as transformers' "sdpa" computes it, without what makes that slow there.
+"""Attention on the CPU, as transformers' "sdpa" computes it, without what makes that slow there.
 
-torch's kernel for the CPU goes head by head, and is slow where a head has a single row of queries. The query heads that
+torch's kernel for the CPU goes head by head. It is slow where a head has a single row of queries: the query heads that
 share keys and values are therefore given to it as the rows of one head; in bfloat16, a head that shares with none is
-given twice. Everything else is handed on to transformers.
+given twice. And it takes up to three times as long as the plain products of many rows in bfloat16: a causal prompt is
+therefore multiplied and normalised some rows at a time. Everything else is handed on to transformers.
 """
 
 from __future__ import annotations
@@ -14,11 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from hf_shrink.ops.precision import multiplies_bfloat16
+
 NAME = "sdpa_by_group"
+ROWS = 64  # of queries at a time; for fewer, the kernel is as good
 
 
 def sdpa_by_group(
@@ -41,51 +45,93 @@ def sdpa_by_group(
     Returns:
         (batch, tokens, heads, head size of `value`), and None for the weights.
     """
-    batch, heads, tokens, _ = query.shape
-    groups = key.shape[1]
+    share = query.shape[1] // key.shape[1]
+    plain = query.device.type == "cpu" and share * key.shape[1] == query.shape[1] and not dropout
+    plain = plain and all(kwargs.get(name) is None for name in ("position_bias", "softcap"))
+    if plain and not kwargs.get("output_attentions"):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        if query.shape[2] == 1:
+            if query.shape[0] == key.shape[0] and (share > 1 or query.dtype is torch.bfloat16):
+                return _one_token(query, key, value, attention_mask, scale), None
+        elif attention_mask is None and _is_causal(module, kwargs) and _in_rows(query, key):
+            return _some_rows_at_a_time(query, key, value, scale), None
+    return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
+
+
+def _one_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    batch, heads, groups = *query.shape[:2], key.shape[1]
     share = heads // groups
-    one = tokens == 1 and query.device.type == "cpu" and batch == key.shape[0] and share * groups == heads
-    alone = share == 1 and query.dtype is not torch.bfloat16
-    more = any(kwargs.get(name) is not None for name in ("position_bias", "softcap")) or kwargs.get("output_attentions")
-    if not one or alone or dropout or more:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
-        )
     if share == 1:
         rows = query.repeat(1, 1, 2, 1)
     else:
         rows = query.reshape(batch, groups, share, -1)
-        if attention_mask is not None and attention_mask.shape[1] != 1:
-            attention_mask = attention_mask.reshape(-1, groups, share, attention_mask.shape[-1])
-    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=attention_mask, scale=scaling)
-    return output[:, :, :share].reshape(batch, 1, heads, -1), None
+        if mask is not None and mask.shape[1] != 1:
+            mask = mask.reshape(-1, groups, share, mask.shape[-1])
+    output = F.scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+    return output[:, :, :share].reshape(batch, 1, heads, -1)
 
 
-def use_grouped_attention(model: nn.Module) -> list[PreTrainedConfig]:
-    """Let the parts of a model that use "sdpa" use `sdpa_by_group`, in place. It is not saved with the model.
+def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
+    given = kwargs.get("is_causal")
+    return bool(getattr(module, "is_causal", True) if given is None else given)
 
-    Returns:
-        The configs that were changed.
-    """
-    changed = []
-    for part in model.modules():
-        if not isinstance(part, PreTrainedModel) or part.config._attn_implementation != "sdpa":
-            continue
-        if part._can_set_attn_implementation():
-            part.config._attn_implementation_internal = NAME
-            changed.append(part.config)
-    return changed
+
+def _in_rows(query: Tensor, key: Tensor) -> bool:
+    """Whether it gains: in bfloat16 only. Gradients are left to the kernel, and graphs of any length as well."""
+    if query.shape[2] <= ROWS or query.shape[0] != key.shape[0] or torch.compiler.is_compiling():
+        return False
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+        return False
+    return _dtype(query) is torch.bfloat16 and multiplies_bfloat16(query.device)
+
+
+def _dtype(query: Tensor) -> torch.dtype:
+    kind = query.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else query.dtype
+
+
+def _some_rows_at_a_time(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Causal attention, with scores and weights in the products' dtype, as "eager" has them."""
+    dtype = _dtype(query)
+    batch, heads, tokens, groups = *query.shape[:3], key.shape[1]
+    with torch.autocast(query.device.type, enabled=False):
+        queries, values = (query * scale).to(dtype), value.to(dtype)
+        keys = key.to(dtype).transpose(2, 3)
+        later = torch.full((ROWS, ROWS), -torch.inf, dtype=dtype).triu(1)
+        output = queries.new_empty(batch, tokens, heads, value.shape[-1])
+        for start in range(0, tokens, ROWS):
+            stop = min(start + ROWS, tokens)
+            count = stop - start
+            scores = queries[:, :, start:stop].reshape(batch, groups, -1, query.shape[-1]) @ keys[..., :stop]
+            scores.view(batch, heads, count, stop)[..., start:] += later[:count, :count]
+            part = scores.softmax(-1) @ values[:, :, :stop]
+            output[:, start:stop] = part.view(batch, heads, count, -1).transpose(1, 2)
+    return output
+
+
+def use_grouped_attention(model: nn.Module) -> None:
+    """Let the parts of a model that use "sdpa" use `sdpa_by_group`, in place. It is not saved with the model."""
+    _rename(model, "sdpa", NAME)
 
 
 @contextmanager
-def grouped_attention(model: nn.Module) -> Iterator[None]:
-    """`use_grouped_attention` for a while."""
-    changed = use_grouped_attention(model)
+def grouped_attention(*models: nn.Module) -> Iterator[None]:
+    """`use_grouped_attention` for a while, for those that do not use it already."""
+    changed = [model for model in models if _rename(model, "sdpa", NAME)]
     try:
         yield
     finally:
-        for config in changed:
-            config._attn_implementation_internal = "sdpa"
+        for model in changed:
+            _rename(model, NAME, "sdpa")
+
+
+def _rename(model: nn.Module, old: str, new: str) -> bool:
+    """From one implementation to another wherever the model may choose; whether any part did."""
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    found = [p for p in parts if p.config._attn_implementation == old and p._can_set_attn_implementation()]
+    for part in found:
+        part.config._attn_implementation_internal = new
+    return bool(found)
 
 
 def register() -> None:

@@ -1,4 +1,4 @@
-"""Attention of single tokens: against float64, against transformers' own, and in whole models."""
+"""Attention of single tokens and of prompts: against float64, against transformers' own, and in whole models."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from tiny import tiny_llama
 from torch import Tensor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from hf_shrink import optimize_for_inference
-from hf_shrink.runtime.attention import NAME, sdpa_by_group, use_grouped_attention
+from hf_shrink import optimize_for_inference, shrink
+from hf_shrink.ops.precision import multiplies_bfloat16
+from hf_shrink.runtime import attention
+from hf_shrink.runtime.attention import NAME, ROWS, grouped_attention, sdpa_by_group, use_grouped_attention
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float) -> Tensor:
@@ -59,6 +61,58 @@ def test_one_token_attends_as_in_float64(heads: int, groups: int, dtype: torch.d
             assert error <= 4 * torch.finfo(dtype).eps * value.abs().max(), (name, batch)
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(6, 2), (5, 5), (4, 1)])
+@pytest.mark.parametrize(("tokens", "keys"), [(65, 65), (150, 150), (128, 200)])
+def test_a_prompt_in_bfloat16_attends_as_in_float64(heads: int, groups: int, tokens: int, keys: int) -> None:
+    module: Any = SimpleNamespace(num_key_value_groups=heads // groups, is_causal=True)
+    query, key, value = (
+        torch.randn(2, heads, tokens, 8),
+        torch.randn(2, groups, keys, 8),
+        torch.randn(2, groups, keys, 12),
+    )
+    # Of a longer cache, a prompt sees what is in front of it.
+    causal = torch.ones(tokens, keys, dtype=torch.bool).tril()[None, None].expand(2, -1, -1, -1)
+    low = [part.bfloat16() for part in (query, key, value)]
+    wanted = reference(*low, causal, 0.3)
+    found, weights = sdpa_by_group(module, *low, None, scaling=0.3)
+    assert weights is None
+    assert found.shape == (2, tokens, heads, 12)
+    assert found.dtype == torch.bfloat16
+    least = (sdpa_attention_forward(module, *low, None, scaling=0.3)[0].double() - wanted).norm()
+    assert (found.double() - wanted).norm() <= 3 * least
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed, _ = sdpa_by_group(module, query, low[1], value, None, scaling=0.3)
+    assert mixed.dtype == torch.bfloat16
+    assert (mixed.double() - wanted).norm() <= 4 * least
+
+
+@pytest.mark.skipif(not multiplies_bfloat16(torch.device("cpu")), reason="no bfloat16 products on this processor")
+def test_which_prompts_go_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken = []
+    own = attention._some_rows_at_a_time
+    monkeypatch.setattr(attention, "_some_rows_at_a_time", lambda *args: taken.append(args) or own(*args))
+    module: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True)
+
+    def goes(tokens: int = 70, dtype: torch.dtype = torch.bfloat16, mask: Tensor | None = None, **options: Any) -> bool:
+        query, key = torch.randn(2, 6, tokens, 8, dtype=dtype), torch.randn(2, 2, tokens, 8, dtype=dtype)
+        query.requires_grad_(options.pop("trained", False))
+        before = len(taken)
+        found, _ = sdpa_by_group(module, query, key, key, mask, scaling=0.3, **options)
+        wanted, _ = sdpa_attention_forward(module, query, key, key, mask, scaling=0.3, **options)
+        torch.testing.assert_close(found, wanted, atol=0.03, rtol=0.03)
+        return len(taken) > before
+
+    assert goes()
+    assert not goes(tokens=ROWS)
+    assert not goes(dtype=torch.float32)
+    assert not goes(mask=torch.ones(2, 1, 70, 70, dtype=torch.bool))
+    assert not goes(is_causal=False)
+    assert not goes(trained=True)
+    module.is_causal = False
+    assert not goes()
+    assert goes(is_causal=True)
+
+
 def test_everything_else_is_transformers_own() -> None:
     module: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True)
     query, key, value = torch.randn(2, 6, 5, 8), torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
@@ -93,3 +147,15 @@ def test_other_attention_stays_as_it_is() -> None:
     model.set_attn_implementation("eager")
     use_grouped_attention(model)
     assert model.config._attn_implementation == "eager"
+
+
+def test_work_on_a_model_leaves_its_attention_as_it_was() -> None:
+    model = tiny_llama()
+    with grouped_attention(model):
+        assert model.config._attn_implementation == NAME
+        with grouped_attention(model):
+            pass
+        assert model.config._attn_implementation == NAME
+    assert model.config._attn_implementation == "sdpa"
+    shrink(model, {"steps": [{"quantize": {"method": "rtn"}}]}, optimize=False, progress=False)
+    assert model.config._attn_implementation == "sdpa"
