@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from hf_shrink.checkpoint.others import take_over
+from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.attention import use_grouped_attention
 from hf_shrink.runtime.optimizing import use_kernels
 
@@ -42,4 +43,5 @@ def optimize_for_inference(model: Module, *, device: torch.device | str | None =
         model.to(device)
     use_kernels(model)
     use_grouped_attention(model)
+    release_free_memory()  # what held the weights in the checkpoint's layout
     return model
