@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_shrink.ops.linalg import damped_cholesky
+from hf_shrink.ops.linalg import damped_cholesky, solve_positive
 
 ENOUGH = 1e-6  # of the loss: an exchange that gains less is not worth a factorisation
 
@@ -134,14 +134,14 @@ class _Problem:
         for a in range(len(state.removed)):
             own = slice(a * width, (a + 1) * width)
             schur, residual = state.schur[own, own], state.residual[:, own]
-            new = torch.linalg.solve(schur, residual.T).T  # a's weights once it is back, (out, width)
+            new = solve_positive(schur, residual.T).T  # a's weights once it is back, (out, width)
             reach = state.reach[:, own].reshape(kept, width, width)
             across = reach @ (new.T @ state.weight).T.reshape(kept, width, width).mT
             gram = grams - across - across.mT + reach @ (new.T @ new) @ reach.mT
-            block = blocks + reach @ torch.linalg.solve(schur, reach.mT)
+            block = blocks + reach @ solve_positive(schur, reach.mT)
             if width == 1:
                 cost = (gram / block)[:, 0, 0]
             else:
-                cost = torch.linalg.solve(block, gram).diagonal(dim1=1, dim2=2).sum(-1)
+                cost = solve_positive(block, gram).diagonal(dim1=1, dim2=2).sum(-1)
             changes.append(cost - (new * residual).sum())
         return torch.stack(changes, dim=1)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hf_shrink.ops.linalg import damped_cholesky
+from hf_shrink.ops.linalg import damped_cholesky, solve_positive
 
 PANEL = 64  # columns of updates that wait before they are multiplied into the inverse and the weight
 
@@ -110,7 +110,7 @@ class _Surgeon:
             costs = (self._grams / self._blocks)[:, 0, 0]
         else:
             blocks = torch.where(self._there[:, None, None], self._blocks, torch.eye(self._width).to(self._blocks))
-            costs = torch.linalg.solve(blocks, self._grams).diagonal(dim1=1, dim2=2).sum(-1)
+            costs = solve_positive(blocks, self._grams).diagonal(dim1=1, dim2=2).sum(-1)
         return torch.where(self._there, costs, float("inf"))
 
     def remove(self, place: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import Tensor
@@ -45,6 +47,28 @@ def greedy(weight: Tensor, moment: Tensor, width: int, groups: int | None) -> tu
         removed.append(min(found, key=lambda u: found[u]))
         losses.append(found[removed[-1]])
     return removed, losses
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_wide_units_are_solved_right_by_several_threads() -> None:
+    """A KV group of three heads of 64 is 192 columns, from which on torch 2.13's batched LU is wrong."""
+    weight, moment = problem(3 * 192)
+    found = removal_curve(weight, moment, DAMPING, width=192)
+    order, losses = greedy(weight, moment, 192, None)
+    assert found.order.tolist() == order
+    torch.testing.assert_close(found.losses, torch.tensor(losses, dtype=torch.float64), rtol=1e-6, atol=0)
+    best = min(range(3), key=lambda u: loss(weight, moment, [u], 192))
+    for start in range(3):
+        better = exchanged(weight, moment, DAMPING, torch.tensor([start]), width=192)
+        assert better.tolist() == [best]
 
 
 @pytest.mark.parametrize(
