@@ -20,10 +20,16 @@ class LastInputSeen(Exception):
 
 
 class Collector:
-    """Adds up the inputs of a block's matrices while it runs. `longest`: as of `InputStatistics`."""
+    """Adds up the inputs of a block's matrices while it runs.
 
-    def __init__(self, matrices: Mapping[str, nn.Module], longest: float | None = None) -> None:
+    Args:
+        longest: as of `InputStatistics`.
+        whole: the block runs to its end; otherwise no further than to its last matrix, once that is known.
+    """
+
+    def __init__(self, matrices: Mapping[str, nn.Module], longest: float | None = None, whole: bool = False) -> None:
         self._longest = longest
+        self._whole = whole
         self._matrices = dict(matrices)
         self._shared: dict[str, str] = {}  # path -> the path whose statistics it uses
         self._statistics: dict[str, InputStatistics] = {}
@@ -44,7 +50,7 @@ class Collector:
                 if owner == path:
                     with torch.autocast(x.device.type, enabled=False):
                         self._statistics[path].add(real_tokens(x))
-                if path == self._last:
+                if path == self._last and not self._whole:
                     raise LastInputSeen
 
             return add

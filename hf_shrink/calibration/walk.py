@@ -137,23 +137,33 @@ class StackWalk:
         """The current block's hidden states for the first `batches` batches (all by default), not kept."""
         return [first_output(self.call(b)) for b in range(len(self.hidden) if batches is None else batches)]
 
-    def statistics(self, matrices: Mapping[str, nn.Module], longest: float | None = None) -> dict[str, InputStatistics]:
+    def statistics(
+        self, matrices: Mapping[str, nn.Module], longest: float | None = None, *, passing: bool = False
+    ) -> dict[str, InputStatistics]:
         """Second moments of the inputs of the current block's matrices, by path.
 
         Matrices that get the very same tensor (query, key and value; gate and up) share one object. Once the order of
         the calls is known, a batch ends when the last matrix has its input. Matrices of experts that saw too few tokens
-        are absent where `starved_experts` is "rtn". `longest`: as of `InputStatistics`.
+        are absent where `starved_experts` is "rtn".
+
+        Args:
+            longest: as of `InputStatistics`.
+            passing: the block stays as it is: as if `advance` followed, in the same pass.
 
         Raises:
             CalibrationError: a matrix saw no tokens, or not finite ones; an expert saw too few.
         """
-        collector = Collector(matrices, longest)
+        collector = Collector(matrices, longest, whole=passing)
         for batch in range(len(self.hidden)):
             with collector.listening(self.real_tokens(batch)), suppress(LastInputSeen):
-                output = first_output(self.call(batch))
-                # Only the first batch gets here: it runs to the end, to learn which matrix comes last.
-                self.reference = output if self.reference is None else self.reference
+                output = self.call(batch)
+                if passing:
+                    self.take(batch, output)
+                # Unless passing, only the first batch gets here, to learn which matrix comes last.
+                self.reference = first_output(output) if self.reference is None else self.reference
         starved = self._find_starved(matrices)
+        if passing:
+            self.step()
         return collector.finish(self.share, without=lambda path: path.rpartition(".")[0] in starved)
 
     def _find_starved(self, matrices: Mapping[str, nn.Module]) -> dict[str, int]:

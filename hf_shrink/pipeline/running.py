@@ -113,7 +113,7 @@ class Run:
                 settings: dict[str, Any] = {
                     "starved_experts": self.plan.starved_experts,
                     "padded": batches is None,
-                    "fast": bool(self.schemes) and all(s.bits <= COARSE for s in self.schemes.values()),
+                    "fast": (bool(self.schemes) or refits) and all(s.bits <= COARSE for s in self.schemes.values()),
                 }
                 # Who learns a block has to see all batches of it.
                 settings["shared"] = (share if self.learning is None else whole)(len(given))

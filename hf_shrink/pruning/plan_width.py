@@ -124,7 +124,7 @@ def unit_curves(
         kinds = [kind for kind in FIELDS if (stack.name, kind) in prunable.kinds]
         walk = None
         if kinds and scorer.method.needs_statistics:
-            walk = StackWalk(model, [block.module for block in stack.blocks], batches)
+            walk = StackWalk(model, [block.module for block in stack.blocks], batches, fast=True)
         for block in stack.blocks:
             progress("scoring units", done, total)
             parts: dict[Kind, BoundAttention | BoundMlp]
@@ -181,7 +181,6 @@ def _statistics(
         return {}
     with float32_for_now(block.module):
         readers = {kind: reader(part).path for kind, part in parts.items()}
-        found = walk.statistics({path: parts[kind].modules[path] for kind, path in readers.items()}, LONGEST)
-        if not last:
-            walk.advance()
+        matrices = {path: parts[kind].modules[path] for kind, path in readers.items()}
+        found = walk.statistics(matrices, LONGEST, passing=not last)
     return {kind: found[path] for kind, path in readers.items()}

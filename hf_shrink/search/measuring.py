@@ -142,7 +142,7 @@ class _Measuring:
             inside = [piece for piece in pieces if piece.key[0] == stack.name]
             if not inside:
                 continue
-            walk = StackWalk(self.model, modules, self.batches)
+            walk = StackWalk(self.model, modules, self.batches, fast=True)
             assert self.method is not None
             heads = self.space.embeddings and self.method.needs_statistics
             last = heads and stack is self.binding.stacks[-1]
@@ -152,9 +152,10 @@ class _Measuring:
                 own = [piece for piece in inside if piece.key[1] == block.index]
                 changes: list[_Trial] = []
                 with float32_for_now(block.module):
+                    passing = last or block.index + 1 < len(modules)
                     if own:
-                        self._block(walk, own, fisher, found, changes if block.index in tried else None)
-                    if last or block.index + 1 < len(modules):
+                        self._block(walk, own, fisher, found, changes if block.index in tried else None, passing)
+                    elif passing:
                         walk.advance()
                 for trial in changes:
                     places = [(matrix(matrices[path]), weight) for path, weight in trial.weights]
@@ -175,11 +176,17 @@ class _Measuring:
         fisher: Fisher,
         found: dict[str, Rounding],
         changes: list[_Trial] | None,
+        passing: bool,
     ) -> None:
-        """Predictions for a block's pieces into `found`; for `changes`, whole rounded weights to try."""
+        """Predictions for a block's pieces into `found`; for `changes`, whole rounded weights to try.
+
+        `passing`: the walk goes on to the next block.
+        """
         assert self.method is not None
         schemes = self.space.schemes
-        rounded, statistics = rounding_damages(walk, pieces, fisher, self.method, schemes, self.scale_dtype)
+        rounded, statistics = rounding_damages(
+            walk, pieces, fisher, self.method, schemes, self.scale_dtype, passing=passing
+        )
         for piece in pieces:
             own = rounded[piece.name]
             found[piece.name] = Rounding(own.damage, self._units(piece, own))

@@ -181,17 +181,19 @@ def input_statistics(
     total = sum(len(stack.blocks) for stack in stacks)
     done = 0
     for stack in stacks:
-        walk = StackWalk(model, [block.module for block in stack.blocks], batches)
+        walk = StackWalk(model, [block.module for block in stack.blocks], batches, fast=True)
         for block in stack.blocks:
             progress("reading inputs", done, total)
             inside = {path: model.get_submodule(path) for path in paths if path.startswith(block.path + ".")}
             with float32_for_now(block.module):
+                ends = block is stack.blocks[-1]
+                heads_follow = heads and ends and stack is stacks[-1]
+                passing = heads_follow or not ends
                 if inside:
-                    found |= walk.statistics(inside, LONGEST)
-                if block is not stack.blocks[-1]:
+                    found |= walk.statistics(inside, LONGEST, passing=passing)
+                elif passing:
                     walk.advance()
-                elif heads and stack is stacks[-1]:
-                    walk.advance()
+                if heads_follow:
                     found |= head_statistics(model, walk)
             for own in found.values():
                 shelf.take(id(own), [own.hessian])

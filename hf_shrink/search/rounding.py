@@ -50,17 +50,20 @@ def rounding_damages(
     method: QuantizationMethod,
     schemes: Sequence[Scheme],
     scale_dtype: torch.dtype,
+    *,
+    passing: bool = False,
 ) -> tuple[dict[str, Rounded], dict[str, InputStatistics]]:
     """What rounding costs the pieces of the walk's current block, by name, and the statistics of its matrices, by path.
 
     Args:
         fisher: taken on the walk's batches.
         schemes: a group size that does not divide a width is resolved by `Scheme.for_width`.
+        passing: the walk goes on to the next block.
     """
     modules = {path: module for piece in pieces for path, module in piece.modules.items()}
     weighted = _WeightedMoments(modules, fisher)
     with weighted.listening():
-        statistics = walk.statistics(modules)
+        statistics = walk.statistics(modules, passing=passing)
     walk.share.add_up(*(weighted.moments[path] for path in modules))
     found: dict[str, Rounded] = {}
     for piece in pieces:
