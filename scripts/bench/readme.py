@@ -15,7 +15,7 @@ from typing import Any
 
 from common import RESULTS, ROOT
 from readme_picture import panels, picture
-from readme_tables import quality_table, speed_table
+from readme_tables import pruning_table, quality_table, speed_table
 
 README, PICTURE = ROOT / "README.md", ROOT / ".github" / "result.svg"
 SUBJECT = "smollm2-135m"
@@ -42,7 +42,11 @@ def filled(text: str, tables: dict[str, str]) -> str:
 def made() -> dict[Path, str]:
     """What the files should hold, from the results as they are."""
     quality, older, speed = read("quality"), read("quality-part1"), read("speed")
-    tables = {"quality": quality_table(quality, older), "speed": speed_table(speed, SUBJECT)}
+    tables = {
+        "quality": quality_table(quality, older),
+        "speed": speed_table(speed, SUBJECT),
+        "pruning": pruning_table(read("pruning")),
+    }
     return {
         README: filled(README.read_text(encoding="utf-8"), tables),
         PICTURE: picture(panels(quality, older, speed, SUBJECT), TITLE),

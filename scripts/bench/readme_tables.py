@@ -32,6 +32,20 @@ TOOLS = {
     "ours": ("**hf_shrink**", ""),
     "ours-compiled": ("**hf_shrink**, `torch.compile`", ""),
 }
+# What pruning's variants are, for people.
+PRUNED = {
+    "wanda": "wanda's score for whole channels, as published",
+    "block_influence": "ShortGPT's block influence, as published",
+    "torchpruning": "Torch-Pruning {}, Taylor on channels",
+    "obs": "**hf_shrink**, width: `obs`",
+    "obs-no-refit": "the same without refit",
+    "obs-uneven": "**hf_shrink**, width: `obs`, `portable: false`",
+    "kl_greedy": "**hf_shrink**, depth: `kl_greedy`",
+    "evolve": "**hf_shrink**, depth: `evolve`, {minutes} minutes",
+    "evolve-parts": "**hf_shrink**, depth: `evolve` with `parts: any`, {minutes} minutes",
+    "both": "**hf_shrink**, half by `kl_greedy`, half by `obs`",
+    "both-searched": "**hf_shrink**, half by `evolve` with `parts: any`, half by `obs`",
+}
 # What a method of the older file is called today: where that was measured too, the older figure is left out.
 TODAY = {"gptq": "balanced", "rtn": "rtn"}
 
@@ -135,6 +149,29 @@ def by_speed(speed: Mapping[str, Any], subject: str) -> list[Result]:
     """The results of one model, from fast to slow."""
     found = [result for result in speed["results"] if result["subject"] == subject]
     return sorted(found, key=lambda result: -speed["summary"][result["variant"]]["decode"]["median"])
+
+
+def pruning_table(pruning: Mapping[str, Any]) -> str:
+    """Excess loss by how much was taken and then by loss, and what became faster."""
+    texts = list(pruning["protocol"]["held_out"])
+    headings = ["", "taken", *(f"excess loss, {text}" for text in texts), "decode", "prefill", "seconds", "at commit"]
+    losses = pruning["summary"]["losses"]
+    found = [result for result in pruning["results"] if result["variant"] in losses]
+    rows = []
+    for result in sorted(found, key=lambda r: (taken(r), sum(losses[r["variant"]]["excess_loss"].values()))):
+        version = str(result["about"]["versions"].get("torch-pruning", ""))
+        name = PRUNED[result["name"]].format(version, minutes=pruning["protocol"]["minutes"])
+        loss = [_digits(losses[result["variant"]]["excess_loss"][text], 3) for text in texts]
+        gains = [result.get("speed", {}).get(kind, {}).get("speedup") for kind in ("decode", "prefill")]
+        faster = ["" if gain is None else f"{gain:.2f}x" for gain in gains]
+        seconds = _digits(result.get("seconds_with_loading"))
+        rows.append([name, f"{taken(result)}%", *loss, *faster, seconds, f"`{result['about']['commit']}`"])
+    return markdown(headings, rows)
+
+
+def taken(result: Result) -> int:
+    """Percent of the blocks' parameters."""
+    return int(result["variant"].partition(":")[2].rstrip("%"))
 
 
 def markdown(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
