@@ -53,7 +53,7 @@ def sdpa_by_group(
         if query.shape[2] == 1:
             if query.shape[0] == key.shape[0] and (share > 1 or query.dtype is torch.bfloat16):
                 return _one_token(query, key, value, attention_mask, scale), None
-        elif attention_mask is None and _is_causal(module, kwargs) and _in_rows(query, key):
+        elif attention_mask is None and _is_causal(module, kwargs) and _in_rows(query, key, value):
             return _some_rows_at_a_time(query, key, value, scale), None
     return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs)
 
@@ -76,11 +76,11 @@ def _is_causal(module: nn.Module, kwargs: dict[str, Any]) -> bool:
     return bool(getattr(module, "is_causal", True) if given is None else given)
 
 
-def _in_rows(query: Tensor, key: Tensor) -> bool:
+def _in_rows(query: Tensor, key: Tensor, value: Tensor) -> bool:
     """Whether it gains: in bfloat16 only. Gradients are left to the kernel, and graphs of any length as well."""
     if query.shape[2] <= ROWS or query.shape[0] != key.shape[0] or torch.compiler.is_compiling():
         return False
-    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad):
+    if torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value)):
         return False
     return _dtype(query) is torch.bfloat16 and multiplies_bfloat16(query.device)
 

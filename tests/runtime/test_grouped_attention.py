@@ -93,12 +93,20 @@ def test_which_prompts_go_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(attention, "_some_rows_at_a_time", lambda *args: taken.append(args) or own(*args))
     module: Any = SimpleNamespace(num_key_value_groups=3, is_causal=True)
 
-    def goes(tokens: int = 70, dtype: torch.dtype = torch.bfloat16, mask: Tensor | None = None, **options: Any) -> bool:
+    def goes(
+        tokens: int = 70,
+        dtype: torch.dtype = torch.bfloat16,
+        mask: Tensor | None = None,
+        trained: str = "",
+        **options: Any,
+    ) -> bool:
         query, key = torch.randn(2, 6, tokens, 8, dtype=dtype), torch.randn(2, 2, tokens, 8, dtype=dtype)
-        query.requires_grad_(options.pop("trained", False))
+        value = torch.randn(2, 2, tokens, 8, dtype=dtype)
+        for name, part in (("query", query), ("key", key), ("value", value)):
+            part.requires_grad_(name == trained)
         before = len(taken)
-        found, _ = sdpa_by_group(module, query, key, key, mask, scaling=0.3, **options)
-        wanted, _ = sdpa_attention_forward(module, query, key, key, mask, scaling=0.3, **options)
+        found, _ = sdpa_by_group(module, query, key, value, mask, scaling=0.3, **options)
+        wanted, _ = sdpa_attention_forward(module, query, key, value, mask, scaling=0.3, **options)
         torch.testing.assert_close(found, wanted, atol=0.03, rtol=0.03)
         return len(taken) > before
 
@@ -107,7 +115,7 @@ def test_which_prompts_go_some_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -
     assert not goes(dtype=torch.float32)
     assert not goes(mask=torch.ones(2, 1, 70, 70, dtype=torch.bool))
     assert not goes(is_causal=False)
-    assert not goes(trained=True)
+    assert not any(goes(trained=name) for name in ("query", "key", "value"))
     module.is_causal = False
     assert not goes()
     assert goes(is_causal=True)
