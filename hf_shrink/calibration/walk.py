@@ -144,11 +144,8 @@ class StackWalk:
 
         Matrices that get the very same tensor (query, key and value; gate and up) share one object. Once the order of
         the calls is known, a batch ends when the last matrix has its input. Matrices of experts that saw too few tokens
-        are absent where `starved_experts` is "rtn".
-
-        Args:
-            longest: as of `InputStatistics`.
-            passing: the block stays as it is: as if `advance` followed, in the same pass.
+        are absent where `starved_experts` is "rtn". `longest`: as of `InputStatistics`. `passing`: the block stays as
+        it is, and the walk advances in the same pass.
 
         Raises:
             CalibrationError: a matrix saw no tokens, or not finite ones; an expert saw too few.
