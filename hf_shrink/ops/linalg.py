@@ -30,8 +30,9 @@ class InverseFactor:
 def solve_positive(matrix: Tensor, right: Tensor) -> Tensor:
     """X of A X = B for symmetric positive definite matrices A, (..., n, n), and B, (..., n, m).
 
-    By Cholesky, which is half the work of LU. And torch's batched LU cannot be trusted on a CPU: 2.13 with more than
-    one thread gives wrong numbers, mostly without an error, from 192 columns on (`torch.linalg.solve`, `inv`, `lu`).
+    By Cholesky, which is half the work of LU. And torch's batched LU (`torch.linalg.solve`, `inv`, `lu`) cannot be
+    trusted on a CPU: 2.13 with more than one thread gives wrong numbers for 192 columns and more, not for 128, mostly
+    without an error.
     """
     return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
 

@@ -51,7 +51,7 @@ def rounding_damages(
     schemes: Sequence[Scheme],
     scale_dtype: torch.dtype,
     *,
-    passing: bool = False,
+    passing: bool,
 ) -> tuple[dict[str, Rounded], dict[str, InputStatistics]]:
     """What rounding costs the pieces of the walk's current block, by name, and the statistics of its matrices, by path.
 

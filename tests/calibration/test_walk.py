@@ -228,3 +228,17 @@ def test_a_half_precision_model_walks_in_float32_or_its_own(dtype: torch.dtype) 
     # Masks and positions are made in bfloat16 by the model itself, then cast: exact in bfloat16, near in float32.
     limit = 0 if dtype == torch.bfloat16 else 2e-2
     assert (walk.hidden[0] - seen[0]).abs().max() <= limit * seen[0].abs().max()
+
+
+def test_one_pass_for_a_block_that_stays_is_the_two() -> None:
+    model, batches = tiny_llama(), [BATCH, {"input_ids": tokens(3, 7)}]
+    two, one = walk_of(model, batches), walk_of(model, batches)
+    for block in range(2):
+        matrices = matrices_of(model, block)
+        wanted = two.statistics(matrices)
+        two.advance()
+        found = one.statistics(matrices, passing=True)
+        assert wanted.keys() == found.keys() == matrices.keys()
+        assert all(torch.equal(found[path].hessian, wanted[path].hessian) for path in matrices)
+        assert one.position == two.position == block + 1
+        assert all(torch.equal(one.hidden[b], two.hidden[b]) for b in range(2))
