@@ -66,28 +66,22 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
 
 def speeds(dense: str, model: Any) -> dict[str, Any]:
-    """How much faster than the dense model a prompt is read and text is written, both models in turn."""
-    import statistics
-    import time
-
+    """How much faster than the dense model a prompt is read to its first token and text is written, both in turn."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    from hf_shrink.evaluation.speed import compare_decode_speed
+    from hf_shrink.evaluation.speed import Workload, measure_speed
 
     other = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32).eval()
-    prompt = torch.arange(512)[None] + 100
-    times: dict[str, list[float]] = {"dense": [], "compressed": []}
-    with torch.no_grad():
-        for turn in range(6):
-            for name, one in (("dense", other), ("compressed", model)):
-                since = time.perf_counter()
-                one(prompt)
-                if turn:  # the first warms up
-                    times[name].append(time.perf_counter() - since)
-    slow, fast = (statistics.median(times[name]) for name in ("dense", "compressed"))
-    prefill = {"unit": "tokens/s", "dense": 512 / slow, "compressed": 512 / fast, "speedup": slow / fast}
-    return {"decode": compare_decode_speed(other, model), "prefill": prefill}
+    timed = measure_speed({"dense": other, "compressed": model}, Workload(prompt=64, new=64, prefill=512, repeats=5))
+    found: dict[str, Any] = {}
+    for task in ("decode", "prefill"):
+        rates = {name: timings[task].per_second for name, timings in timed.items()}
+        medians = {name: rate.median for name, rate in rates.items()}
+        spread = {name: [rate.low, rate.high] for name, rate in rates.items()}
+        speedup = medians["compressed"] / medians["dense"]
+        found[task] = {"unit": "tokens/s", **medians, "speedup": speedup, "spread": spread}
+    return found
 
 
 if __name__ == "__main__":
