@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -42,11 +43,24 @@ class Arguments:
 
     def done(self, batch: int, block: int, output: Any) -> None:
         """A block has run on a batch: keep what later ones get of its output, forget what it was called with."""
+        self.hand(batch, block, output)
+        self._calls[batch][block] = Call((), {})
+
+    def hand(self, batch: int, block: int, output: Any) -> None:
+        """Keep what later blocks get of an output."""
         for links in self._links:
             for source, place in links.values():
                 if source == block:
                     self.handed[batch][block, place] = output[place]
-        self._calls[batch][block] = Call((), {})
+
+    @contextmanager
+    def ahead(self, batch: int) -> Iterator[None]:
+        """What is handed on inside is forgotten in the end."""
+        before = dict(self.handed[batch])
+        try:
+            yield
+        finally:
+            self.handed[batch] = before
 
     def forget(self, blocks: range) -> None:
         """These blocks will not run any more."""

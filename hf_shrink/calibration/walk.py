@@ -117,13 +117,25 @@ class StackWalk:
 
     def run(self, batch: int) -> Any:
         """As `call`, with gradients where they are enabled."""
-        args, kwargs = self._arguments.of(batch, self.position)
-        self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
+        return self._run(batch, self.position, self.hidden[batch])
+
+    def ahead(self, batch: int, blocks: int) -> Tensor:
+        """The hidden states of one batch behind the next so many blocks, without gradients; the walk stays here."""
         hidden = self.hidden[batch]
+        with torch.no_grad(), self._arguments.ahead(batch):
+            for block in range(self.position, self.position + blocks):
+                output = self._run(batch, block, hidden)
+                self._arguments.hand(batch, block, output)
+                hidden = first_output(output).to(self._dtype)
+        return hidden
+
+    def _run(self, batch: int, block: int, hidden: Tensor) -> Any:
+        args, kwargs = self._arguments.of(batch, block)
+        self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         precise = nullcontext() if not self._fast else fast_precision(hidden.device, cached=False)
         with watching(self._masks[batch]) as watch, precise:
             self._experts.watches[batch] = watch
-            return self.block(hidden, *args, **kwargs)
+            return self._blocks[block](hidden, *args, **kwargs)
 
     def mask(self, batch: int) -> Tensor | None:
         """bool (batch, sequence) of the real tokens; None when nothing is padded."""

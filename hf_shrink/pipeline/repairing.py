@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -14,21 +14,19 @@ from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundBlock, BoundStack
 from hf_shrink.architectures.linears import matrix
-from hf_shrink.calibration.capture import first_output
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.precision import fast_precision
 from hf_shrink.pipeline.kept import KeptStack, remove_planned
+from hf_shrink.pipeline.leading import Stage, adds, lead, sums
+from hf_shrink.pipeline.stretches import WIDEST, stretches, writers
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
-from hf_shrink.pruning.repair import Errors, best_change
 from hf_shrink.report import ShrinkReport
 from hf_shrink.residence import rest
-from hf_shrink.sharding import ranks
 from hf_shrink.surgery import check_plan, without_blocks
 
 HELD_OUT = 8  # every so many sequences one is held out
-TOLERANCE = 1e-3  # of the largest value, where a block's output is checked to be a sum
 
 
 def repair_and_remove(
@@ -55,10 +53,11 @@ def repair(
 ) -> None:
     """Refit the blocks that the plan keeps, in place, from the first gap on; the gaps themselves are cut afterwards.
 
-    The last matrix of a block that writes the residual stream is refitted by least squares, so that on the inputs that
-    it gets in the pruned model it gives what the dense model has in front of the next block kept. Only where the
-    block's output is its stream plus what that matrix gives, which is tried: blocks with norms behind it stay as they
-    are. Notes and seconds go into the report. Raises as `check_plan` and `StackWalk`.
+    Matrices that write the residual stream are refitted by least squares, so that on the inputs that they get in the
+    pruned model the stream is that of the dense model in front of the next block kept: of the blocks in front of a gap
+    all such matrices together, of each block behind it the last. Only where a block's output is its stream plus what
+    they give, which is tried: blocks with norms behind them stay as they are. Notes and seconds go into the report.
+    Raises as `check_plan` and `StackWalk`.
     """
     since = time.perf_counter()
     check_plan(binding, plan)
@@ -108,6 +107,7 @@ class _Repair:
     def __init__(self, model: nn.Module, progress: ProgressCallback) -> None:
         self._model = model
         self._progress = progress
+        self._refitted = 0
         self._gains: list[float] = []
         self._passed_over = 0
 
@@ -116,7 +116,7 @@ class _Repair:
         if self._gains:
             mean = sum(self._gains) / len(self._gains)
             notes.append(
-                f"{len(self._gains)} matrices were refitted to the dense model's residual stream, which takes "
+                f"{self._refitted} matrices were refitted to the dense model's residual stream, which takes "
                 f"{mean:.0%} of its error on held-out tokens away on average"
             )
         if self._passed_over:
@@ -128,117 +128,112 @@ class _Repair:
 
     def stack(self, stack: BoundStack, plan: StackPlan, dense: StackWalk, batches: Sequence[Mapping[str, Any]]) -> None:
         """Walk the dense and the pruned stack side by side."""
-        kept = [stack.blocks[index] for index in plan.kept]
         with _without(self._model, stack, plan):
-            pruned = _walk(self._model, kept, batches)
-        held_out = _held_out(pruned)
-        start = _first_change(stack, plan) or 0
-        for place, block in enumerate(kept):
-            following = plan.kept[place + 1] if place + 1 < len(kept) else len(stack.blocks)
-            gap = [stack.blocks[index] for index in range(block.index + 1, following)]
-            device = next(block.module.parameters()).device
-            with _in_float32([block, *gap]):
-                if place < start:
-                    with fast_precision(device):
-                        _together(dense, pruned)
-                else:
-                    with fast_precision(device):
-                        for _ in range(1 + len(gap)):
-                            dense.advance()
-                    with _without_parts(stack, plan, [block.index]):
-                        self._refit(block, plan.blocks.get(block.index, BlockPlan()), dense.hidden, pruned, held_out)
-                        with fast_precision(device):  # anew: autocast keeps weights that it has cast until it ends
-                            pruned.advance()
-            for done in (block, *gap):
-                rest(done.module)
-            self._progress("repairing blocks", place + 1, len(kept))
+            pruned = _walk(self._model, [stack.blocks[index] for index in plan.kept], batches)
+        side = _SideBySide(stack, plan, dense, pruned)
+        front = stack.blocks[: plan.kept[0]]
+        side.pass_by(front)
+        touched, done = bool(front), 0
+        for stretch in stretches(stack, plan):
+            team = stretch.team(plan)
+            self._each(side, stretch.blocks[: len(stretch.blocks) - len(team)], touched)
+            if team:
+                alone = side.unfit(team)
+                self._each(side, team[:alone], touched)
+                self._count(side.lead(team[alone:], stretch.gap))
+                touched = True
+            done += len(stretch.blocks)
+            self._progress("repairing blocks", done, len(plan.kept))
 
-    def _refit(
-        self, block: BoundBlock, plan: BlockPlan, targets: Iterable[Tensor], walk: StackWalk, held_out: Sequence[Tensor]
-    ) -> None:
-        """Refit the block's last writing matrix; `walk` is in front of the block, whose removed parts are out."""
-        writer = _writer(block, plan)
-        if writer is None or not ranks().from_first(_adds(walk, writer)):
-            self._passed_over += 1
-            return
-        weight = matrix(writer)
-        bias = writer.bias if isinstance(writer.bias, nn.Parameter) else None
-        errors = Errors.empty(weight.shape[0], weight.shape[1] + (bias is not None), weight.device)
-        for batch, target in enumerate(targets):
-            with fast_precision(weight.device):
-                output, x = _run(walk, batch, writer)
-            if bias is not None:
-                x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
-            mask = walk.mask(batch)
-            real = torch.ones(target.shape[:2], dtype=torch.bool, device=target.device) if mask is None else mask
-            x = x.reshape(*target.shape[:2], -1)
-            for held in (False, True):
-                rows = real & (held_out[batch].to(real.device) == held)[:, None]
-                errors.add(x[rows], (target - output)[rows], target[rows], held_out=held)
-        errors.merge(walk.share)
-        change, gain = best_change(errors)
-        self._gains.append(gain)
-        weight += change[:, : weight.shape[1]].to(weight.dtype)
-        if bias is not None:
-            bias.data += change[:, -1].to(bias.dtype)
-
-
-def _together(dense: StackWalk, pruned: StackWalk) -> None:
-    """Both through one block in front of every gap, where they are the same."""
-    for batch in range(len(dense.hidden)):
-        pruned.take(batch, dense.take(batch, dense.call(batch)))
-    dense.step()
-    pruned.step()
-
-
-@contextmanager
-def _in_float32(blocks: Sequence[BoundBlock]) -> Iterator[None]:
-    with ExitStack() as stack:
+    def _each(self, side: _SideBySide, blocks: Sequence[BoundBlock], touched: bool) -> None:
+        """In front of every gap nothing has to be done; behind one, each block is led to the dense stream behind it."""
         for block in blocks:
-            stack.enter_context(in_float32(block.module))
-        yield
+            if touched:
+                self._count(side.lead([block]))
+            else:
+                side.together(block)
+
+    def _count(self, done: tuple[int, float]) -> None:
+        refitted, gain = done
+        if refitted:
+            self._refitted += refitted
+            self._gains.append(gain)
+        else:
+            self._passed_over += 1
 
 
-def _writer(block: BoundBlock, plan: BlockPlan) -> nn.Module | None:
-    """The last matrix of what is left of a block that writes the residual stream."""
-    gone = plan.removed or ()
-    for name, role in (("mlp", "down"), ("cross_attention", "output"), ("attention", "output")):
-        part = getattr(block, name)
-        if part is not None and name not in gone:
-            found: nn.Module = part.modules[part.slot(role).path]
+class _SideBySide:
+    """The dense and the pruned walk of one stack, in front of the same block. They share its modules."""
+
+    def __init__(self, stack: BoundStack, plan: StackPlan, dense: StackWalk, pruned: StackWalk) -> None:
+        self._stack, self._plan = stack, plan
+        self._dense, self._pruned = dense, pruned
+        self._held_out = _held_out(pruned)
+        self._device = next(stack.blocks[0].module.parameters()).device
+
+    def pass_by(self, blocks: Sequence[BoundBlock]) -> None:
+        """Removed blocks, through which the dense model alone goes."""
+        for block in blocks:
+            with in_float32(block.module), fast_precision(self._device):
+                self._dense.advance()
+            rest(block.module)
+
+    def together(self, block: BoundBlock) -> None:
+        """Through a block in front of every gap, where both are the same."""
+        with in_float32(block.module), fast_precision(self._device):
+            for batch in range(len(self._dense.hidden)):
+                self._pruned.take(batch, self._dense.take(batch, self._dense.call(batch)))
+            self._dense.step()
+            self._pruned.step()
+        rest(block.module)
+
+    def unfit(self, team: Sequence[BoundBlock]) -> int:
+        """How many of a team's blocks are to be led alone: those up to the last, but for the very last, that is no sum
+        of what its matrices add, and all but the last where that one is none."""
+        with self._ready(team):
+            fits = sums(self._pruned, [block.module for block in team], [writers(b, self._plan) for b in team])
+        if not fits[-1]:
+            return len(team) - 1
+        return max((place + 1 for place, fit in enumerate(fits) if not fit), default=0)
+
+    def lead(self, blocks: Sequence[BoundBlock], gap: Sequence[BoundBlock] | None = None) -> tuple[int, float]:
+        """Refit blocks in a row so that the stream behind them is the dense one behind the gap.
+
+        Args:
+            gap: None: this is one block behind which nothing is missing, of which the last matrix is enough.
+
+        Returns:
+            How many matrices were refitted, and the share of the error that is gone.
+        """
+        for block in blocks:
+            with in_float32(block.module), fast_precision(self._device):
+                self._dense.advance()
+        self.pass_by(gap or ())
+        with self._ready(blocks):
+            stages = self._stages(blocks, last=gap is None)
+            gain = lead(self._pruned, len(blocks), stages, self._dense.hidden, self._held_out)
+        for block in blocks:
+            rest(block.module)
+        return len(stages), gain
+
+    def _stages(self, blocks: Sequence[BoundBlock], last: bool) -> list[Stage]:
+        """What is refitted of blocks that the pruned walk is in front of."""
+        found = [(place, writer) for place, block in enumerate(blocks) for writer in writers(block, self._plan)]
+        if len(blocks) > 1 or not found:
             return found
-    return None
+        narrow = sum(matrix(writer).shape[1] for _, writer in found) <= WIDEST
+        if not last and narrow and sums(self._pruned, [blocks[0].module], [[writer for _, writer in found]])[0]:
+            return found
+        return found[-1:] if adds(self._pruned, found[-1][1]) else []
 
-
-def _run(walk: StackWalk, batch: int, writer: nn.Module) -> tuple[Tensor, Tensor]:
-    """The current block's hidden states, and the writer's input."""
-    seen: list[Tensor] = []
-    handle = writer.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
-    try:
-        output = first_output(walk.call(batch))
-    finally:
-        handle.remove()
-    return output, seen[-1]
-
-
-def _adds(walk: StackWalk, writer: nn.Module) -> bool:
-    """Whether the block's output is something plus what the writer puts out, tried on the first batch."""
-    seen: list[Tensor] = []
-
-    def silence(_: nn.Module, __: Any, output: Tensor) -> Tensor:
-        seen.append(output)
-        return torch.zeros_like(output)
-
-    whole = first_output(walk.call(0))
-    handle = writer.register_forward_hook(silence)
-    try:
-        rest = first_output(walk.call(0))
-    finally:
-        handle.remove()
-    if len(seen) != 1 or seen[0].numel() != rest.numel():
-        return False
-    summed = rest + seen[0].reshape(rest.shape)
-    return bool((summed - whole).abs().max() <= TOLERANCE * whole.abs().max())
+    @contextmanager
+    def _ready(self, blocks: Sequence[BoundBlock]) -> Iterator[None]:
+        """Blocks as the pruned model has them, in float32."""
+        with ExitStack() as stack:
+            for block in blocks:
+                stack.enter_context(in_float32(block.module))
+            stack.enter_context(_without_parts(self._stack, self._plan, [block.index for block in blocks]))
+            yield
 
 
 def _held_out(walk: StackWalk) -> list[Tensor]:

@@ -46,6 +46,16 @@ def applied(model: nn.Module, plan: Plan, batches: Any, **changes: Any) -> nn.Mo
     return shrink(copy.deepcopy(model), replace(plan, **changes), calibration=batches, progress=False)
 
 
+def changed(model: nn.Module, dense: nn.Module, kept: tuple[int, ...]) -> list[str]:
+    """Parameters of kept blocks that are no longer the dense ones, by the dense model's names."""
+    return [
+        name
+        for new, old in enumerate(kept)
+        for name, parameter in model.model.layers[new].named_parameters(prefix=str(old))
+        if not torch.equal(parameter, dict(dense.model.layers[old].named_parameters(prefix=str(old)))[name])
+    ]
+
+
 PLANS: dict[str, dict[str, StackPlan]] = {
     "a gap": {"decoder": StackPlan((0, 3))},
     "the first and the last": {"decoder": StackPlan((1, 2))},
@@ -58,12 +68,12 @@ PLANS: dict[str, dict[str, StackPlan]] = {
 @pytest.mark.parametrize("name", PLANS)
 def test_the_stream_comes_nearer_on_new_tokens(name: str) -> None:
     dense, plan = calm(), Plan("llama", PLANS[name], refit=False)
-    without, repaired = (applied(dense, plan, data(), repair=value) for value in (False, True))
+    without, repaired = (applied(dense, plan, data(96), repair=value) for value in (False, True))
     batch = data(seed=1)[0]
     assert error(repaired, dense, batch) < error(without, dense, batch)
     assert any("refitted to the dense model's residual stream" in note for note in repaired.shrink_report.notes)
     assert repaired.num_parameters() == without.num_parameters()
-    again = applied(dense, plan, data(), repair=True)
+    again = applied(dense, plan, data(96), repair=True)
     assert all(torch.equal(a, b) for a, b in zip(repaired.parameters(), again.parameters(), strict=True))
 
 
@@ -84,16 +94,34 @@ def test_what_a_removed_block_did_goes_into_the_one_before_it_where_that_can_do_
     assert (found - expected).norm() < 0.15 * expected.norm()
 
 
-def test_blocks_in_front_of_the_gap_stay_as_they_are() -> None:
-    dense = tiny_llama(num_hidden_layers=5)
-    model = applied(dense, Plan("llama", {"decoder": StackPlan((0, 1, 3, 4))}, refit=False), data(), repair=True)
-    changed = [
-        name
-        for new, old in enumerate((0, 1, 3, 4))
-        for name, parameter in model.model.layers[new].named_parameters(prefix=str(old))
-        if not torch.equal(parameter, dict(dense.model.layers[old].named_parameters(prefix=str(old)))[name])
-    ]
-    assert changed == [f"{block}.mlp.down_proj.weight" for block in (1, 3, 4)]
+def test_three_blocks_in_front_of_a_gap_share_its_work_and_those_before_them_stay_as_they_are() -> None:
+    dense, kept = tiny_llama(num_hidden_layers=7), (0, 1, 2, 3, 4, 6)
+    model = applied(dense, Plan("llama", {"decoder": StackPlan(kept)}, refit=False), data(), repair=True)
+    pairs = [f"{block}.{name}.weight" for block in (2, 3, 4) for name in ("self_attn.o_proj", "mlp.down_proj")]
+    assert changed(model, dense, kept) == [*pairs, "6.mlp.down_proj.weight"]
+
+
+@pytest.mark.parametrize("removed", [(), ("attention",)])
+def test_several_blocks_make_up_for_more_than_one(removed: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = tiny_llama(num_hidden_layers=6)
+    for block in dense.model.layers:
+        block.self_attn.o_proj.weight.data.mul_(0.3)
+        block.mlp.down_proj.weight.data.mul_(0.3)
+    stack = StackPlan((0, 1, 2, 3, 5)) if not removed else StackPlan(tuple(range(6)), {3: BlockPlan(removed=removed)})
+    plan, batch = Plan("llama", {"decoder": stack}, refit=False), data(192, seed=1)[0]
+    errors = {}
+    for most in (1, 3):
+        monkeypatch.setattr("hf_shrink.pipeline.stretches.MOST", most)
+        errors[most] = error(applied(dense, plan, data(384), repair=True), dense, batch)
+    assert errors[3] < 0.99 * errors[1]
+
+
+def test_where_several_blocks_are_too_wide_the_last_matrix_of_one_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_shrink.pipeline.stretches.WIDEST", 100)
+    monkeypatch.setattr("hf_shrink.pipeline.repairing.WIDEST", 100)
+    dense, kept = tiny_llama(num_hidden_layers=5), (0, 1, 3, 4)
+    model = applied(dense, Plan("llama", {"decoder": StackPlan(kept)}, refit=False), data(), repair=True)
+    assert changed(model, dense, kept) == [f"{block}.mlp.down_proj.weight" for block in (1, 3, 4)]
 
 
 @pytest.mark.parametrize(
