@@ -41,6 +41,7 @@ class StackWalk:
     Attributes:
         share: which of the batches are this process's.
         hidden: inputs of the current block, one (batch, sequence, width) tensor a batch.
+        arguments: what blocks are called with besides, and hand to later ones.
         position: index of the current block.
         reference: the current block's output for the first batch when statistics were first taken; None before that.
         starved: experts of all blocks so far that saw too few tokens, by path, and how many they saw.
@@ -76,7 +77,7 @@ class StackWalk:
         self._blocks = list(blocks)
         self._batches = batches
         self._dtype = compute_dtype
-        self._arguments = Arguments(found.calls, found.links, compute_dtype)
+        self.arguments = Arguments(found.calls, found.links, compute_dtype)
         self._masks = found.masks if padded else [None] * len(found.masks)
         self._contexts = found.contexts
         # What each batch's current call hands to the block besides the hidden states.
@@ -90,11 +91,6 @@ class StackWalk:
         self.starved: dict[str, int] = {}
         self._refuses_starved = starved_experts == "error"
         self._experts = ExpertTokens(model)
-
-    @property
-    def handed(self) -> list[dict[tuple[int, int], Any]]:
-        """For each batch, what blocks so far hand to later ones, by block and place in its output."""
-        return self._arguments.handed
 
     @property
     def block(self) -> nn.Module:
@@ -117,20 +113,11 @@ class StackWalk:
 
     def run(self, batch: int) -> Any:
         """As `call`, with gradients where they are enabled."""
-        return self._run(batch, self.position, self.hidden[batch])
+        return self.run_block(batch, self.position, self.hidden[batch])
 
-    def ahead(self, batch: int, blocks: int) -> Tensor:
-        """The hidden states of one batch behind the next so many blocks, without gradients; the walk stays here."""
-        hidden = self.hidden[batch]
-        with torch.no_grad(), self._arguments.ahead(batch):
-            for block in range(self.position, self.position + blocks):
-                output = self._run(batch, block, hidden)
-                self._arguments.hand(batch, block, output)
-                hidden = first_output(output).to(self._dtype)
-        return hidden
-
-    def _run(self, batch: int, block: int, hidden: Tensor) -> Any:
-        args, kwargs = self._arguments.of(batch, block)
+    def run_block(self, batch: int, block: int, hidden: Tensor) -> Any:
+        """Any block, by its place, on hidden states that are not kept."""
+        args, kwargs = self.arguments.of(batch, block)
         self._given[batch] = [value for value in (*args, *kwargs.values()) if isinstance(value, Tensor)]
         precise = nullcontext() if not self._fast else fast_precision(hidden.device, cached=False)
         with watching(self._masks[batch]) as watch, precise:
@@ -271,7 +258,7 @@ class StackWalk:
                 f"NaN or Inf in the output of block {self.position}; check the weights and the calibration data"
             )
         self.hidden[batch] = hidden.to(self._dtype)
-        self._arguments.done(batch, self.position, output)
+        self.arguments.done(batch, self.position, output)
         return output
 
     def stand_in(self, block: nn.Module) -> None:
@@ -285,7 +272,7 @@ class StackWalk:
 
     def go_to(self, position: int, starved: Mapping[str, int]) -> None:
         """Be in front of another block, whose inputs `hidden` already is."""
-        self._arguments.forget(range(self.position, position))
+        self.arguments.forget(range(self.position, position))
         self.position, self.reference = position, None
         self.starved.update(starved)
 

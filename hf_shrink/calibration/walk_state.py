@@ -16,7 +16,7 @@ def write_walk(walk: StackWalk, path: Path) -> None:
     """The hidden states in front of the current block, and what earlier blocks hand to later ones."""
     handed = {
         f"handed.{batch}.{block}.{place}": value
-        for batch, found in enumerate(walk.handed)
+        for batch, found in enumerate(walk.arguments.handed)
         for (block, place), value in found.items()
         if isinstance(value, Tensor)
     }
@@ -38,5 +38,5 @@ def read_walk(walk: StackWalk, path: Path, position: int, starved: Mapping[str, 
                 walk.hidden[int(batch)] = tensor
             else:
                 block, place = map(int, rest)
-                walk.handed[int(batch)][block, place] = tensor
+                walk.arguments.handed[int(batch)][block, place] = tensor
     walk.go_to(position, starved)

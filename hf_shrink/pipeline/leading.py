@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.architectures.linears import matrix
+from hf_shrink.calibration.ahead import ahead
 from hf_shrink.calibration.capture import first_output, split_hidden
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.precision import fast_precision
@@ -68,7 +69,7 @@ def _errors(
     errors = Errors.empty(weight.shape[0], widths + bias, weight.device)
     for batch, target in enumerate(targets):
         with fast_precision(weight.device), _watching(waiting) as seen:
-            output = walk.ahead(batch, blocks)
+            output = ahead(walk, batch, blocks)
         x = torch.cat([seen[module][0].reshape(*target.shape[:2], -1) for module in waiting], dim=-1)
         if bias:
             x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
@@ -122,7 +123,7 @@ def sums(walk: StackWalk, blocks: Sequence[nn.Module], writers: Sequence[Sequenc
         with ExitStack() as stack, _watching([w for own in writers for w in own]) as written:
             for block in blocks:
                 stack.callback(block.register_forward_hook(see, with_kwargs=True).remove)
-            walk.ahead(0, len(blocks))
+            ahead(walk, 0, len(blocks))
         for block, own in zip(blocks, writers, strict=True):
             entering, leaving = seen[block]
             total = entering
@@ -143,10 +144,10 @@ def adds(walk: StackWalk, writer: nn.Module) -> bool:
 
     found = False
     if len(walk.hidden):
-        whole = walk.ahead(0, 1)
+        whole = ahead(walk, 0, 1)
         handle = writer.register_forward_hook(silence)
         try:
-            rest = walk.ahead(0, 1)
+            rest = ahead(walk, 0, 1)
         finally:
             handle.remove()
         found = len(written) == 1 and written[0].numel() == rest.numel()

@@ -13,6 +13,7 @@ from tiny import tiny_llama
 from torch import Tensor, nn
 
 from hf_shrink.architectures import bind
+from hf_shrink.calibration.ahead import ahead
 from hf_shrink.calibration.capture import capture
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
@@ -121,6 +122,24 @@ def test_a_position_bias_goes_from_the_first_block_to_the_others() -> None:
     with torch.no_grad():
         model(**inputs)
     assert torch.allclose(walk.hidden[0], seen[0], atol=1e-5)
+
+
+def test_a_look_ahead_sees_what_is_handed_on_and_leaves_the_walk_where_it_is() -> None:
+    model, inputs = ENCODERS["t5"].build(), ENCODERS["t5"].inputs()
+    blocks = [block.module for block in bind(model).stack("encoder").blocks]
+    walk, other = (StackWalk(model, blocks, [inputs, inputs]) for _ in range(2))
+    with torch.no_grad():
+        blocks[0].layer[0].SelfAttention.relative_attention_bias.weight.mul_(-3)
+    before = walk.hidden[1].clone()
+    expected = []
+    for _ in blocks:
+        other.advance()
+        expected.append(other.hidden[1])
+    for count in (len(blocks), 1, 2):
+        assert torch.equal(ahead(walk, 1, count), expected[count - 1])
+        assert walk.position == 0 and torch.equal(walk.hidden[1], before) and not any(walk.arguments.handed)
+    walk.advance()
+    assert torch.equal(ahead(walk, 1, 1), expected[1])
 
 
 def test_a_changed_block_changes_what_the_next_one_sees() -> None:
