@@ -18,6 +18,7 @@ from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.linalg import damped_cholesky
 from hf_shrink.sharding import Share
 
+BAND = 512  # columns of a moment that are multiplied at a time
 DAMPINGS = (0.03, 0.3, 3.0)  # of the mean second moment: pull towards the weight as it is
 
 
@@ -28,7 +29,7 @@ class Errors:
     Every token counts by 1 / |t|²: norms behind see directions only, and few tokens are many times as long as others.
 
     Attributes:
-        cross, moment: sums of e xᵀ (out, in) and x xᵀ (in, in).
+        cross, moment: sums of e xᵀ (out, in) and x xᵀ (in, in); until `merge`, only what is in or below the diagonal.
         held_cross, held_moment: the same over tokens held out, which choose the damping.
         size: sum of |e|² / |t|² over the tokens held out.
     """
@@ -48,14 +49,20 @@ class Errors:
     def add(self, x: Tensor, error: Tensor, target: Tensor, *, held_out: bool) -> None:
         """Add tokens: x (n, in), error and target (n, out)."""
         weight = 1 / target.float().square().sum(-1, keepdim=True).clamp_min(1e-20)
-        weighted, error = x.float() * weight, error.float()
-        (self.held_cross if held_out else self.cross).addmm_(error.T, weighted)
-        (self.held_moment if held_out else self.moment).addmm_(x.float().T, weighted)
+        x, error = x.float(), error.float()
+        weighted = x * weight
+        cross, moment = (self.held_cross, self.held_moment) if held_out else (self.cross, self.moment)
+        cross.addmm_(error.T, weighted)
+        for start in range(0, x.shape[1], BAND):  # the lower triangle: half of the work
+            moment[start:, start : start + BAND].addmm_(x[:, start:].T, weighted[:, start : start + BAND])
         if held_out:
             self.size += float((error.square() * weight).sum(dtype=torch.float64))
 
     def merge(self, share: Share) -> None:
-        """From sums over this process's tokens to sums over all."""
+        """In the end: from sums over this process's tokens to sums over all, and moments to both of their halves."""
+        for moment in (self.moment, self.held_moment):
+            for start in range(BAND, len(moment), BAND):
+                moment[start - BAND : start, start:] = moment[start:, start - BAND : start].T
         share.add_up(self.cross, self.moment, self.held_cross, self.held_moment)
         self.size = share.totals([self.size])[0]
 

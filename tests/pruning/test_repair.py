@@ -7,6 +7,7 @@ import torch
 
 from hf_shrink.errors import CalibrationError
 from hf_shrink.pruning.repair import DAMPINGS, Errors, best_change
+from hf_shrink.sharding import share
 
 
 def problem(tokens: int = 400, noise: float = 0.0, seed: int = 0) -> tuple[Errors, torch.Tensor, torch.Tensor]:
@@ -34,6 +35,15 @@ def test_what_is_missing_is_found_by_weighted_least_squares() -> None:
     torch.testing.assert_close(change.double(), reference, rtol=1e-4, atol=1e-5)
     assert (change - missing).norm() < 0.1 * missing.norm()
     assert gain > 0.98
+
+
+def test_half_of_a_moment_is_as_good_as_all_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = problem()[0]
+    monkeypatch.setattr("hf_shrink.pruning.repair.BAND", 5)  # three bands, the last of two columns
+    half = problem()[0]
+    half.merge(share(1))
+    for name in ("moment", "held_moment"):
+        torch.testing.assert_close(getattr(half, name), getattr(whole, name), rtol=1e-5, atol=1e-6)
 
 
 def test_noise_is_damped_and_never_taken_where_it_does_not_serve_tokens_held_out() -> None:
