@@ -7,7 +7,8 @@
 Protocol: as of quality.py: 128 x 512 consecutive tokens of emma.txt to calibrate, 40 x 512 held out of
 mansfieldpark.txt and of Shakespeare's tragedies. 10, 20 and 30% of the blocks' parameters go. Beside ours, in the same
 run: wanda's score for whole MLP channels and ShortGPT's block influence, both as published, without refit; and
-Torch-Pruning's Taylor on MLP channels. Speed is that of the pruned and the dense model in turn, in one process. Every
+Torch-Pruning's Taylor on MLP channels. `both` takes half of it as blocks and half by obs, `both-deep` five sixths as
+blocks. Speed is that of the pruned and the dense model in turn, in one process. Every
 variant runs in a process of its own, one after the other; nothing else should run on the machine. The results file is
 written after every variant, and a later run does only what is missing or named by --rerun.
 """
@@ -33,7 +34,7 @@ from texts import write_plays
 
 CALIBRATION, HELD_OUT, LENGTH = "emma.txt", "mansfieldpark.txt", 512
 CACHE = ROOT / ".cache" / "bench"
-MLP_SHARE = 0.75  # of a block's parameters, in SmolLM2-135M: what Torch-Pruning's ratio is taken of
+MLP_SHARE, BLOCKS = 0.75, 30  # of SmolLM2-135M; Torch-Pruning's ratio is of the MLPs' parameters
 NONE = "none"
 
 
@@ -66,8 +67,14 @@ def variants(ratios: Iterable[float], minutes: float) -> list[Variant]:
         def depth(method: str, share: float = ratio, **more: Any) -> dict[str, Any]:
             return {"prune": {"what": "depth", "method": method, "ratio": share, **more}}
 
-        half = ratio / 2
-        rest = (ratio - half) / (1 - half)  # the second step counts what the first one left
+        def rest(first: float, ratio: float = ratio) -> float:
+            return (ratio - first) / (1 - first)  # the second step counts what the first one left
+
+        def both(share: float, ratio: float = ratio) -> tuple[dict[str, Any], dict[str, Any]]:
+            blocks = round(share * ratio * BLOCKS)
+            first = {"prune": {"what": "depth", "method": "kl_greedy", "blocks": blocks}}
+            return first, width(share=rest(blocks / BLOCKS, ratio))
+
         found += [
             Variant("wanda", ratio, (width("wanda", units="mlp", refit=False),)),
             Variant("block_influence", ratio, (depth("block_influence", refit=False),)),
@@ -78,11 +85,12 @@ def variants(ratios: Iterable[float], minutes: float) -> list[Variant]:
             Variant("kl_greedy", ratio, (depth("kl_greedy"),)),
             Variant("evolve", ratio, (depth("evolve", minutes=minutes),)),
             Variant("evolve-parts", ratio, (depth("evolve", minutes=minutes, parts="any"),), portable=False),
-            Variant("both", ratio, (depth("kl_greedy", half), width(share=rest))),
+            Variant("both", ratio, both(1 / 2)),
+            Variant("both-deep", ratio, both(5 / 6)),
             Variant(
                 "both-searched",
                 ratio,
-                (depth("evolve", half, minutes=minutes, parts="any"), width(share=rest)),
+                (depth("evolve", ratio / 2, minutes=minutes, parts="any"), width(share=rest(ratio / 2))),
                 portable=False,
             ),
         ]

@@ -44,6 +44,7 @@ PRUNED = {
     "evolve": "**hf_shrink**, depth: `evolve`, {minutes} minutes",
     "evolve-parts": "**hf_shrink**, depth: `evolve` with `parts: any`, {minutes} minutes",
     "both": "**hf_shrink**, half by `kl_greedy`, half by `obs`",
+    "both-deep": "**hf_shrink**, five sixths by `kl_greedy`, the rest by `obs`",
     "both-searched": "**hf_shrink**, half by `evolve` with `parts: any`, half by `obs`",
 }
 # What a method of the older file is called today: where that was measured too, the older figure is left out.
