@@ -29,7 +29,8 @@ def test_recipes_can_be_read_and_both_halves_make_the_whole() -> None:
         recipe = Recipe.from_dict({"portable": variant.portable, "steps": list(variant.steps)})
         left = 1.0
         for step in (recipe.prune("depth"), recipe.prune("width")):
-            left *= 1 - (step.ratio if step is not None else 0)
+            if step is not None:
+                left *= 1 - (step.ratio if step.blocks is None else step.blocks / pruning.BLOCKS)
         assert left == pytest.approx(1 - variant.ratio), variant.id
 
 

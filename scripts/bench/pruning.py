@@ -71,7 +71,7 @@ def variants(ratios: Iterable[float], minutes: float) -> list[Variant]:
             return (ratio - first) / (1 - first)  # the second step counts what the first one left
 
         def both(share: float, ratio: float = ratio) -> tuple[dict[str, Any], dict[str, Any]]:
-            blocks = round(share * ratio * BLOCKS)
+            blocks = int(share * ratio * BLOCKS + 1e-9)
             first = {"prune": {"what": "depth", "method": "kl_greedy", "blocks": blocks}}
             return first, width(share=rest(blocks / BLOCKS, ratio))
 
