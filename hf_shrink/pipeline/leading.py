@@ -70,6 +70,7 @@ def _errors(
     for batch, target in enumerate(targets):
         with fast_precision(weight.device), _watching(waiting) as seen:
             output = ahead(walk, batch, blocks)
+        target = target.to(output.device)  # blocks of a dispatched model may be on several
         x = torch.cat([seen[module][0].reshape(*target.shape[:2], -1) for module in waiting], dim=-1)
         if bias:
             x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], dim=-1)
