@@ -11,7 +11,7 @@ from hf_shrink.architectures.bound import BoundBlock, BoundMlp, BoundStack
 from hf_shrink.architectures.linears import matrix
 from hf_shrink.plan import BlockPlan, StackPlan
 
-MOST = 2  # blocks that share what one gap leaves to do; a third adds little, and takes three times as long
+MOST = 3  # blocks that share what one gap leaves to do; a fourth and fifth add little
 WIDEST = 10240  # inputs of all of their matrices, which are solved for at once: memory by its square, time by its cube
 
 
