@@ -68,7 +68,7 @@ def _errors(
     widths = sum(matrix(module).shape[1] for module in waiting)
     errors = Errors.empty(weight.shape[0], widths + bias, weight.device)
     for batch, target in enumerate(targets):
-        with fast_precision(weight.device), _watching(waiting) as seen:
+        with fast_precision(target.device), _watching(waiting) as seen:
             output = ahead(walk, batch, blocks)
         target = target.to(output.device)  # blocks of a dispatched model may be on several
         x = torch.cat([seen[module][0].reshape(*target.shape[:2], -1) for module in waiting], dim=-1)

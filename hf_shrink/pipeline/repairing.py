@@ -23,7 +23,7 @@ from hf_shrink.pipeline.stretches import WIDEST, stretches, writers
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.report import ShrinkReport
-from hf_shrink.residence import rest
+from hf_shrink.residence import at_work, rest
 from hf_shrink.surgery import check_plan, without_blocks
 
 HELD_OUT = 8  # every so many sequences one is held out
@@ -169,7 +169,8 @@ class _SideBySide:
         self._stack, self._plan = stack, plan
         self._dense, self._pruned = dense, pruned
         self._held_out = _held_out(pruned)
-        self._device = next(stack.blocks[0].module.parameters()).device
+        # Not a block's own: one that visits an accelerator is there only while it runs.
+        self._device = pruned.hidden[0].device if len(pruned.hidden) else torch.device("cpu")
 
     def pass_by(self, blocks: Sequence[BoundBlock]) -> None:
         """Removed blocks, through which the dense model alone goes."""
@@ -188,8 +189,7 @@ class _SideBySide:
         rest(block.module)
 
     def unfit(self, team: Sequence[BoundBlock]) -> int:
-        """How many of a team's blocks are to be led alone: those up to the last, but for the very last, that is no sum
-        of what its matrices add, and all but the last where that one is none."""
+        """How many of a team's first blocks are to be led alone, because theirs or a later output is no sum."""
         with self._ready(team):
             fits = sums(self._pruned, [block.module for block in team], [writers(b, self._plan) for b in team])
         if not fits[-1]:
@@ -228,9 +228,10 @@ class _SideBySide:
 
     @contextmanager
     def _ready(self, blocks: Sequence[BoundBlock]) -> Iterator[None]:
-        """Blocks as the pruned model has them, in float32."""
+        """Blocks as the pruned model has them, in float32, where they run."""
         with ExitStack() as stack:
             for block in blocks:
+                stack.enter_context(at_work(block.module))
                 stack.enter_context(in_float32(block.module))
             stack.enter_context(_without_parts(self._stack, self._plan, [block.index for block in blocks]))
             yield
