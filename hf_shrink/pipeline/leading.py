@@ -22,7 +22,9 @@ TOLERANCE = 1e-3  # of the largest value, where a block's output is checked to b
 Stage = tuple[int, nn.Module]  # a matrix, and the place of its block among those that are led
 
 
-def lead(walk: StackWalk, blocks: int, stages: Sequence[Stage], targets: Iterable[Tensor], held_out: Any) -> float:
+def lead(
+    walk: StackWalk, blocks: int, stages: Sequence[Stage], targets: Iterable[Tensor], held_out: Sequence[Tensor]
+) -> float:
     """Refit matrices of the next blocks, in place, so that the stream behind them is nearest to the targets.
 
     What a matrix adds to the stream reaches the end of the row, because the stream is a sum; what the blocks on its way
@@ -60,7 +62,11 @@ def _advance(walk: StackWalk, blocks: int, device: torch.device) -> int:
 
 
 def _errors(
-    walk: StackWalk, blocks: int, waiting: Sequence[nn.Module], targets: Iterable[Tensor], held_out: Any
+    walk: StackWalk,
+    blocks: int,
+    waiting: Sequence[nn.Module],
+    targets: Iterable[Tensor],
+    held_out: Sequence[Tensor],
 ) -> Errors:
     """Of the inputs of all waiting matrices side by side, and of ones where the last has a bias."""
     weight = matrix(waiting[0])

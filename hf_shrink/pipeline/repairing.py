@@ -13,13 +13,12 @@ from torch import Tensor, nn
 from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundBlock, BoundStack
-from hf_shrink.architectures.linears import matrix
 from hf_shrink.calibration.precision import in_float32
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.precision import fast_precision
 from hf_shrink.pipeline.kept import KeptStack, remove_planned
 from hf_shrink.pipeline.leading import Stage, adds, lead, sums
-from hf_shrink.pipeline.stretches import WIDEST, stretches, writers
+from hf_shrink.pipeline.stretches import narrow, stretches, writers
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.report import ShrinkReport
@@ -190,6 +189,8 @@ class _SideBySide:
 
     def unfit(self, team: Sequence[BoundBlock]) -> int:
         """How many of a team's first blocks are to be led alone, because theirs or a later output is no sum."""
+        if len(team) == 1:
+            return 0
         with self._ready(team):
             fits = sums(self._pruned, [block.module for block in team], [writers(b, self._plan) for b in team])
         if not fits[-1]:
@@ -221,8 +222,8 @@ class _SideBySide:
         found = [(place, writer) for place, block in enumerate(blocks) for writer in writers(block, self._plan)]
         if len(blocks) > 1 or not found:
             return found
-        narrow = sum(matrix(writer).shape[1] for _, writer in found) <= WIDEST
-        if not last and narrow and sums(self._pruned, [blocks[0].module], [[writer for _, writer in found]])[0]:
+        own = [writer for _, writer in found]
+        if not last and narrow(blocks, self._plan) and sums(self._pruned, [blocks[0].module], [own])[0]:
             return found
         return found[-1:] if adds(self._pruned, found[-1][1]) else []
 

@@ -33,8 +33,7 @@ class Stretch:
         """The last blocks that make up together for what is missing; at least one where something is."""
         count = int(self.lacking)
         while 0 < count < min(MOST, len(self.blocks)):
-            wider = self.blocks[-count - 1 :]
-            if sum(matrix(m).shape[1] for block in wider for m in writers(block, plan)) > WIDEST:
+            if not narrow(self.blocks[-count - 1 :], plan):
                 break
             count += 1
         return self.blocks[len(self.blocks) - count :]
@@ -50,6 +49,11 @@ def stretches(stack: BoundStack, plan: StackPlan) -> Iterator[Stretch]:
         if gap or plan.blocks.get(index, BlockPlan()).removed or following == len(stack.blocks):
             yield Stretch(tuple(row), gap, bool(gap or plan.blocks.get(index, BlockPlan()).removed))
             row = []
+
+
+def narrow(blocks: Sequence[BoundBlock], plan: StackPlan) -> bool:
+    """Whether all matrices of these blocks can be solved for at once."""
+    return sum(matrix(m).shape[1] for block in blocks for m in writers(block, plan)) <= WIDEST
 
 
 def writers(block: BoundBlock, plan: StackPlan) -> Sequence[nn.Module]:

@@ -94,6 +94,15 @@ def test_what_a_removed_block_did_goes_into_the_one_before_it_where_that_can_do_
     assert (found - expected).norm() < 0.15 * expected.norm()
 
 
+def test_nothing_changes_where_a_first_block_goes_that_did_nothing() -> None:
+    """The dense stream that a block is led to is the one behind that block."""
+    dense, kept = tiny_llama(), (1, 2, 3)
+    dense.model.layers[0].self_attn.o_proj.weight.data.zero_()
+    dense.model.layers[0].mlp.down_proj.weight.data.zero_()
+    model = applied(dense, Plan("llama", {"decoder": StackPlan(kept)}, refit=False), data(96), repair=True)
+    assert changed(model, dense, kept) == []
+
+
 def test_three_blocks_in_front_of_a_gap_share_its_work_and_those_before_them_stay_as_they_are() -> None:
     dense, kept = tiny_llama(num_hidden_layers=7), (0, 1, 2, 3, 4, 6)
     model = applied(dense, Plan("llama", {"decoder": StackPlan(kept)}, refit=False), data(), repair=True)
@@ -118,7 +127,6 @@ def test_several_blocks_make_up_for_more_than_one(removed: tuple[str, ...], monk
 
 def test_where_several_blocks_are_too_wide_the_last_matrix_of_one_does_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("hf_shrink.pipeline.stretches.WIDEST", 100)
-    monkeypatch.setattr("hf_shrink.pipeline.repairing.WIDEST", 100)
     dense, kept = tiny_llama(num_hidden_layers=5), (0, 1, 3, 4)
     model = applied(dense, Plan("llama", {"decoder": StackPlan(kept)}, refit=False), data(), repair=True)
     assert changed(model, dense, kept) == [f"{block}.mlp.down_proj.weight" for block in (1, 3, 4)]
