@@ -59,6 +59,8 @@ class BlockPlan:
         experts: kept experts, ascending.
         merges: what removed experts leave behind: (removed expert, kept expert, share), the share that the removed
             one's weights have in the kept one's new weights. None: nothing is left of them.
+        expert_channels: kept channels of each expert, ascending, as many of all of them, a multiple of 8; for every
+            expert of the source, in its order, also where some of them go.
         removed: the parts that go as a whole, of "attention", "cross_attention" and "mlp".
     """
 
@@ -68,6 +70,7 @@ class BlockPlan:
     experts: tuple[int, ...] | None = None
     merges: tuple[tuple[int, int, float], ...] | None = None
     removed: tuple[str, ...] | None = None
+    expert_channels: tuple[tuple[int, ...], ...] | None = None
 
     @property
     def keeps_all(self) -> bool:
@@ -223,6 +226,8 @@ class Plan:
                 channels = "all" if block.channels is None else str(len(block.channels))
                 gone = f", without its {' and '.join(block.removed)}".replace("_", " ") if block.removed else ""
                 experts = "" if block.experts is None else f", experts {len(block.experts)}"
+                if block.expert_channels is not None:
+                    experts += f", channels of each expert {len(block.expert_channels[0])}"
                 merged = f" ({len(block.merges)} merged into them)" if block.merges else ""
                 lines.append(f"  block {index}: query heads {heads}, channels {channels}{experts}{merged}{gone}")
         if self.hidden is not None:

@@ -8,7 +8,7 @@ from typing import Literal
 
 AttentionLayout = Literal["separate", "concatenated", "per_head", "per_group"]
 Quantity = Literal["heads", "kv_heads", "heads_per_group", "query_width", "kv_width", "channels"]
-ExpertQuantity = Literal["experts", "experts_of_token"]
+ExpertQuantity = Literal["experts", "experts_of_token", "channels"]
 
 
 @dataclass(frozen=True)
@@ -126,6 +126,8 @@ class Experts:
             decides, and returns its logits (tokens, experts) first.
         entries: parameters and buffers with one entry an expert in their first dimension.
         count, of_token: config keys of the number of experts, and of how many a token goes to.
+        channels: config key of the hidden width of an expert, which nothing else takes its size from; None where there
+            is none, so that any change of it is uneven.
         attributes: attributes to patch after surgery, and the quantity that each holds.
         groups, groups_of_token: config keys of routers that choose among groups of neighbouring experts first: the
             number of groups, and of those that a token goes to; None where all experts compete.
@@ -143,11 +145,13 @@ class Experts:
     entries: tuple[str, ...] = ("mlp.gate.weight",)
     count: str = "num_experts"
     of_token: str = "num_experts_per_tok"
+    channels: str | None = "moe_intermediate_size"
     attributes: Mapping[str, ExpertQuantity] = field(
         default_factory=lambda: {
             "mlp.gate.num_experts": "experts",
             "mlp.gate.top_k": "experts_of_token",
             "mlp.experts.num_experts": "experts",
+            "mlp.experts.intermediate_dim": "channels",
         }
     )
     groups: str | None = None

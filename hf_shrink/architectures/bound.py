@@ -12,6 +12,8 @@ from hf_shrink.architectures.base import Attention, Experts, Mlp, Quantity, Stac
 from hf_shrink.architectures.linears import shape
 from hf_shrink.errors import ArchitectureError
 
+# Of channels of experts: transformers multiplies all experts in one call, which takes rows in multiples of 16 bytes.
+MULTIPLE = 8
 Cuts = dict[tuple[str, str], Tensor]  # (module path, "out" or "in") -> kept positions, ascending
 
 
@@ -169,6 +171,21 @@ class BoundExperts:
     separate: bool
     count: int
     shapes: dict[str, tuple[int, int]]
+
+    @property
+    def channels(self) -> int:
+        """Of each expert."""
+        return self.shapes["down"][1]
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """(channels,)."""
+        return (self.channels,)
+
+    @property
+    def channel_parameters(self) -> int:
+        """Parameters of one channel of one expert."""
+        return sum(rows * columns for rows, columns in self.shapes.values()) // self.channels
 
     @property
     def names(self) -> dict[str, str]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
-from hf_shrink.architectures.base import Experts
-from hf_shrink.architectures.bound import BoundExperts
+from hf_shrink.architectures.base import Experts, Mlp
+from hf_shrink.architectures.bound import BoundExperts, BoundMlp, Slot
 from hf_shrink.architectures.linears import shape
 from hf_shrink.errors import ArchitectureError
 
@@ -46,6 +47,22 @@ def _fused_shapes(spec: Experts, path: str, module: nn.Module) -> tuple[int, dic
             "(experts, 2 * channels, width) and (experts, width, channels) without biases"
         )
     return count, {"gate": (channels, width), "up": (channels, width), "down": (width, channels)}
+
+
+def expert_mlps(experts: BoundExperts) -> tuple[BoundMlp, ...]:
+    """Every expert as an MLP of its own. They must have been taken apart."""
+    spec, each = experts.spec, torch.arange(experts.channels)[:, None]
+    form = Mlp(up=spec.up, down=spec.down, gate=spec.gate, channels=spec.channels)
+    found = []
+    for number in range(experts.count):
+        path = f"{experts.path}.{number}"
+        module = experts.module.get_submodule(str(number))
+        paths = {role: f"{path}.{name}" for role, name in experts.names.items()}
+        axes = {"up": "out", "gate": "out", "down": "in"}
+        slots = tuple(Slot(role, paths[role], axis, each) for role, axis in axes.items())
+        modules = {own: module.get_submodule(own.rpartition(".")[2]) for own in paths.values()}
+        found.append(BoundMlp(form, path, module, experts.channels, slots, modules))
+    return tuple(found)
 
 
 def expert_rows(experts: BoundExperts, block: str) -> list[tuple[str, tuple[str, ...], tuple[int, int], int, int]]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import groupby
 
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from hf_shrink.architectures.binding import bind
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundStack
 from hf_shrink.architectures.experts import expert_rows
 from hf_shrink.architectures.linears import is_matrix, shape
 from hf_shrink.architectures.portable import mlp_keys, portable_head_counts, stack_config
+from hf_shrink.architectures.removable import alike, removable, span
 
 Row = tuple[str, str, int, int]
 
@@ -48,7 +47,11 @@ class Heads:
 
 @dataclass(frozen=True)
 class Block:
-    """One block. What it has none of, or whose roles are unknown, is None; `experts` is their number."""
+    """One block. What it has none of, or whose roles are unknown, is None.
+
+    Attributes:
+        experts, expert_channels: their number, and how many channels each has.
+    """
 
     index: int
     matrices: tuple[Matrix, ...]
@@ -58,11 +61,13 @@ class Block:
     cross_heads: Heads | None = None
     channels: int | None = None
     experts: int | None = None
+    expert_channels: int | None = None
 
     @property
     def form(self) -> tuple[object, ...]:
         """Equal for blocks of the same sizes."""
-        return self.matrices, self.parameters, self.bytes, self.heads, self.cross_heads, self.channels, self.experts
+        units = self.heads, self.cross_heads, self.channels, self.experts, self.expert_channels
+        return self.matrices, self.parameters, self.bytes, units
 
 
 @dataclass(frozen=True)
@@ -75,6 +80,7 @@ class Stack:
         heads_fixed: why no heads can be removed; None when they can.
         heads_tied: all blocks must keep the same heads.
         portable_channels: whether any number of channels, the same in all blocks, is portable.
+        portable_expert_channels: the same of the experts' channels.
         depth_fixed: why no blocks can be removed; None when they can.
         first_stays: the first block is built differently and is never removed.
     """
@@ -86,6 +92,7 @@ class Stack:
     heads_fixed: str | None = None
     heads_tied: bool = False
     portable_channels: bool = False
+    portable_expert_channels: bool = False
     depth_fixed: str | None = None
     first_stays: bool = False
 
@@ -121,9 +128,9 @@ class ModelDescription:
         """(part, shape, parameters, bytes) of every kind of part, for a table; blocks of the same sizes together."""
         rows: list[Row] = []
         for stack in self.stacks:
-            for blocks in _alike(stack.blocks):
+            for blocks in alike(stack.blocks):
                 count, first = len(blocks), blocks[0]
-                rows.append((f"{stack.name} {_span(blocks)}", "", count * first.parameters, count * first.bytes))
+                rows.append((f"{stack.name} {span(blocks)}", "", count * first.parameters, count * first.bytes))
                 rows += [_row(matrix, count) for matrix in first.matrices]
         rows += [_row(matrix, 1) for matrix in self.outside]
         rest_parameters = self.parameters - sum(s.parameters for s in self.stacks)
@@ -153,7 +160,7 @@ class ModelDescription:
         if not self.prunable:
             lines.append("No role table for this model type: it can be quantized, not pruned.")
         for stack in self.stacks if self.prunable else ():
-            lines += [f"{stack.name} ({stack.path}):", *(f"  {line}" for line in _removable(stack))]
+            lines += [f"{stack.name} ({stack.path}):", *(f"  {line}" for line in removable(stack))]
         return "\n".join(lines)
 
 
@@ -189,7 +196,7 @@ def _describe_stack(model: PreTrainedModel, stack: BoundStack, seen: set[int]) -
     if spec is None:
         return Stack(stack.name, stack.path, blocks)
     config = stack_config(model.config, spec)
-    attention, mlp = first.attention, first.mlp
+    attention = first.attention
     return Stack(
         name=stack.name,
         path=stack.path,
@@ -197,10 +204,18 @@ def _describe_stack(model: PreTrainedModel, stack: BoundStack, seen: set[int]) -
         portable_heads=tuple(portable_head_counts(attention, config)) if attention is not None else (),
         heads_fixed=attention.spec.fixed if attention is not None else None,
         heads_tied=attention is not None and attention.spec.tied,
-        portable_channels=mlp is not None and mlp_keys(mlp.spec, config, mlp.channels) is not None,
+        portable_channels=_portable_channels(stack, config),
+        portable_expert_channels=spec.experts is not None and spec.experts.channels is not None,
         depth_fixed=spec.depth_fixed,
         first_stays=spec.first_is_special,
     )
+
+
+def _portable_channels(stack: BoundStack, config: PretrainedConfig) -> bool:
+    """Whether one config key says the number of channels of all blocks."""
+    mlps = [block.mlp for block in stack.blocks if block.mlp is not None]
+    keys = {mlp.spec.channels for mlp in mlps}
+    return len(keys) == 1 and mlp_keys(mlps[0].spec, config, mlps[0].channels) is not None
 
 
 def _describe_block(block: BoundBlock, seen: set[int]) -> Block:
@@ -222,6 +237,7 @@ def _describe_block(block: BoundBlock, seen: set[int]) -> Block:
         cross_heads=_heads(block.cross_attention),
         channels=block.mlp.channels if block.mlp is not None else None,
         experts=block.experts.count if block.experts is not None else None,
+        expert_channels=block.experts.channels if block.experts is not None else None,
     )
 
 
@@ -238,16 +254,6 @@ def _matrix(module: nn.Module, path: str, roles: tuple[str, ...], seen: set[int]
     return Matrix(path, roles, size, sum(p.numel() for p in own), sum(p.numel() * p.element_size() for p in own))
 
 
-def _alike(blocks: Iterable[Block]) -> list[list[Block]]:
-    """Runs of blocks of the same sizes."""
-    return [list(run) for _, run in groupby(blocks, key=lambda block: block.form)]
-
-
-def _span(blocks: list[Block]) -> str:
-    first, last = blocks[0].index, blocks[-1].index
-    return f"block {first}" if first == last else f"blocks {first}-{last}"
-
-
 def _row(matrix: Matrix, count: int) -> Row:
     name = f"{matrix.path} ({', '.join(matrix.roles)})" if matrix.roles else matrix.path
     note = "" if matrix.parameters else ", tied"
@@ -262,34 +268,3 @@ def _size(count: int) -> str:
             return f"{value:.4g} {unit}"
         value /= 1000
     return f"{value:.4g} GB"
-
-
-def _removable(stack: Stack) -> list[str]:
-    lines = []
-    for blocks in _alike(stack.blocks):
-        heads, channels = blocks[0].heads, blocks[0].channels
-        has = [f"{heads.kv_groups} KV groups of {heads.per_group} query heads of {heads.size}"] if heads else []
-        has += [f"{channels} channels"] if channels else []
-        has += [f"{blocks[0].experts} experts"] if blocks[0].experts else []
-        lines.append(f"{_span(blocks)}: {', '.join(has) or 'no units'}")
-    if stack.depth_fixed is not None:
-        lines.append(f"no block can be removed: {stack.depth_fixed}")
-    else:
-        lines.append("blocks: any but the first" if stack.first_stays else "blocks: any, at least one stays")
-    if any(block.experts for block in stack.blocks):
-        lines.append("experts: any number, portable; all blocks must keep as many")
-        return [*lines, "no heads or channels can be removed: a mixture of experts"]
-    if stack.heads_fixed is not None:
-        lines.append(f"no heads can be removed: {stack.heads_fixed}")
-    elif stack.blocks[0].heads is not None:
-        groups, each = stack.portable_heads[0]
-        fewer = [f"{groups} x {each}" for groups, each in stack.portable_heads[1:]]
-        if len(fewer) == groups * each - 1 > 0:
-            fewer = ["any"]
-        tied = "; all blocks must keep the same ones" if stack.heads_tied else ""
-        lines.append(f"heads, portable (KV groups x query heads, in all blocks): {', '.join(fewer) or 'none'}{tied}")
-    if stack.blocks[0].channels is not None:
-        lines.append(
-            f"channels: any number, {'portable' if stack.portable_channels else 'uneven'} when all blocks agree"
-        )
-    return lines

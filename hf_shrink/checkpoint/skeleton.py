@@ -39,7 +39,7 @@ def resize(model: PreTrainedModel) -> None:
         ArchitectureError: the marker names a module that the model does not have, or is of a later format.
     """
     record = dict(marker(model.config) or {})
-    for key in ("shapes", "attributes", "absent"):
+    for key in ("shapes", "attributes", "absent", "experts"):
         record[key] = {_local(model, path): value for path, value in record.get(key, {}).items()}
     resize_skeleton(model, record)
 

@@ -57,7 +57,10 @@ def apply_plan(
     solves = any(m is not None and m.needs_statistics for m in (method, zeroing))
     reaching = tower_batches(model, towers, batches) if solves else {}
     stacks = repair_and_remove(model, binding, plan, batches, report, progress) if binding is not None else []
-    put_back = separate_experts(model) if packs_experts(binding, touched) else None
+    apart = packs_experts(binding, touched) or any(
+        block.expert_channels is not None for stack in stacks for block in stack.plan.blocks.values()
+    )
+    put_back = separate_experts(model) if apart else None
     if plan.hidden is not None:
         stacks = slice_planned(model, stacks, plan.hidden, batches, report, progress)
     schemes, formats = present(plan.schemes, stacks), present(plan.formats, stacks)

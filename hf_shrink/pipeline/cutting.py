@@ -76,8 +76,10 @@ def cut_and_refit(
     def refit(found: Mapping[str, InputStatistics | None]) -> None:
         with timed("solve"):
             for path, statistics in found.items():
-                assert statistics is not None
-                _refit_masked(modules[path], statistics, consumers[path])
+                if statistics is None:  # of an expert that saw too few tokens
+                    _mask(modules[path], consumers[path])
+                else:
+                    _refit_masked(modules[path], statistics, consumers[path])
 
     with timed("calibrate"):
         passed = walk.advance_in_stages(
@@ -86,11 +88,20 @@ def cut_and_refit(
         if passed is None:
             if dense is not None:
                 dense.advance()
-            refit(walk.statistics(modules, LONGEST))
+            found = walk.statistics(modules, LONGEST)
+            refit({path: found.get(path) for path in modules})
         elif not further:
             walk.reference = passed.before
     cut_block(block, plan)
     return passed
+
+
+def _mask(module: nn.Module, kept: Tensor) -> None:
+    """Make a matrix's other columns zero, in place."""
+    weight = matrix(module)
+    there = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
+    there[kept.to(weight.device)] = True
+    weight[:, ~there] = 0
 
 
 def _refit_masked(module: nn.Module, statistics: InputStatistics, kept: Tensor) -> None:

@@ -85,8 +85,6 @@ def plan_recipe(
     if prunes:
         assert binding is not None
         binding.require_roles()
-    if width and binding is not None:
-        check_width(binding)
     if depth:
         assert binding is not None
         found = plan_depth(
@@ -124,7 +122,8 @@ def plan_recipe(
         notes += fewer.notes
     if width:
         assert binding is not None
-        with _without(model, binding, stacks) as (smaller, sources):
+        with _without(model, binding, stacks) as (_, sources), experts_apart(model) as smaller:
+            assert smaller is not None
             narrower = plan_width(
                 model,
                 smaller,
@@ -135,8 +134,8 @@ def plan_recipe(
                 seed=seed,
                 progress=progress,
             )
+            stacks = _with_blocks(smaller, sources, stacks, narrower.blocks)
         notes += narrower.notes
-        stacks = _with_blocks(smaller, sources, stacks, narrower.blocks)
     tokens = plan_tokens(model, vocabulary, processing, batches, seed, progress)
     notes += tokens.notes if tokens else []
     plan = Plan(
@@ -144,6 +143,8 @@ def plan_recipe(
         stacks={name: stack for name, stack in stacks.items() if not _keeps_all(binding, name, stack)},
         refit=width.refit if width else False,
         repair=bool(depth and depth.refit and damage),
+        # An expert without statistics loses channels too, by its weights alone.
+        starved_experts="rtn" if any(_cuts_experts(stack) for stack in stacks.values()) else "error",
         damage=damage,
         vocabulary=tokens.plan if tokens else None,
         hidden=narrower_stream,
@@ -183,14 +184,8 @@ def plan_recipe(
     return Planned(plan, tuple(notes))
 
 
-def check_width(binding: Binding) -> None:
-    """Raises ArchitectureError where heads and channels cannot be pruned."""
-    binding.require_roles()
-    if sparse := [block.path for block in binding.blocks if block.experts is not None]:
-        raise ArchitectureError(
-            f"{sparse[0]} is a mixture of experts, whose heads and channels cannot be pruned yet; "
-            "use prune: {what: experts}, prune: {what: depth} or a quantize step"
-        )
+def _cuts_experts(stack: StackPlan) -> bool:
+    return any(block.expert_channels is not None for block in stack.blocks.values())
 
 
 def _resolve(

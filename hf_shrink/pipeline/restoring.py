@@ -20,11 +20,12 @@ def rebuild(run: Run, stack: KeptStack, place: int) -> None:
     """Cut the stack's block at `place` and put empty packed modules into it, as the plan says."""
     block = stack.stack.blocks[place]
     plan = stack.plan.blocks.get(stack.kept[place], BlockPlan())
+    now = block if block.experts is None else bind(run.model).stack(stack.stack.name).blocks[block.index]
     if plan.experts is not None:
-        now = bind(run.model).stack(stack.stack.name).blocks[block.index]
         cut_experts(now, plan, stack_configs(run.model, stack.stack)[0])
-    elif not plan.keeps_all:
-        cut_block(block, plan)
+        now = bind(run.model).stack(stack.stack.name).blocks[block.index]
+    if not plan.keeps_all:
+        cut_block(now, plan)
     for path in run.work:
         if path.startswith(block.path + ".") and path in run.schemes and run.method is not None:
             dense = run.model.get_submodule(path)

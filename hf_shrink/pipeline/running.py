@@ -149,16 +149,19 @@ class Run:
         paths = [path for path in self.work if path.startswith(block.path + ".")]
         goes_along = self.follows and plan.keeps_all and bool(paths)  # through the block's stages, see `DenseStream`
         refits = self.walk is not None and self.plan.refit and bool(consumer_cuts(block, plan))
-        if self.dense is not None and not goes_along and not refits:
+        dense = self.dense
+        if dense is not None and not goes_along and (not refits or plan.experts is not None):
             with self.timed("calibrate"):
-                self.dense.advance()
+                dense.advance()
+            dense = None
         if plan.experts is not None:
             cut_experts(self._now(stack, block), plan, stack_configs(self.model, stack)[0])
+        if block.experts is not None:
             block = self._now(stack, block)
         if refits:
             assert self.walk is not None
             inputs, on = self.walk.hidden[0], further and not paths
-            passed = cut_and_refit(self.model, block, plan, self.walk, self.dense, self.timed, further=on)
+            passed = cut_and_refit(self.model, block, plan, self.walk, dense, self.timed, further=on)
             if passed is not None and not paths:
                 self.moved = passed.relative_error(inputs)
                 return

@@ -8,7 +8,7 @@ from typing import Literal
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.pruning.cheapest import cheapest_choices
-from hf_shrink.pruning.parts import Choice, Part, Pool, pools_by
+from hf_shrink.pruning.parts import HEADS, Choice, Part, Pool, pools_by
 
 TOLERANCE = 0.01  # of the blocks' parameters
 ROUND_FROM = 512  # MLPs with fewer channels keep whatever count is exact
@@ -58,8 +58,8 @@ def allocate(parts: Sequence[Part], request: Request) -> Allocation:
     Raises:
         RecipeError: so much cannot be removed with at least one unit left everywhere.
     """
-    attention = pools_by([p for p in parts if p.kind != "mlp"], portable=request.portable)
-    mlp = pools_by([p for p in parts if p.kind == "mlp"], portable=request.portable)
+    attention = pools_by([p for p in parts if p.kind in HEADS], portable=request.portable)
+    mlp = pools_by([p for p in parts if p.kind not in HEADS], portable=request.portable)
     _check_reachable([*attention, *mlp], request)
     if request.portable and not request.measured:
         chosen = _even_choices(attention, mlp, request)
@@ -140,7 +140,7 @@ def _rounded(pools: list[Pool], chosen: list[Choice], request: Request) -> list[
         rounded: list[Choice] = []
         carry = 0.0
         for pool, choice in zip(pools, chosen, strict=True):
-            units, unit = pool.parts[0].units, pool.unit(choice.way)
+            units, unit = len(pool.parts[0].ways[choice.way]), pool.unit(choice.way)
             wanted = choice.removed + carry
             step = (wide_step if units >= WIDE else 32) if units >= ROUND_FROM else 1
             left = max(round((units - wanted / unit) / step) * step, step)

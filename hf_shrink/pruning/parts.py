@@ -10,9 +10,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from hf_shrink.architectures.bound import MULTIPLE
 from hf_shrink.ops.removal import RemovalCurve
 
-Kind = Literal["attention", "cross_attention", "mlp"]
+Kind = Literal["attention", "cross_attention", "mlp", "experts"]
+HEADS: tuple[Kind, ...] = ("attention", "cross_attention")
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,8 @@ class Way:
     """One way to take units out of a part: items, in the order in which they go.
 
     Attributes:
-        items: int64 (items, units an item): query heads of a KV group, one query head of every group, or a channel.
+        items: int64 (items, units an item): query heads of a KV group, one query head of every group, a channel, or one
+            channel of every expert.
         losses: float64 (items,), ascending: what is lost in all with the first so many items, in a measure that is the
             same for all parts.
         parameters: parameters that go with one item.
@@ -42,8 +45,8 @@ class Part:
 
     Attributes:
         block: stack name and index.
-        units: how many query heads or channels it has.
-        ways: of attention two, whole KV groups or as many query heads from every group; of an MLP one.
+        units: how many query heads or channels it has; of experts the channels of all, one expert's after another's.
+        ways: of attention two, whole KV groups or as many query heads from every group; of an MLP or experts one.
         key: parts with the same key take their count from the same config key.
         tied: parts with the same value (not None) must keep the very same units; their ways have the same items.
     """
@@ -89,6 +92,19 @@ def attention_ways(
 def channel_ways(channels: RemovalCurve, parameters: int) -> tuple[Way]:
     """Channels one by one."""
     return (Way(channels.order[:, None], channels.losses, parameters, range(len(channels.order))),)
+
+
+def expert_ways(channels: RemovalCurve, experts: int, parameters: int) -> tuple[Way]:
+    """As many channels from every expert, in steps that leave what can be multiplied.
+
+    Args:
+        channels: of all experts, one of each before the next of any.
+        parameters: of one channel of one expert.
+    """
+    each = len(channels.order) // experts
+    items, losses = channels.order.view(each, experts), channels.losses[experts - 1 :: experts]
+    step = 1 if each % MULTIPLE else MULTIPLE
+    return (Way(items, losses, parameters * experts, range(0, each, step)),)
 
 
 @dataclass(frozen=True)

@@ -9,16 +9,18 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from hf_shrink.architectures.binding import Binding
-from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp
+from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundExperts, BoundMlp
 from hf_shrink.calibration.precision import float32_for_now
 from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
+from hf_shrink.errors import RecipeError
 from hf_shrink.plan import BlockPlan
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.allocate import Request, allocate
 from hf_shrink.pruning.base import GradientMethod, WidthMethod
 from hf_shrink.pruning.curves import PartCurves
+from hf_shrink.pruning.members import reading_modules
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.prunable import Prunable, config_key, find_prunable
 from hf_shrink.pruning.refit import LONGEST
@@ -26,11 +28,16 @@ from hf_shrink.pruning.scorer import Scorer
 from hf_shrink.pruning.sensitivities import mask_gradients
 from hf_shrink.pruning.shares import parts_of
 from hf_shrink.pruning.trials import Trials
-from hf_shrink.pruning.units import reader
 from hf_shrink.recipe import PruneStep
 from hf_shrink.residence import at_work
 
-FIELDS: dict[Kind, str] = {"attention": "query_heads", "cross_attention": "cross_heads", "mlp": "channels"}
+FIELDS: dict[Kind, str] = {
+    "attention": "query_heads",
+    "cross_attention": "cross_heads",
+    "mlp": "channels",
+    "experts": "expert_channels",
+}
+NO_SAMPLES = "tokens come to experts without the samples that they are of, by which gradients are scored"
 
 
 class WidthPlan(NamedTuple):
@@ -68,7 +75,7 @@ def plan_width(
     """
     binding.require_roles()
     assert step.ratio is not None
-    prunable = find_prunable(model, binding, step.units, portable=portable)
+    prunable = _scored(find_prunable(model, binding, step.units, portable=portable), step, method)
     if step.ratio == 0:
         return WidthPlan({}, list(prunable.notes))
     total = sum(stack.parameters for stack in binding.stacks)
@@ -80,7 +87,10 @@ def plan_width(
         curves = unit_curves(model, binding, prunable, scorer, batches, progress)
         if not request.measured:
             curves = {key: found.shares for key, found in curves.items()}
-        allocation = allocate(parts_of(binding, prunable, curves), request)
+        try:
+            allocation = allocate(parts_of(binding, prunable, curves), request)
+        except RecipeError as error:
+            raise RecipeError("; ".join([str(error), *prunable.notes])) from error
         plans: dict[tuple[str, int], BlockPlan] = {}
         for done, (part, kept) in enumerate(allocation.kept):
             progress("choosing units", done, len(allocation.kept))
@@ -88,10 +98,32 @@ def plan_width(
             with at_work(binding.stack(stack).blocks[place].module):
                 better = kept if part.tied is not None else scorer.improved(part.block, part.kind, kept)
             plan = plans.get(part.block, BlockPlan())
-            change: dict[str, Any] = {FIELDS[part.kind]: better}
+            experts = binding.stack(stack).blocks[place].experts if part.kind == "experts" else None
+            change: dict[str, Any] = {FIELDS[part.kind]: better if experts is None else _by_expert(better, experts)}
             plans[part.block] = dataclasses.replace(plan, **change)
         progress("choosing units", len(allocation.kept), len(allocation.kept))
     return WidthPlan(plans, [*prunable.notes, *allocation.notes])
+
+
+def _scored(prunable: Prunable, step: PruneStep, method: WidthMethod) -> Prunable:
+    """What of it the method can score. Raises RecipeError where that is nothing."""
+    mixtures = [stack for stack, kind in prunable.kinds if kind == "experts"]
+    if not mixtures or not isinstance(method, GradientMethod):
+        return prunable
+    kinds = {key: counts for key, counts in prunable.kinds.items() if key[1] != "experts"}
+    if not kinds:
+        raise RecipeError(f"{step.method} cannot score the channels of experts: {NO_SAMPLES}; use obs or wanda")
+    notes = [f"{stack} experts keep all of their channels: {NO_SAMPLES}" for stack in mixtures]
+    return Prunable(kinds, (*prunable.notes, *notes))
+
+
+def _by_expert(kept: Sequence[int], experts: BoundExperts) -> tuple[tuple[int, ...], ...]:
+    """From channels numbered one expert's after another's to those of each."""
+    each = experts.channels
+    return tuple(
+        tuple(channel - start for channel in kept if start <= channel < start + each)
+        for start in range(0, experts.count * each, each)
+    )
 
 
 def _compares(binding: Binding, prunable: Prunable, method: WidthMethod, portable: bool) -> bool:
@@ -124,16 +156,17 @@ def unit_curves(
         kinds = [kind for kind in FIELDS if (stack.name, kind) in prunable.kinds]
         walk = None
         if kinds and scorer.method.needs_statistics:
-            walk = StackWalk(model, [block.module for block in stack.blocks], batches, fast=True)
+            modules = [block.module for block in stack.blocks]
+            walk = StackWalk(model, modules, batches, starved_experts="rtn", fast=True)
         for block in stack.blocks:
             progress("scoring units", done, total)
-            parts: dict[Kind, BoundAttention | BoundMlp]
+            parts: dict[Kind, BoundAttention | BoundMlp | BoundExperts]
             parts = {kind: part for kind in kinds if (part := getattr(block, kind)) is not None}
             statistics = _statistics(walk, block, parts, last=block.index + 1 == len(stack.blocks))
             for kind, part in parts.items():
                 with at_work(block.module):
                     curves[stack.name, block.index, kind] = scorer.curves(
-                        (stack.name, block.index), kind, part, statistics.get(kind)
+                        (stack.name, block.index), kind, part, statistics
                     )
             done += 1
     progress("scoring units", done, total)
@@ -159,7 +192,7 @@ def _gradients(
         for kind in FIELDS
         if (stack.name, kind) in prunable.kinds and (part := getattr(block, kind)) is not None
     ]
-    readers = {path: part.modules[path] for part in parts for path in [reader(part).path]}
+    readers = {path: module for part in parts for path, module in reading_modules(part).items()}
     blocks = [block.module for block in binding.blocks]
     return mask_gradients(
         model,
@@ -174,13 +207,15 @@ def _gradients(
 
 
 def _statistics(
-    walk: StackWalk | None, block: BoundBlock, parts: Mapping[Kind, BoundAttention | BoundMlp], *, last: bool
-) -> dict[Kind, InputStatistics]:
-    """Of the inputs of what reads each part's units; the walk goes on to the next block."""
+    walk: StackWalk | None,
+    block: BoundBlock,
+    parts: Mapping[Kind, BoundAttention | BoundMlp | BoundExperts],
+    *,
+    last: bool,
+) -> dict[str, InputStatistics]:
+    """Of the inputs of what reads the parts' units, by path; the walk goes on to the next block."""
     if walk is None:
         return {}
     with float32_for_now(block.module):
-        readers = {kind: reader(part).path for kind, part in parts.items()}
-        matrices = {path: parts[kind].modules[path] for kind, path in readers.items()}
-        found = walk.statistics(matrices, LONGEST, passing=not last)
-    return {kind: found[path] for kind, path in readers.items()}
+        matrices = {path: module for part in parts.values() for path, module in reading_modules(part).items()}
+        return walk.statistics(matrices, LONGEST, passing=not last)

@@ -8,14 +8,15 @@ from typing import Literal
 
 from torch import nn
 
-from hf_shrink.architectures.base import Attention, Mlp
+from hf_shrink.architectures.base import Attention
 from hf_shrink.architectures.binding import Binding
-from hf_shrink.architectures.bound import BoundAttention, BoundMlp, BoundStack
+from hf_shrink.architectures.bound import BoundAttention, BoundExperts, BoundMlp, BoundStack
 from hf_shrink.architectures.portable import portable_head_counts
 from hf_shrink.errors import RecipeError
-from hf_shrink.pruning.parts import Kind
+from hf_shrink.pruning.parts import HEADS, Kind
 from hf_shrink.surgery.depth import stack_configs
 
+Unitary = BoundAttention | BoundMlp | BoundExperts  # what has units
 HeadCounts = frozenset[tuple[int, int]]  # (KV groups, query heads in each)
 REMEDY = "set portable: false"
 
@@ -48,7 +49,7 @@ def find_prunable(
                 continue
             keys[stack.name, kind] = config_key(stack, parts[0])
             counts = _portable_counts(model, stack, parts[0]) if portable else None
-            reason = _reason_against(parts, counts, portable=portable)
+            reason = _reason_against(stack, parts, counts, portable=portable)
             if reason is None:
                 kinds[stack.name, kind] = counts
             else:
@@ -62,25 +63,27 @@ def find_prunable(
     return Prunable(kinds, tuple(notes))
 
 
-def config_key(stack: BoundStack, part: BoundAttention | BoundMlp) -> Hashable:
+def config_key(stack: BoundStack, part: Unitary) -> Hashable:
     """What tells from which place of the config stock transformers reads the number of a part's units."""
     assert stack.spec is not None
-    return (stack.spec.config, part.spec.channels if isinstance(part, BoundMlp) else part.spec.heads)
+    return (stack.spec.config, part.spec.heads if isinstance(part, BoundAttention) else part.spec.channels)
 
 
 def _asked(units: Literal["all", "attention", "mlp"]) -> tuple[Kind, ...]:
     if units == "mlp":
-        return ("mlp",)
-    return ("attention", "cross_attention") if units == "attention" else ("attention", "cross_attention", "mlp")
+        return ("mlp", "experts")
+    return HEADS if units == "attention" else (*HEADS, "mlp", "experts")
 
 
-def _portable_counts(model: nn.Module, stack: BoundStack, part: BoundAttention | BoundMlp) -> HeadCounts | None:
-    if isinstance(part, BoundMlp):
+def _portable_counts(model: nn.Module, stack: BoundStack, part: Unitary) -> HeadCounts | None:
+    if not isinstance(part, BoundAttention):
         return None
     return frozenset(portable_head_counts(part, stack_configs(model, stack)[0]))
 
 
-def _reason_against(parts: list[BoundAttention | BoundMlp], counts: HeadCounts | None, *, portable: bool) -> str | None:
+def _reason_against(
+    stack: BoundStack, parts: list[Unitary], counts: HeadCounts | None, *, portable: bool
+) -> str | None:
     spec = parts[0].spec
     if isinstance(spec, Attention) and spec.fixed is not None:
         return spec.fixed
@@ -91,7 +94,9 @@ def _reason_against(parts: list[BoundAttention | BoundMlp], counts: HeadCounts |
             "stock transformers derives the head size from the number of heads, so it cannot load fewer; "
             f"{REMEDY} to remove heads"
         )
-    if isinstance(spec, Mlp) and spec.channels is None:
+    if len({config_key(stack, part) for part in parts}) > 1:
+        return f"the blocks take their number from several config keys; {REMEDY} to remove them"
+    if not isinstance(spec, Attention) and spec.channels is None:
         return f"no config key says their number; {REMEDY} to remove them"
     if counts is not None and len(counts) < 2:
         return f"the config of stock transformers accepts no smaller number of heads; {REMEDY} to remove heads"

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from hf_shrink.architectures.bound import BoundAttention, BoundMlp
+from hf_shrink.architectures.bound import BoundAttention, BoundExperts, BoundMlp
 from hf_shrink.architectures.linears import bias_of, matrix
 from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.pruning.base import OrderingMethod, WidthMethod
 from hf_shrink.pruning.curves import PartCurves, curve_of
+from hf_shrink.pruning.members import Member, joined, members
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.refit import refit_reader
 from hf_shrink.pruning.trials import Trials
@@ -38,38 +39,52 @@ class Scorer:
     shelf: Shelf
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     trials: Trials | None = None
-    _parts: dict[tuple[Block, Kind], tuple[BoundAttention | BoundMlp, Tensor | None]] = field(default_factory=dict)
+    _parts: dict[tuple[Block, Kind], list[Member]] = field(default_factory=dict)
 
     def curves(
-        self, block: Block, kind: Kind, part: BoundAttention | BoundMlp, statistics: InputStatistics | None
+        self,
+        block: Block,
+        kind: Kind,
+        part: BoundAttention | BoundMlp | BoundExperts,
+        statistics: Mapping[str, InputStatistics],
     ) -> PartCurves:
-        """What the units of a part cost. `statistics`: of the input of what reads them, as `reader` says."""
-        moment = None
-        if statistics is not None:
-            centred = self.step.refit and bias_of(part.modules[reader(part).path]) is not None
-            moment = statistics.covariance if centred else statistics.mean
+        """What the units of a part cost. `statistics`: of the inputs of what reads them, by path, see `members`."""
+        own = members(part, statistics, needed=self.method.needs_statistics, centred=self.step.refit)
+        curves = [self._curves(member) for member in own]
+        found = curves[0]
+        if isinstance(part, BoundExperts):
+            scaled = [one.units.scaled(member.weight) for one, member in zip(curves, own, strict=True)]
+            found = PartCurves(joined(scaled))
+        if self.trials is not None and any(member.statistics is not None for member in own):
+            found = found.scaled(self._cost_of_loss(self.trials, block, part, own, found))
+        if isinstance(self.method, OrderingMethod):
+            self.shelf.take(len(self._parts), [member.moment for member in own if member.moment is not None])
+            self._parts[block, kind] = [replace(member, statistics=None) for member in own]
+        return found
+
+    def _curves(self, member: Member) -> PartCurves:
+        part, moment = member.part, member.moment
         gradients = self.gradients.get(reader(part).path)
         if isinstance(part, BoundMlp):
-            found = PartCurves(curve_of(self.method, channel_view(part, moment, gradients), part.path))
-        else:
-            heads = curve_of(self.method, head_view(part, moment, gradients), part.path)
-            found = PartCurves(heads, curve_of(self.method, group_view(part, moment, gradients), part.path))
-        if self.trials is not None and statistics is not None:
-            found = found.scaled(self._cost_of_loss(self.trials, block, part, found, statistics))
-        if isinstance(self.method, OrderingMethod):
-            if moment is not None:
-                self.shelf.take(len(self._parts), [moment])
-            self._parts[block, kind] = part, moment
-        return found
+            return PartCurves(curve_of(self.method, channel_view(part, moment, gradients), part.path))
+        heads = curve_of(self.method, head_view(part, moment, gradients), part.path)
+        return PartCurves(heads, curve_of(self.method, group_view(part, moment, gradients), part.path))
 
     def improved(self, block: Block, kind: Kind, kept: Sequence[int]) -> tuple[int, ...]:
         """As many units to keep in place of `kept`, where the method knows better ones."""
         if not isinstance(self.method, OrderingMethod):
             return tuple(kept)
-        owner = list(self._parts).index((block, kind))
-        part, moment = self._parts[block, kind]
-        self.shelf.give_back(owner)
-        units = part.channels if isinstance(part, BoundMlp) else part.heads
+        self.shelf.give_back(list(self._parts).index((block, kind)))
+        own = self._parts[block, kind]
+        first, found = units_of(own[0].part), []
+        for number, member in enumerate(own):
+            there = [unit - number * first for unit in kept if number * first <= unit < (number + 1) * first]
+            found += [unit + number * first for unit in self._better(member, there)]
+        return tuple(found)
+
+    def _better(self, member: Member, kept: Sequence[int]) -> list[int]:
+        assert isinstance(self.method, OrderingMethod)
+        part, moment, units = member.part, member.moment, units_of(member.part)
         there = torch.zeros(units, dtype=torch.bool)
         there[list(kept)] = True
         if isinstance(part, BoundMlp):
@@ -83,39 +98,56 @@ class Scorer:
         there[removed] = False
         if isinstance(part, BoundAttention) and len(there) < units:
             there = there.repeat_interleave(part.heads_per_group)
-        return tuple(there.nonzero()[:, 0].tolist())
+        left: list[int] = there.nonzero()[:, 0].tolist()
+        return left
 
     def _cost_of_loss(
         self,
         trials: Trials,
         block: Block,
-        part: BoundAttention | BoundMlp,
+        part: BoundAttention | BoundMlp | BoundExperts,
+        own: Sequence[Member],
         curves: PartCurves,
-        statistics: InputStatistics,
     ) -> float:
         """Nats of KL divergence for one unit of the method's loss, measured near the asked ratio."""
         assert self.step.ratio is not None
         removed, loss = _probe(part, curves, self.step.ratio)
         if loss <= 0:
             return 0.0
-        slot = reader(part)
-        module = part.modules[slot.path]
-        units = part.channels if isinstance(part, BoundMlp) else part.heads
-        kept = slot.positions(sorted(set(range(units)) - set(removed))).sort().values
-        weight = matrix(module).float()
-        bias = bias_of(module)
+        gone, first = set(removed), units_of(own[0].part)
+        changes: list[tuple[Tensor, Tensor]] = []
+        for number, member in enumerate(own):
+            kept = [unit for unit in range(first) if unit + number * first not in gone]
+            changes += self._masked(member, kept)
+        return trials.divergence_of(changes, block) / loss
+
+    def _masked(self, member: Member, units: Sequence[int]) -> list[tuple[Tensor, Tensor]]:
+        """What reads a member's units, and how it is with some of them only; refitted where that is wanted."""
+        slot = reader(member.part)
+        module = member.part.modules[slot.path]
+        kept = slot.positions(units).sort().values
+        weight, bias = matrix(module).float(), bias_of(module)
         masked = torch.zeros_like(weight)
-        if self.step.refit:
-            refitted = refit_reader(weight, bias, statistics, kept)
-            masked[:, kept], bias = refitted.weight, refitted.bias
-        else:
+        if not self.step.refit or member.statistics is None:
             masked[:, kept] = weight[:, kept]
-        return trials.divergence(block, module, masked, bias) / loss
+            return [(matrix(module), masked)]
+        refitted = refit_reader(weight, bias, member.statistics, kept)
+        masked[:, kept] = refitted.weight
+        changes = [(matrix(module), masked)]
+        if bias is not None and refitted.bias is not None:
+            changes.append((bias, refitted.bias))
+        return changes
 
 
-def _probe(part: BoundAttention | BoundMlp, curves: PartCurves, ratio: float) -> tuple[list[int], float]:
+def units_of(part: BoundAttention | BoundMlp) -> int:
+    """How many channels or query heads."""
+    return part.channels if isinstance(part, BoundMlp) else part.heads
+
+
+def _probe(part: BoundAttention | BoundMlp | BoundExperts, curves: PartCurves, ratio: float) -> tuple[list[int], float]:
     """About `ratio` of a part's units, in the order of the cheaper curve, that cost anything; and what they cost."""
     ways = [(curves.units, 1)] if isinstance(part, BoundMlp) else []
+    ways += [(curves.units, part.count)] if isinstance(part, BoundExperts) else []
     if isinstance(part, BoundAttention):
         ways += [(curves.units, part.kv_heads)] if part.heads_per_group > 1 else []
         assert curves.groups is not None

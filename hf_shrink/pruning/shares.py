@@ -7,13 +7,13 @@ from collections.abc import Mapping
 import torch
 
 from hf_shrink.architectures.binding import Binding
-from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, BoundStack
+from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundExperts, BoundMlp, BoundStack
 from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.pruning.curves import PartCurves, additive_curve
-from hf_shrink.pruning.parts import Kind, Part, attention_ways, channel_ways
+from hf_shrink.pruning.parts import Kind, Part, attention_ways, channel_ways, expert_ways
 from hf_shrink.pruning.prunable import HeadCounts, Prunable, config_key
 
-KINDS: tuple[Kind, ...] = ("attention", "cross_attention", "mlp")
+KINDS: tuple[Kind, ...] = ("attention", "cross_attention", "mlp", "experts")
 
 
 def parts_of(binding: Binding, prunable: Prunable, curves: Mapping[tuple[str, int, Kind], PartCurves]) -> list[Part]:
@@ -27,9 +27,11 @@ def parts_of(binding: Binding, prunable: Prunable, curves: Mapping[tuple[str, in
                 found = curves.get(keys[block.index])
                 if found is None:
                     continue
-                part: BoundAttention | BoundMlp | None = getattr(block, kind)
+                part: BoundAttention | BoundMlp | BoundExperts | None = getattr(block, kind)
                 if isinstance(part, BoundMlp):
                     parts.append(_mlp(stack, block, part, found))
+                elif isinstance(part, BoundExperts):
+                    parts.append(_experts(stack, block, part, found))
                 elif part is not None:
                     used = mean if part.spec.tied and mean is not None else found
                     parts.append(_attention(stack, block, part, kind, used, prunable.kinds[stack.name, kind]))
@@ -55,6 +57,12 @@ def _mean_curve(curves: list[RemovalCurve], groups: int | None = None) -> Remova
 def _mlp(stack: BoundStack, block: BoundBlock, mlp: BoundMlp, curves: PartCurves) -> Part:
     ways = channel_ways(curves.units, mlp.channel_parameters)
     return Part((stack.name, block.index), "mlp", mlp.channels, ways, key=config_key(stack, mlp))
+
+
+def _experts(stack: BoundStack, block: BoundBlock, experts: BoundExperts, curves: PartCurves) -> Part:
+    ways = expert_ways(curves.units, experts.count, experts.channel_parameters)
+    units = experts.count * experts.channels
+    return Part((stack.name, block.index), "experts", units, ways, key=config_key(stack, experts))
 
 
 def _attention(

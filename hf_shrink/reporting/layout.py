@@ -25,7 +25,7 @@ class BlockLayout:
         path: of the block's module.
         parts: by part (see `PARTS`) and role, the paths of the matrices below the block. Matrices with several roles
             stand under all of them ("query + key + value"); a `*` stands for the number of any expert.
-        sizes: how many "heads", "groups", "cross_heads", "channels" and "experts" it has.
+        sizes: how many "heads", "groups", "cross_heads", "channels", "experts" and "expert_channels" it has.
     """
 
     stack: str
@@ -73,7 +73,7 @@ def _of(stack: str, block: BoundBlock) -> BlockLayout:
         left = [path for path in left if path not in {slot.path for slot in part.slots}]
         sizes |= _sizes(name, part)
     if block.experts is not None:
-        sizes["experts"] = block.experts.count
+        sizes |= {"experts": block.experts.count, "expert_channels": block.experts.channels}
         inside = block.experts.path + "."
         parts["experts"] = {role: [f"{inside}{_EACH}.{name}"] for role, name in block.experts.names.items()}
         left = [path for path in left if not path.startswith(inside)]

@@ -16,6 +16,7 @@ UNITS = {
     "cross_heads": ("cross heads", "cross_attention"),
     "channels": ("channels", "mlp"),
     "experts": ("experts", "experts"),
+    "expert_channels": ("channels of each expert", "experts"),
 }
 
 
@@ -118,6 +119,7 @@ def _row(plan: Plan, block: BlockLayout, all_bits: Mapping[str, int]) -> PlanRow
 def _units(own: BlockPlan, block: BlockLayout) -> dict[str, Share]:
     sizes = block.sizes
     kept = {"heads": own.query_heads, "cross_heads": own.cross_heads, "channels": own.channels, "experts": own.experts}
+    kept["expert_channels"] = None if own.expert_channels is None else own.expert_channels[0]
     found = {
         name: Share(sizes[name] if units is None else len(units), sizes[name])
         for name, units in kept.items()

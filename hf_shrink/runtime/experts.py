@@ -114,18 +114,23 @@ class SeparateExperts(nn.Module):
     def write_into(self, bound: BoundExperts) -> None:
         """Put the weights back into the 3D parameters that they were taken from; nothing moves where they are views.
 
-        Where experts were removed since, these parameters are made anew, and what counts them is set.
+        Where experts, or channels of theirs, were removed since, these parameters are made anew, and what counts them
+        is set.
         """
-        fused, channels = bound.module, bound.shapes["gate"][0]
-        if self.num_experts != bound.count:
-            for name in (bound.spec.fused, bound.spec.down_fused):
+        fused, weight = bound.module, self.matrix(0, "down").weight
+        assert isinstance(weight, Tensor)
+        width, channels = weight.shape
+        if (self.num_experts, channels) != (bound.count, bound.channels):
+            sizes = {bound.spec.fused: (2 * channels, width), bound.spec.down_fused: (width, channels)}
+            for name, size in sizes.items():
                 old = fused.get_parameter(name)
-                new = old.data.new_empty(self.num_experts, *old.shape[1:])
+                new = old.data.new_empty(self.num_experts, *size)
                 setattr(fused, name, nn.Parameter(new, requires_grad=old.requires_grad))
+            counts = {"experts": self.num_experts, "channels": channels}
             for attribute, quantity in bound.spec.attributes.items():
                 name = attribute.rpartition(".")[2]
-                if quantity == "experts" and hasattr(fused, name):
-                    setattr(fused, name, self.num_experts)
+                if quantity in counts and hasattr(fused, name):
+                    setattr(fused, name, counts[quantity])
         gate_up, down = fused.get_parameter(bound.spec.fused), fused.get_parameter(bound.spec.down_fused)
         for index in range(self.num_experts):
             both = gate_up.data[index]

@@ -8,10 +8,12 @@ from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
+from hf_shrink.surgery.checks import check_units
 from hf_shrink.surgery.depth import remove_blocks, remove_parts, stack_configs, without_blocks
+from hf_shrink.surgery.expert_channels import check_expert_channels
 from hf_shrink.surgery.experts import cut_experts
 from hf_shrink.surgery.sizes import build_skeleton, is_uneven, module_shape, resize_skeleton, settle_config
-from hf_shrink.surgery.units import check_units, consumer_cuts, cut_block, cut_shapes
+from hf_shrink.surgery.units import consumer_cuts, cut_block, cut_shapes
 
 __all__ = [
     "apply_structure",
@@ -42,9 +44,12 @@ def apply_structure(model: PreTrainedModel, plan: Plan) -> None:
         stack = bind(model).stack(name)
         config = stack_configs(model, stack)[0]
         for block, source in zip(stack.blocks, stack_plan.kept, strict=True):
-            cut_experts(block, stack_plan.blocks.get(source, BlockPlan()), config)
-            cut_block(block, stack_plan.blocks.get(source, BlockPlan()))
-            remove_parts(stack, block, stack_plan.blocks.get(source, BlockPlan()).removed or ())
+            own = stack_plan.blocks.get(source, BlockPlan())
+            if own.experts is not None:
+                cut_experts(block, own, config)
+                block = bind(model).stack(name).blocks[block.index]
+            cut_block(block, own)
+            remove_parts(stack, block, own.removed or ())
     settle_config(model)
 
 
@@ -74,6 +79,9 @@ def _check_expert_counts(stack: BoundStack, plan: StackPlan) -> None:
         kept = plan.blocks.get(block.index, BlockPlan()).experts
         if block.experts is not None:
             counts.add(block.experts.count if kept is None else len(kept))
+        own = plan.blocks.get(block.index, BlockPlan())
+        if block.experts is not None and own.expert_channels is not None:
+            check_expert_channels(block.experts, own)
     if len(counts) > 1:
         raise ArchitectureError(
             f"stock transformers reads one number of experts for all blocks of {stack.path}, so a plan must keep as "

@@ -13,7 +13,7 @@ from hf_shrink.architectures.absent import take_parts
 from hf_shrink.architectures.bound import BoundBlock, BoundMlp, BoundStack
 from hf_shrink.architectures.portable import stack_config
 from hf_shrink.errors import ArchitectureError
-from hf_shrink.surgery.units import check_units
+from hf_shrink.surgery.checks import check_units
 
 
 @contextmanager

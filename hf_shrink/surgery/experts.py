@@ -15,8 +15,8 @@ from hf_shrink.errors import ArchitectureError
 from hf_shrink.ops.merging import merged
 from hf_shrink.plan import BlockPlan
 from hf_shrink.runtime.experts import SeparateExperts
+from hf_shrink.surgery.checks import check_units
 from hf_shrink.surgery.depth import stack_configs
-from hf_shrink.surgery.units import check_units
 
 
 def cut_experts(block: BoundBlock, plan: BlockPlan, config: PretrainedConfig) -> None:
@@ -51,7 +51,8 @@ def cut_experts(block: BoundBlock, plan: BlockPlan, config: PretrainedConfig) ->
     values = {"experts": len(plan.experts), "experts_of_token": experts_of_token(experts, len(plan.experts), config)}
     for attribute, quantity in experts.spec.attributes.items():
         path, _, name = attribute.rpartition(".")
-        setattr(block.module.get_submodule(path), name, values[quantity])
+        if quantity in values:
+            setattr(block.module.get_submodule(path), name, values[quantity])
 
 
 def check_experts(experts: BoundExperts, plan: BlockPlan, config: PretrainedConfig) -> None:
@@ -84,6 +85,8 @@ def check_experts(experts: BoundExperts, plan: BlockPlan, config: PretrainedConf
 def settle_experts(model: PreTrainedModel, binding: Binding) -> None:
     """Write the number of experts that is left into the config, and into the models that remember it, in place.
 
+    And their number of channels, where all have as many and a key says it.
+
     Raises:
         ArchitectureError: blocks have different numbers of experts, which no config can say.
     """
@@ -92,6 +95,9 @@ def settle_experts(model: PreTrainedModel, binding: Binding) -> None:
         if not mixtures:
             continue
         first, configs = mixtures[0], stack_configs(model, stack)
+        if first.spec.channels is not None and len({experts.channels for experts in mixtures}) == 1:
+            for config in configs:
+                setattr(config, first.spec.channels, first.channels)
         if len({experts.count for experts in mixtures}) > 1:
             raise ArchitectureError(
                 f"blocks of {stack.path} have different numbers of experts, which no config can say"

@@ -25,6 +25,7 @@ from hf_shrink.architectures.portable import part_keys
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.runtime.experts import separate_experts, separate_modules
 from hf_shrink.surgery.depth import stack_configs
+from hf_shrink.surgery.expert_channels import channel_counts, resize_experts
 from hf_shrink.surgery.experts import settle_experts
 from hf_shrink.surgery.units import CONFIG_PREFIX, get_attribute, set_attribute
 
@@ -134,10 +135,14 @@ def module_shape(module: nn.Module) -> tuple[int, int] | None:
 
 def _uneven(model: PreTrainedModel, binding: Binding) -> dict[str, Any]:
     """Shapes and attributes, by module path, in which the model differs from what its config builds."""
-    skeleton = dict(build_skeleton(model).named_modules())
+    built = build_skeleton(model)
+    skeleton, stock = dict(built.named_modules()), channel_counts(bind(built).blocks)
+    experts = {path: n for path, n in channel_counts(binding.blocks).items() if n != stock[path]}
     shapes = {}
     for path, module in model.named_modules():
         size = module_shape(module)
+        if any(path.startswith(f"{mixture}.") for mixture in experts):
+            continue  # what the number of channels says already
         if size is not None and path in skeleton and module_shape(skeleton[path]) != size:
             shapes[path] = list(size)
     attributes: dict[str, dict[str, int]] = {}
@@ -147,8 +152,8 @@ def _uneven(model: PreTrainedModel, binding: Binding) -> dict[str, Any]:
                 value = get_attribute(part.module, name)
                 if get_attribute(skeleton[part.path], name) != value:
                     attributes.setdefault(part.path, {})[name] = value
-    absent = absent_parts(binding)
-    return {"shapes": shapes, "attributes": attributes, **({"absent": absent} if absent else {})}
+    more = {"absent": absent_parts(binding), "experts": experts}
+    return {"shapes": shapes, "attributes": attributes, **{name: found for name, found in more.items() if found}}
 
 
 def absent_parts(binding: Binding) -> dict[str, list[str]]:
@@ -173,6 +178,7 @@ def resize_skeleton(model: nn.Module, record: Mapping[str, Any]) -> None:
     if record.get("format") != RECORD_FORMAT:
         raise ArchitectureError(f"this checkpoint's shapes are of format {record.get('format')!r}; update hf_shrink")
     _take_absent(model, record.get("absent", {}))
+    _resize_experts(model, record.get("experts", {}))
     modules = dict(model.named_modules())
     for path, size in record.get("shapes", {}).items():
         if path not in modules:
@@ -205,7 +211,19 @@ def _take_absent(model: nn.Module, absent: Mapping[str, list[str]]) -> None:
         take_parts(block.module, stack.spec, parts)
 
 
+def _resize_experts(model: nn.Module, channels: Mapping[str, int]) -> None:
+    if not channels:
+        return
+    known = {block.experts.path: block.experts for block in bind(model).blocks if block.experts is not None}
+    for path, count in channels.items():
+        if path not in known:
+            raise ArchitectureError(
+                f"the checkpoint records the channels of experts at {path}, which {type(model).__name__} lacks"
+            )
+        resize_experts(known[path], int(count))
+
+
 def is_uneven(model: nn.Module) -> bool:
     """Whether the config cannot express the model's shapes."""
     record = getattr(getattr(model, "config", None), "hf_shrink", None) or {}
-    return bool(record.get("shapes") or record.get("attributes") or record.get("absent"))
+    return any(record.get(name) for name in ("shapes", "attributes", "absent", "experts"))

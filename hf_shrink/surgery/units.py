@@ -1,4 +1,4 @@
-"""Cut query heads and channels out of one block."""
+"""Cut query heads and channels, those of experts too, out of one block."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp
 from hf_shrink.architectures.linears import cut, matrix
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan
+from hf_shrink.surgery.checks import check_units
+from hf_shrink.surgery.expert_channels import cut_expert_channels, expert_channel_cuts
 
 CONFIG_PREFIX = "config."  # of an attribute that a module reads from its config
 
@@ -34,6 +36,7 @@ def cut_block(block: BoundBlock, plan: BlockPlan) -> None:
         values = {"channels": len(plan.channels)}
         for name, quantity in block.mlp.spec.attributes.items():
             set_attribute(block.mlp.module, name, values[quantity])
+    cut_expert_channels(block, plan)
 
 
 def _cut_attention(attention: BoundAttention, heads: Sequence[int]) -> None:
@@ -59,7 +62,8 @@ def consumer_cuts(block: BoundBlock, plan: BlockPlan) -> dict[str, Tensor]:
         if part is not None and units is not None:
             path = part.slot(role).path
             cuts[path] = part.cuts(units)[path, "in"]
-    return cuts
+    experts = expert_channel_cuts(block, plan)
+    return cuts | {path: kept for (path, axis), kept in experts.items() if axis == "in"}
 
 
 def cut_shapes(block: BoundBlock, plan: BlockPlan) -> dict[str, tuple[int, int]]:
@@ -78,14 +82,11 @@ def cut_shapes(block: BoundBlock, plan: BlockPlan) -> dict[str, tuple[int, int]]
                 cuts[path, "out"].numel() if (path, "out") in cuts else rows,
                 cuts[path, "in"].numel() if (path, "in") in cuts else columns,
             )
+    for (path, axis), kept in expert_channel_cuts(block, plan).items():
+        assert block.experts is not None
+        rows, columns = block.experts.shapes[block.experts.matrices[path]]
+        shapes[path] = (len(kept), columns) if axis == "out" else (rows, len(kept))
     return shapes
-
-
-def check_units(kept: Sequence[int], count: int, path: str, what: str) -> None:
-    if not kept:
-        raise ArchitectureError(f"{path}: nothing would be left of its {what}; keep at least one")
-    if list(kept) != sorted(set(kept)) or kept[0] < 0 or kept[-1] >= count:
-        raise ArchitectureError(f"{path}: kept {what} must be ascending numbers below {count}, each once")
 
 
 def _cut(part: BoundAttention | BoundMlp, cuts: Mapping[tuple[str, str], Tensor]) -> None:

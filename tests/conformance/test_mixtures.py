@@ -214,21 +214,15 @@ def test_planning_leaves_the_model_alone_and_inspect_shows_the_experts(name: str
     description = describe(model)
     text = description.to_text()
     assert f"mlp.experts.*.{gate} (gate, {count_of(name)} experts)" in text
-    assert f"{count_of(name)} experts" in text and "experts: any number, portable" in text
+    assert f"{count_of(name)} experts of" in text and "experts: any number, portable" in text
+    assert "channels of experts: multiples of 8 stay, of all experts of a block as many, portable" in text
     assert sum(row[2] for row in description.rows()[:-1] if not row[0].startswith(" ")) == description.parameters
     undo = separate_experts(model)
     assert describe(model) == description
     undo()
 
 
-@every_mixture
-def test_pruning_of_width_is_refused(name: str) -> None:
-    step = {"prune": {"what": "width", "method": "magnitude", "ratio": 0.1, "refit": False}}
-    with pytest.raises(ArchitectureError, match=r"mixture of experts.*cannot be pruned yet.*what: experts"):
-        make_plan(MIXTURES[name](), {"steps": [step]}, progress=False)
-
-
-def test_a_plan_cannot_cut_channels_of_experts() -> None:
+def test_a_plan_cannot_cut_channels_of_an_mlp_that_is_not_there() -> None:
     plan = Plan("mixtral", {"decoder": StackPlan((0, 1), {0: BlockPlan(channels=(0, 1))})})
     with pytest.raises(ArchitectureError, match="no MLP whose channels"):
         apply_structure(MIXTURES["mixtral"](), plan)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.cases_mixtures import MIXTURES, data
 from tiny import tiny_llama, tiny_tokenizer
 from tiny_readers import tiny_bert_mlm
 from transformers import BertForMaskedLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
@@ -65,6 +66,7 @@ def pruned(*steps: dict[str, Any]) -> dict[str, Any]:
 
 
 W4 = {"quantize": {"scheme": "W4A16", "method": "rtn", "group_size": 8}}
+EXPERTS = {"what": "experts", "method": "reap", "experts": 1}
 WIDTH = {"what": "width", "method": "obs", "ratio": 0.2}
 CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], Callable[[], Batches]]] = {
     "gptq": (tiny_llama, quantized(method="gptq"), batches),
@@ -91,6 +93,11 @@ CASES: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, Any], Callable[[
     ),
     "shift": (deeper_bert, quantized(method="gptq", scheme="W8A8", group_size=None, transforms=["shift"]), batches),
     "encoder-decoder": (tiny_t5, quantized(method="gptq"), pairs),
+    "mixture-width": (
+        MIXTURES["mixtral"],
+        {**pruned(WIDTH), "steps": [{"prune": EXPERTS}, {"prune": {**WIDTH, "ratio": 0.1}}, W4]},
+        data,
+    ),
 }
 
 
@@ -157,7 +164,10 @@ def killing(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", some_slow(("width-then-quantize",), ["learned-awq", "encoder-decoder", "width-then-quantize", "shift"])
+    "name",
+    some_slow(
+        ("width-then-quantize",), ["learned-awq", "encoder-decoder", "width-then-quantize", "shift", "mixture-width"]
+    ),
 )
 def test_a_run_that_was_killed_goes_on(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build, recipe, data = CASES[name]

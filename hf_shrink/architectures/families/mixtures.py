@@ -14,6 +14,7 @@ MIXTRAL_EXPERTS = Experts(
     up="w3",
     down="w2",
     count="num_local_experts",
+    channels="intermediate_size",
     attributes={**Experts().attributes, "mlp.top_k": "experts_of_token"},
 )
 MIXTRAL = Stack("decoder", "layers", ATTENTION, None, experts=MIXTRAL_EXPERTS, cached=True)
@@ -46,14 +47,15 @@ OLMOE = dataclasses.replace(
     attention=dataclasses.replace(
         ATTENTION, head_size_key=None, fixed="queries and keys are normed over all heads at once"
     ),
-    experts=Experts(),
+    experts=Experts(channels="intermediate_size"),
 )
 
 # The router adds a correction to its scores to choose, and may choose among groups of experts first. The width of the
-# shared experts follows from two config keys.
+# shared experts follows from two config keys, of which one is the width of the experts.
 CORRECTED = Experts(
     entries=("mlp.gate.weight", "mlp.gate.e_score_correction_bias"),
     count="n_routed_experts",
+    channels=None,
     groups="n_group",
     groups_of_token="topk_group",
 )
@@ -61,6 +63,7 @@ SHARED_EXPERTS = Mlp(
     up="mlp.shared_experts.up_proj",
     down="mlp.shared_experts.down_proj",
     gate="mlp.shared_experts.gate_proj",
+    channels=None,
     module="mlp.shared_experts",
     attributes={"intermediate_size": "channels"},
 )

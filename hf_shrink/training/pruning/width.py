@@ -13,8 +13,7 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.architectures.bound import BoundAttention, BoundMlp, Cuts
 from hf_shrink.checkpoint.record import ShrinkRecord
-from hf_shrink.errors import RecipeError, ShrinkError
-from hf_shrink.pipeline.planning import check_width
+from hf_shrink.errors import ArchitectureError, RecipeError, ShrinkError
 from hf_shrink.plan import BlockPlan, StackPlan
 from hf_shrink.pruning.allocate import Allocation, Request, allocate
 from hf_shrink.pruning.base import WIDTH, GradientMethod, WidthMethod
@@ -63,7 +62,7 @@ class GradualWidth:
         remove_gates(model)
         with without_adapters(model):
             self._binding: Binding = bind(model)
-            check_width(self._binding)
+            _check_no_experts(self._binding)
             self._prunable: Prunable = find_prunable(model, self._binding, self._step.units, portable=self._portable)
             self._total = sum(stack.parameters for stack in self._binding.stacks)
             self._all = sum(parameter.numel() for parameter in model.parameters())
@@ -197,6 +196,15 @@ class GradualWidth:
             return PartCurves(curve_of(self._method, channel_view(part, None), part.path)).shares
         heads, by_group = (curve_of(self._method, view(part, None), part.path) for view in (head_view, group_view))
         return PartCurves(heads, by_group).shares
+
+
+def _check_no_experts(binding: Binding) -> None:
+    binding.require_roles()
+    if mixed := [block.path for block in binding.blocks if block.experts is not None]:
+        raise ArchitectureError(
+            f"{mixed[0]} is a mixture of experts, whose heads and channels do not go gradually yet; run `shrink` with "
+            "the width step, and train the smaller model with what is left of the recipe"
+        )
 
 
 def _methods(step: PruneStep) -> tuple[TrainingScore | None, WidthMethod | None]:
