@@ -17,7 +17,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
     ("registry",),
     ("scheme", "sparsity", "tokens"),
-    ("plan", "report", "speed_report", "resources", "progress", "residence", "sharding"),
+    ("plan", "report", "speed_report", "resources", "progress", "recall", "residence", "sharding"),
     ("recipe", "front"),
     ("ops",),
     ("architectures",),

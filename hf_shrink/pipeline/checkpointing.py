@@ -28,9 +28,11 @@ from hf_shrink.checkpoint.streamed import load_streamed
 from hf_shrink.evaluation import stored_bytes
 from hf_shrink.pipeline.keeping import JournalKeeper, Keeper
 from hf_shrink.pipeline.measuring import measure
+from hf_shrink.pipeline.recalled import Recalled
 from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, load_recipe
 from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.plan import Plan
+from hf_shrink.recall import recalling
 from hf_shrink.recipe import EvaluationSpec, Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting import write_report
@@ -108,7 +110,8 @@ def shrink_checkpoint(
             held_out = _held_out(spec, model, processing, seed, show, keeper)
             job.exclude = held_out.texts(processing) if held_out is not None and spec.data != "self" else None
             before = copy.deepcopy(processing)  # its tokens, where the run takes some out
-            record = replace(job.run(job.data()), source=found.name)
+            with recalling(Recalled(run.finished)):
+                record = replace(job.run(job.data()), source=found.name)
         record.report.notes += [note] if note is not None else []
         bind_save(model, record)
         source_card = ranks().on_first(lambda: _save(model, found, record, run.output))

@@ -1,8 +1,9 @@
 """What a run writes down on its way, and how another process goes on from there.
 
 A block that is finished lies in a file of its own; beside it lie the hidden states behind it, of the compressed and of
-the dense model. Everything else that a run has decided or counted is in the journal. What comes before the first block
-(the plan aside) is done again: it is the same.
+the dense model. Everything else that a run has decided or counted is in the journal. Of what comes before the first
+block the plan is there; passes that make it, or repair what depth pruning leaves, are in `recalled.py`. The rest (what
+is folded into weights, the residual stream's rotation) is done again: it is the same.
 
 Of several processes the first one writes the journal and the blocks, which the others then read from there as well, so
 that all hold the same bits; each writes the hidden states of its own batches. To go on there must be as many as before.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ from hf_shrink.pipeline.leading import Stage, adds, lead, sums
 from hf_shrink.pipeline.stretches import narrow, stretches, writers
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
 from hf_shrink.progress import ProgressCallback
+from hf_shrink.recall import Course, Done, recall
 from hf_shrink.report import ShrinkReport
 from hf_shrink.residence import at_work, rest
 from hf_shrink.surgery import check_plan, without_blocks
@@ -129,7 +130,7 @@ class _Repair:
         """Walk the dense and the pruned stack side by side."""
         with _without(self._model, stack, plan):
             pruned = _walk(self._model, [stack.blocks[index] for index in plan.kept], batches)
-        side = _SideBySide(stack, plan, dense, pruned)
+        side = _SideBySide(stack, plan, dense, pruned, recall().course(f"repairing {stack.name}"))
         front = stack.blocks[: plan.kept[0]]
         side.pass_by(front)
         touched, done = bool(front), 0
@@ -139,7 +140,7 @@ class _Repair:
             if team:
                 alone = side.unfit(team)
                 self._each(side, team[:alone], touched)
-                self._count(side.lead(team[alone:], stretch.gap))
+                self._count(*side.lead(team[alone:], stretch.gap))
                 touched = True
             done += len(stretch.blocks)
             self._progress("repairing blocks", done, len(plan.kept))
@@ -148,12 +149,11 @@ class _Repair:
         """In front of every gap nothing has to be done; behind one, each block is led to the dense stream behind it."""
         for block in blocks:
             if touched:
-                self._count(side.lead([block]))
+                self._count(*side.lead([block]))
             else:
                 side.together(block)
 
-    def _count(self, done: tuple[int, float]) -> None:
-        refitted, gain = done
+    def _count(self, refitted: int, gain: float) -> None:
         if refitted:
             self._refitted += refitted
             self._gains.append(gain)
@@ -162,40 +162,57 @@ class _Repair:
 
 
 class _SideBySide:
-    """The dense and the pruned walk of one stack, in front of the same block. They share its modules."""
+    """The dense and the pruned walk of one stack, in front of the same block. They share its modules.
 
-    def __init__(self, stack: BoundStack, plan: StackPlan, dense: StackWalk, pruned: StackWalk) -> None:
-        self._stack, self._plan = stack, plan
+    `course`: remembers what is done here, step by step.
+    """
+
+    def __init__(self, stack: BoundStack, plan: StackPlan, dense: StackWalk, pruned: StackWalk, course: Course) -> None:
+        self._stack, self._plan, self._course = stack, plan, course
         self._dense, self._pruned = dense, pruned
         self._held_out = _held_out(pruned)
         # Not a block's own: one that visits an accelerator is there only while it runs.
         self._device = pruned.hidden[0].device if len(pruned.hidden) else torch.device("cpu")
 
+    def _step(self, do: Callable[[], Done], blocks: Sequence[BoundBlock] = ()) -> Mapping[str, Any]:
+        """One step; `blocks`: those that it may change."""
+        modules = {f"{self._stack.path}.{block.index}": block.module for block in blocks}
+        return self._course.step(do, modules=modules, walks={"dense": self._dense, "pruned": self._pruned}).said
+
     def pass_by(self, blocks: Sequence[BoundBlock]) -> None:
-        """Removed blocks, through which the dense model alone goes."""
+        """Removed blocks in front, through which the dense model alone goes."""
+        if blocks:
+            self._step(lambda: self._pass_by(blocks))
+
+    def _pass_by(self, blocks: Sequence[BoundBlock]) -> Done:
         for block in blocks:
             with in_float32(block.module), fast_precision(self._device):
                 self._dense.advance()
             rest(block.module)
+        return Done()
 
     def together(self, block: BoundBlock) -> None:
         """Through a block in front of every gap, where both are the same."""
+        self._step(lambda: self._together(block))
+
+    def _together(self, block: BoundBlock) -> Done:
         with in_float32(block.module), fast_precision(self._device):
             for batch in range(len(self._dense.hidden)):
                 self._pruned.take(batch, self._dense.take(batch, self._dense.call(batch)))
             self._dense.step()
             self._pruned.step()
         rest(block.module)
+        return Done()
 
     def unfit(self, team: Sequence[BoundBlock]) -> int:
         """How many of a team's first blocks are to be led alone, because theirs or a later output is no sum."""
-        if len(team) == 1:
-            return 0
+        return 0 if len(team) == 1 else int(self._step(lambda: self._unfit(team))["unfit"])
+
+    def _unfit(self, team: Sequence[BoundBlock]) -> Done:
         with self._ready(team):
             fits = sums(self._pruned, [block.module for block in team], [writers(b, self._plan) for b in team])
-        if not fits[-1]:
-            return len(team) - 1
-        return max((place + 1 for place, fit in enumerate(fits) if not fit), default=0)
+        last = max((place + 1 for place, fit in enumerate(fits) if not fit), default=0)
+        return Done({"unfit": last if fits[-1] else len(team) - 1})
 
     def lead(self, blocks: Sequence[BoundBlock], gap: Sequence[BoundBlock] | None = None) -> tuple[int, float]:
         """Refit blocks in a row so that the stream behind them is the dense one behind the gap.
@@ -206,16 +223,20 @@ class _SideBySide:
         Returns:
             How many matrices were refitted, and the share of the error that is gone.
         """
+        said = self._step(lambda: self._lead(blocks, gap), blocks)
+        return int(said["refitted"]), float(said["gain"])
+
+    def _lead(self, blocks: Sequence[BoundBlock], gap: Sequence[BoundBlock] | None) -> Done:
         for block in blocks:
             with in_float32(block.module), fast_precision(self._device):
                 self._dense.advance()
-        self.pass_by(gap or ())
+        self._pass_by(gap or ())
         with self._ready(blocks):
             stages = self._stages(blocks, last=gap is None)
             gain = lead(self._pruned, len(blocks), stages, self._dense.hidden, self._held_out)
         for block in blocks:
             rest(block.module)
-        return len(stages), gain
+        return Done({"refitted": len(stages), "gain": gain})
 
     def _stages(self, blocks: Sequence[BoundBlock], last: bool) -> list[Stage]:
         """What is refitted of blocks that the pruned walk is in front of."""

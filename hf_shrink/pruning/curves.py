@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +23,25 @@ class PartCurves:
     def scaled(self, factor: float) -> PartCurves:
         """In another measure."""
         return PartCurves(self.units.scaled(factor), None if self.groups is None else self.groups.scaled(factor))
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """Them as tensors, whose names begin with `name`."""
+        curves = {"units": self.units, "groups": self.groups}
+        return {
+            f"{name}.{which}.{field}": getattr(curve, field)
+            for which, curve in curves.items()
+            if curve is not None
+            for field in ("order", "losses", "alone")
+        }
+
+    @classmethod
+    def of(cls, tensors: Mapping[str, Tensor], name: str) -> PartCurves:
+        """The inverse of `tensors`."""
+
+        def curve(which: str) -> RemovalCurve:
+            return RemovalCurve(*(tensors[f"{name}.{which}.{field}"] for field in ("order", "losses", "alone")))
+
+        return cls(curve("units"), curve("groups") if f"{name}.groups.order" in tensors else None)
 
     @property
     def shares(self) -> PartCurves:

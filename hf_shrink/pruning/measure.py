@@ -22,6 +22,7 @@ from hf_shrink.pruning.items import Items, Left
 from hf_shrink.pruning.predicting import Predictor, Reference
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
+from hf_shrink.recall import recall
 from hf_shrink.sharding import Share, share
 from hf_shrink.surgery.depth import without_blocks
 
@@ -71,6 +72,10 @@ class MeasuredModel:
         return self._items.allowed(removed)
 
     def influences(self, removed: Sequence[int], tokens: int | None = None) -> Mapping[int, float]:
+        key = (self.labels, tuple(removed), tokens)
+        return dict(recall().value("influences", key, lambda: self._influences(removed, tokens)))
+
+    def _influences(self, removed: Sequence[int], tokens: int | None) -> list[tuple[int, float]]:
         sums: dict[int, float] = {}
         counts: dict[int, int] = {}
         shared, chosen = self._samples(tokens)
@@ -98,9 +103,13 @@ class MeasuredModel:
             raise CalibrationError(f"{silent[0]} never runs on this calibration data; give data that reaches it")
         if not all(abs(value) < float("inf") for value in found.values()):
             raise CalibrationError("NaN or Inf in the hidden states; check the weights and the calibration data")
-        return found
+        return list(found.items())
 
     def angles(self, spans: Sequence[Sequence[int]], tokens: int) -> list[float]:
+        key = (self.labels, tuple(map(tuple, spans)), tokens)
+        return recall().value("angles", key, lambda: self._angles(spans, tokens))
+
+    def _angles(self, spans: Sequence[Sequence[int]], tokens: int) -> list[float]:
         sums, count = [0.0] * len(spans), [0] * len(spans)
         runner = Predictor(self._model, fast=True)
         shared, chosen = self._samples(tokens)
@@ -128,6 +137,10 @@ class MeasuredModel:
         return [total / n for total, n in zip(sums, count, strict=True)]
 
     def divergences(self, base: Sequence[int], trials: Sequence[Sequence[int]], look: Look) -> list[float]:
+        key = (self.labels, tuple(base), tuple(map(tuple, trials)), look)
+        return recall().value("divergences", key, lambda: self._divergences(base, trials, look))
+
+    def _divergences(self, base: Sequence[int], trials: Sequence[Sequence[int]], look: Look) -> list[float]:
         predictor, references = self._references(look)
         shared, samples = self._samples(look.tokens)
         found: list[list[float]] = []  # by sample and trial

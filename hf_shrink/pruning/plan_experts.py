@@ -17,6 +17,7 @@ from hf_shrink.errors import ArchitectureError, CalibrationError, RecipeError
 from hf_shrink.plan import BlockPlan
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.base import ExpertMethod, ExpertView
+from hf_shrink.recall import Done, recall
 from hf_shrink.recipe import PruneStep
 from hf_shrink.surgery.depth import stack_configs
 from hf_shrink.surgery.experts import group_count
@@ -144,18 +145,27 @@ def _views(
     """Every block with experts, and what its router did with the calibration data, in order."""
     walk = StackWalk(model, [block.module for block in stack.blocks], batches)
     last = max(block.index for block in stack.blocks if block.experts is not None)
+    course = recall().course(f"scoring experts of {stack.name}")
     for block in stack.blocks[: last + 1]:
         progress("scoring experts", block.index, last + 1)
-        with float32_for_now(block.module):
-            if block.experts is None:
+
+        def look(block: BoundBlock = block) -> Done:
+            with float32_for_now(block.module):
+                if block.experts is not None:
+                    return Done(tensors=_routing(model, block, walk))
                 walk.advance()
-            else:
-                yield block, _view(model, block, walk)
+            return Done()
+
+        found = course.step(look, walks={"walk": walk}).tensors
+        if block.experts is not None:
+            moment, routed = found["moment"], found["routed"]
+            size = moment.diagonal().sqrt().clamp_min(1e-30)
+            yield block, ExpertView(found["tokens"], routed[0], routed[1], moment / size / size[:, None])
     progress("scoring experts", last + 1, last + 1)
 
 
-def _view(model: nn.Module, block: BoundBlock, walk: StackWalk) -> ExpertView:
-    """Send all batches through a block and note how it routes them."""
+def _routing(model: nn.Module, block: BoundBlock, walk: StackWalk) -> dict[str, Tensor]:
+    """Send all batches through a block and add up how it routes them."""
     experts = block.experts
     assert experts is not None
     moment = torch.zeros(experts.count, experts.count, dtype=torch.float64)
@@ -177,8 +187,7 @@ def _view(model: nn.Module, block: BoundBlock, walk: StackWalk) -> ExpertView:
         walk.take(batch, output)
     walk.step()
     walk.share.add_up(moment, routed, tokens)
-    size = moment.diagonal().sqrt().clamp_min(1e-30)
-    return ExpertView(tokens, routed[0], routed[1], moment / size / size[:, None])
+    return {"moment": moment, "routed": routed, "tokens": tokens}
 
 
 def _checked(scores: Tensor, experts: BoundExperts) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from hf_shrink.pruning.scorer import Scorer
 from hf_shrink.pruning.sensitivities import mask_gradients
 from hf_shrink.pruning.shares import parts_of
 from hf_shrink.pruning.trials import Trials
+from hf_shrink.recall import Done, recall
 from hf_shrink.recipe import PruneStep
 from hf_shrink.residence import at_work
 
@@ -158,19 +160,40 @@ def unit_curves(
         if kinds and scorer.method.needs_statistics:
             modules = [block.module for block in stack.blocks]
             walk = StackWalk(model, modules, batches, starved_experts="rtn", fast=True)
+        course = recall().course(f"scoring units of {stack.name}")
         for block in stack.blocks:
             progress("scoring units", done, total)
             parts: dict[Kind, BoundAttention | BoundMlp | BoundExperts]
             parts = {kind: part for kind in kinds if (part := getattr(block, kind)) is not None}
-            statistics = _statistics(walk, block, parts, last=block.index + 1 == len(stack.blocks))
+            key, last = (stack.name, block.index), block.index + 1 == len(stack.blocks)
+            score = functools.partial(_score, scorer, walk, key, block, parts, last)
+            found = course.step(score, walks={"walk": walk}).tensors
             for kind, part in parts.items():
-                with at_work(block.module):
-                    curves[stack.name, block.index, kind] = scorer.curves(
-                        (stack.name, block.index), kind, part, statistics
-                    )
+                curves[*key, kind] = PartCurves.of(found, kind)
+                count = sum(name.startswith(f"{kind}.moments.") for name in found)
+                scorer.keep(key, kind, part, [found[f"{kind}.moments.{number}"] for number in range(count)])
             done += 1
     progress("scoring units", done, total)
     return curves
+
+
+def _score(
+    scorer: Scorer,
+    walk: StackWalk | None,
+    key: tuple[str, int],
+    block: BoundBlock,
+    parts: Mapping[Kind, BoundAttention | BoundMlp | BoundExperts],
+    last: bool,
+) -> Done:
+    """The curves of a block's parts, and the moments that they are of; the walk goes on to the next block."""
+    statistics = _statistics(walk, block, parts, last=last)
+    tensors: dict[str, Tensor] = {}
+    for kind, part in parts.items():
+        with at_work(block.module):
+            curves, moments = scorer.curves(key, kind, part, statistics)
+        tensors |= curves.tensors(kind)
+        tensors |= {f"{kind}.moments.{number}": moment for number, moment in enumerate(moments)}
+    return Done(tensors=tensors)
 
 
 def _gradients(
@@ -194,16 +217,12 @@ def _gradients(
     ]
     readers = {path: module for part in parts for path, module in reading_modules(part).items()}
     blocks = [block.module for block in binding.blocks]
-    return mask_gradients(
-        model,
-        blocks,
-        readers,
-        batches,
-        tokens=method.tokens,
-        labels=method.labels,
-        seed=seed,
-        progress=progress,
-    )
+
+    def read() -> Done:
+        given: dict[str, Any] = {"tokens": method.tokens, "labels": method.labels, "seed": seed, "progress": progress}
+        return Done(tensors=mask_gradients(model, blocks, readers, batches, **given))
+
+    return dict(recall().course("reading gradients").step(read).tensors)
 
 
 def _statistics(

@@ -47,8 +47,12 @@ class Scorer:
         kind: Kind,
         part: BoundAttention | BoundMlp | BoundExperts,
         statistics: Mapping[str, InputStatistics],
-    ) -> PartCurves:
-        """What the units of a part cost. `statistics`: of the inputs of what reads them, by path, see `members`."""
+    ) -> tuple[PartCurves, list[Tensor]]:
+        """What the units of a part cost, and the moments that `keep` wants.
+
+        Args:
+            statistics: of the inputs of what reads them, by path, see `members`.
+        """
         own = members(part, statistics, needed=self.method.needs_statistics, centred=self.step.refit)
         curves = [self._curves(member) for member in own]
         found = curves[0]
@@ -57,10 +61,19 @@ class Scorer:
             found = PartCurves(joined(scaled))
         if self.trials is not None and any(member.statistics is not None for member in own):
             found = found.scaled(self._cost_of_loss(self.trials, block, part, own, found))
-        if isinstance(self.method, OrderingMethod):
-            self.shelf.take(len(self._parts), [member.moment for member in own if member.moment is not None])
-            self._parts[block, kind] = [replace(member, statistics=None) for member in own]
-        return found
+        moments = [member.moment for member in own if member.moment is not None]
+        return found, moments if isinstance(self.method, OrderingMethod) else []
+
+    def keep(
+        self, block: Block, kind: Kind, part: BoundAttention | BoundMlp | BoundExperts, moments: Sequence[Tensor]
+    ) -> None:
+        """Remember a part that may be improved in the end, with what `curves` said of it; none where it cannot be."""
+        if not isinstance(self.method, OrderingMethod):
+            return
+        self.shelf.take(len(self._parts), moments)
+        own = members(part, {}, needed=False, centred=False)
+        given: Sequence[Tensor | None] = moments or [None] * len(own)
+        self._parts[block, kind] = [replace(m, moment=moment) for m, moment in zip(own, given, strict=True)]
 
     def _curves(self, member: Member) -> PartCurves:
         part, moment = member.part, member.moment

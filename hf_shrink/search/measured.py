@@ -19,6 +19,7 @@ from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.predicting import Predictor, Reference
 from hf_shrink.pruning.replay import recording, replaying
 from hf_shrink.pruning.samples import choose
+from hf_shrink.recall import recall
 from hf_shrink.search.options import Assignment, Problem
 from hf_shrink.sharding import Share, share
 from hf_shrink.surgery.depth import without_blocks
@@ -140,6 +141,11 @@ class MeasuredAssignments:
         Raises:
             CalibrationError: a model gives NaN or Inf.
         """
+        names = [(group.name, *(option.name for option in group.options)) for group in self._problem.groups]
+        key = (names, base, tuple(trials), tokens, len(self._batches))
+        return recall().value("assignments", key, lambda: self._divergences(base, trials, tokens))
+
+    def _divergences(self, base: Assignment, trials: Sequence[Assignment], tokens: int | None) -> list[float]:
         predictor, shared, samples, references = self._look(tokens)
         found: list[list[float]] = []  # by trial and sample
         before = Structure.of(self._problem, base)
