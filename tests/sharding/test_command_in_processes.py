@@ -15,7 +15,8 @@ from tiny import TEXT, tiny_llama, tiny_tokenizer
 
 from hf_shrink.checkpoint.journal import Journal
 from hf_shrink.cli import main
-from hf_shrink.pipeline import checkpointing
+from hf_shrink.pipeline import checkpointing, recalled
+from hf_shrink.pipeline.recalled import LOG, Recalled
 from hf_shrink.residence import Residence
 
 SMALL = ["--set=calibration.samples=12", "--set=calibration.length=24", "--set=calibration.batch_size=2"]
@@ -136,3 +137,43 @@ def test_bad_input_is_said_once(asked: list[str], message: str, source: Path, tm
 def test_what_shares_no_work_is_done_once(source: Path, tmp_path: Path) -> None:
     assert join(start(lambda rank: main(["recipes"]), tmp_path)) == [0, 0]
     assert "w4a16" in said(tmp_path, 0) and said(tmp_path, 1) == ""
+
+
+def test_planning_and_repair_go_on_later(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recalled, "EVERY", 0.0)
+    recipe = tmp_path / "recipe.yaml"
+    steps = [{"prune": {"what": "depth", "method": "kl_greedy", "blocks": 1}}]
+    steps += [{"prune": {"what": "width", "method": "obs", "ratio": 0.2}}]
+    recipe.write_text(json.dumps({"portable": False, "steps": steps}))
+    small = [option for option in SMALL if "quantize" not in option]
+
+    def asked(out: Path) -> list[str]:
+        text = str(source.parent / "text.txt")
+        return ["run", str(source), "--output", str(out), "--recipe", str(recipe), "--calibration", text, *small]
+
+    def run(out: Path, lines: int | None, log: Path) -> list[int]:
+        """Until the first process has written so many lines."""
+
+        def work(rank: int) -> int:
+            append, number = Recalled._append, [0]
+
+            def counting(self: Recalled, entries: Any) -> Any:
+                found = append(self, entries)
+                number[0] += 1
+                if number[0] == lines:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return found
+
+            Recalled._append = counting  # type: ignore[method-assign]
+            return main(asked(out))
+
+        return join(start(work, log))
+
+    assert run(tmp_path / "whole", None, tmp_path / "log") == [0, 0], said(tmp_path / "log", 0)
+    for lines in (1, 3, 5):
+        out = tmp_path / f"out-{lines}"
+        assert run(out, lines, tmp_path / "log") == [-signal.SIGKILL, 1]
+        left = (tmp_path / f".out-{lines}.partial-run" / "finished" / LOG).read_text()
+        assert left.count("\n") == lines and not out.exists()
+        assert run(out, None, tmp_path / "log") == [0, 0], said(tmp_path / "log", 0)
+        assert contents(out) == contents(tmp_path / "whole")

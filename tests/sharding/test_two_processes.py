@@ -57,6 +57,7 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "weights": (lambda: two_blocks(), pruned({"what": "weights", "method": "sparsegpt", "sparsity": 0.5})),
     "hidden": (lambda: two_blocks(), pruned({"what": "hidden", "method": "pca", "ratio": 0.2})),
     "pruned-experts": (lambda: MIXTURES["mixtral"](), pruned({"what": "experts", "method": "reap", "experts": 1})),
+    "channels-of-experts": (lambda: MIXTURES["mixtral"](), pruned({"what": "width", "method": "obs", "ratio": 0.2})),
     "budget": (lambda: two_blocks(), BUDGET),
 }
 
