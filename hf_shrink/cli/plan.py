@@ -52,9 +52,9 @@ def command(options: argparse.Namespace) -> None:
 
 
 def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[str, Any]) -> None:
-    from hf_shrink.pipeline import make_plan
     from hf_shrink.pipeline.estimating import estimate
-    from hf_shrink.pipeline.planning import find_binding
+    from hf_shrink.pipeline.planning import Planned, find_binding
+    from hf_shrink.pipeline.shrinking import planned
     from hf_shrink.plan import Plan
     from hf_shrink.recipe import CalibrationSpec
     from hf_shrink.reporting.plan_chart import write_plan_map
@@ -62,7 +62,8 @@ def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[st
     from hf_shrink.residence import bytes_of
     from hf_shrink.sharding import ranks
 
-    plan = recipe if isinstance(recipe, Plan) else make_plan(model, recipe, **settings)
+    found = Planned(recipe, ()) if isinstance(recipe, Plan) else planned(model, recipe, **settings)
+    plan = found.plan
     if not ranks().first:
         return
     binding = find_binding(model)
@@ -70,6 +71,8 @@ def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[st
         print_plan(plan, binding)
     # The table has what is kept of each block, which the summary says in its indented lines.
     print("\n".join(line for line in plan.summary().splitlines() if binding is None or not line.startswith("  ")))
+    for note in found.notes:
+        print(f"note: {note}")
     spec = CalibrationSpec() if isinstance(recipe, Plan) else recipe.calibration
     print(estimate(model, plan, spec.samples * spec.length, bytes_of(options.max_memory)).summary())
     if options.json:

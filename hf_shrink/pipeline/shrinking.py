@@ -116,9 +116,16 @@ def make_plan(
     progress: bool = True,
 ) -> Plan:
     """What `shrink` would do, without doing it. Arguments and errors as in `shrink`."""
+    return planned(model, recipe, tokenizer=tokenizer, calibration=calibration, seed=seed, progress=progress).plan
+
+
+def planned(
+    model: nn.Module, recipe: RecipeLike, *, tokenizer: Any, calibration: Any, seed: int, progress: bool
+) -> Planned:
+    """As `make_plan`, with what the user should know about how the plan came to be."""
     with at_home(model), together(), silence(), evaluating(model):
         job = Job(model, recipe, tokenizer, calibration, seed, Progress(quiet=not progress))
-        return job.plan(job.data()).plan
+        return job.plan(job.data())
 
 
 def check_not_quantized(model: nn.Module) -> None:

@@ -98,6 +98,8 @@ class Scorer:
     def _better(self, member: Member, kept: Sequence[int]) -> list[int]:
         assert isinstance(self.method, OrderingMethod)
         part, moment, units = member.part, member.moment, units_of(member.part)
+        if moment is not None:  # it may have been in a file
+            moment = moment.to(matrix(part.modules[reader(part).path]).device)
         there = torch.zeros(units, dtype=torch.bool)
         there[list(kept)] = True
         if isinstance(part, BoundMlp):

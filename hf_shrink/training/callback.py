@@ -36,7 +36,8 @@ PREFIX = "shrink_"  # of what is logged
 class ShrinkCallback(TrainerCallback):
     """Prunes a model, or trains it for few bits, while a `Trainer` (or one derived from it, as TRL's) fine-tunes it.
 
-        trainer = Trainer(model, args, train_dataset=..., callbacks=[ShrinkCallback("prune20", end=0.6)])
+        half = {"steps": [{"prune": {"what": "width", "method": "movement", "ratio": 0.5}}]}
+        trainer = Trainer(model, args, train_dataset=..., callbacks=[ShrinkCallback(half, end=0.6)])
         trainer.train()
         trainer.save_model()      # the small model
 

@@ -107,7 +107,9 @@ def finished(partial: Path) -> str:
         return "no journal yet"
     entries: Mapping[str, Any] = json.loads(path.read_text())["entries"]
     names = [name for name in ("calibration", "plan") if name in entries]
-    return ", ".join([*names, f"{len(entries.get('blocks', {}))} blocks"])
+    log = partial / "finished" / "recalled.jsonl"
+    lines = log.read_text().count("\n") if log.is_file() else 0
+    return ", ".join([*names, f"{lines} lines of planning and repair", f"{len(entries.get('blocks', {}))} blocks"])
 
 
 def main() -> None:

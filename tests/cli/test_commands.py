@@ -90,14 +90,14 @@ def test_plan_prints_and_writes_what_run_takes(
     path = tmp_path / "plan.json"
     assert main(["plan", str(source), "--recipe", "prune20-w4a16", "--json", str(path), "--quiet", *SMALL]) == 0
     printed = capsys.readouterr().out
-    assert "channels" in printed
+    assert "note: asked to remove 20.0% of the blocks' parameters, removed 0.0%" in printed  # of two blocks
     assert "W4A16" in printed
     out, text = tmp_path / "out", tmp_path / "text.txt"
     text.write_text(TEXT * 8)  # a plan takes no --set, and its default is more than this test needs
     run = ["run", str(source), "--recipe", str(path), "--calibration", str(text), "--output", str(out), "--quiet"]
     assert main([*run, "--evaluation=none"]) == 0
     config = json.loads((out / "config.json").read_text())
-    assert config["intermediate_size"] < 80
+    assert config["num_hidden_layers"] == 2 and config["quantization_config"]["hf_shrink"] == 1
 
 
 def test_inspect(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +169,7 @@ def test_report_and_recipes(output: Path, capsys: pytest.CaptureFixture[str]) ->
         "w8-full",
         "prune-depth",
         "prune-width",
+        "prune20-searched",
         "prune20-w4a16",
         "wikitext",
         "multiple-choice",
