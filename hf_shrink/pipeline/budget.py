@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,9 @@ from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.recipe import Budget, QuantizeStep, Recipe, SearchSpec
 from hf_shrink.recipe.effort import expand
 from hf_shrink.residence import Room, visited
+from hf_shrink.runtime.experts import separate_experts
 from hf_shrink.search.blank import blank_sensitivity
+from hf_shrink.search.choices import short
 from hf_shrink.search.choose import Chosen, choose_assignment
 from hf_shrink.search.fingerprint import sensitivity_of
 from hf_shrink.search.latency import LatencyTable, cache_folder
@@ -33,7 +36,7 @@ from hf_shrink.search.limits import Limits
 from hf_shrink.search.measured import MeasuredAssignments
 from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Problem
-from hf_shrink.search.problem import make_problem, short
+from hf_shrink.search.problem import make_problem
 from hf_shrink.search.reachable import check_reachable
 from hf_shrink.search.replacements import IN_MEMORY, RoundedWeights, input_statistics
 from hf_shrink.search.sensitivity import Sensitivity
@@ -61,15 +64,19 @@ class Searching:
     _weights: tuple[Problem, RoundedWeights] | None = field(default=None, init=False)
 
     @classmethod
-    def of(
+    @contextmanager
+    def on(
         cls,
         model: nn.Module,
         recipe: Recipe,
         batches: Sequence[Mapping[str, Any]],
         seed: int,
         progress: ProgressCallback,
-    ) -> Searching:
-        """Raises ArchitectureError where a budget cannot be spent on the model."""
+    ) -> Iterator[Searching]:
+        """A search; meanwhile experts of a mixture are one Linear a matrix.
+
+        Raises ArchitectureError where a budget cannot be spent on the model.
+        """
         if not isinstance(model, PreTrainedModel):
             raise ArchitectureError("only transformers models take a budget; quantize this module (method: rtn)")
         if visited(model):
@@ -77,7 +84,11 @@ class Searching:
                 "a search changes blocks all over the model, and the model does not fit the accelerator; "
                 "take --device cpu (device='cpu'), or a recipe with steps"
             )
-        return cls(model, recipe, batches, seed, progress, cache_folder())
+        undo = separate_experts(model)
+        try:
+            yield cls(model, recipe, batches, seed, progress, cache_folder())
+        finally:
+            undo()
 
     @property
     def spec(self) -> SearchSpec:
@@ -230,16 +241,20 @@ def plan_budget(
         CalibrationError: no data, or numbers that are not finite.
     """
     assert recipe.budget is not None
-    search = Searching.of(model, recipe, batches, seed, progress)
+    with Searching.on(model, recipe, batches, seed, progress) as search:
+        return _planned(search, recipe.budget)
+
+
+def _planned(search: Searching, budget: Budget) -> tuple[Plan, list[str]]:
     started = time.perf_counter()
-    problem = search.problem(search.sensitivity, recipe.budget.decode is not None or recipe.budget.prefill is not None)
+    problem = search.problem(search.sensitivity, budget.decode is not None or budget.prefill is not None)
     sensed = time.perf_counter()
-    programme = Programme(problem, search.limits(recipe.budget, problem))
+    programme = Programme(problem, search.limits(budget, problem))
     chosen = search.choose(programme)
     plan = described(problem, programme.limits, chosen)
     plan = replace(plan, search={**plan.search, "sensitivity": by_part(search.sensitivity, search.binding)})
     if not plan.prunes and not plan.schemes:
-        raise RecipeError(f"the dense model keeps the budget ({recipe.budget}) as it is; ask for less")
+        raise RecipeError(f"the dense model keeps the budget ({budget}) as it is; ask for less")
     ended = time.perf_counter()
     notes = [f"search: {sensed - started:.1f} s to measure what everything is worth, {ended - sensed:.1f} s to choose"]
     return plan, notes

@@ -178,8 +178,12 @@ class Job:
         check_type(self.model)
         if self.recipe is not None and self.recipe.budget is not None:
             # Before there is any data, which can take minutes to make.
-            with silence(), evaluating(self.model):
-                Searching.of(self.model, self.recipe, (), self.seed, self.show).check(self.recipe.budget)
+            with (
+                silence(),
+                evaluating(self.model),
+                Searching.on(self.model, self.recipe, (), self.seed, self.show) as search,
+            ):
+                search.check(self.recipe.budget)
 
     def data(self) -> CalibrationData:
         """Calibration batches; none when no step needs them."""

@@ -65,8 +65,9 @@ def make_front(
         wanted = replace(loaded, budget=asked[0][1])
         job = Job(model, wanted, tokenizer, calibration, seed, Progress(quiet=not progress))
         assert job.recipe is not None
-        for _, budget in asked:
-            Searching.of(model, job.recipe, (), seed, job.show).check(budget)
+        with Searching.on(model, job.recipe, (), seed, job.show) as search:
+            for _, budget in asked:
+                search.check(budget)
         make = functools.partial(
             calibration_batches,
             job.recipe.evaluation,
@@ -78,9 +79,9 @@ def make_front(
         )
         held_out = ranks().on_first(make)
         job.exclude = held_out.texts(tokenizer) if job.recipe.evaluation.data != "self" else None
-        search = Searching.of(model, job.recipe, job.data().batches, seed, job.show)
         timed = bool(resources & {"decode", "prefill"})
-        front = _Sweep(search, held_out, timed).front(resources.pop(), asked)
+        with Searching.on(model, job.recipe, job.data().batches, seed, job.show) as search:
+            front = _Sweep(search, held_out, timed).front(resources.pop(), asked)
         job.show.close()
     return front
 

@@ -37,6 +37,11 @@ def one_scheme(
         )
     if not any(needs_dequantize(model, dict.fromkeys(quantizable, scheme)) for scheme in schemes):
         return None
-    width = math.gcd(*(shape(model.get_submodule(path))[1] for path in quantizable))
+    return common(model, schemes, quantizable)
+
+
+def common(model: nn.Module, schemes: Collection[Scheme], paths: Collection[str]) -> tuple[Scheme, ...]:
+    """The schemes with a group size that divides the width of every matrix at `paths`."""
+    width = math.gcd(*(shape(model.get_submodule(path))[1] for path in paths))
     sizes = {scheme: max(d for d in range(1, (scheme.group_size or 1) + 1) if width % d == 0) for scheme in schemes}
     return tuple(replace(s, group_size=sizes[s]) if s.group_size is not None else s for s in schemes)

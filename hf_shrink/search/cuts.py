@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -42,11 +42,16 @@ class Cut:
 
 
 def prunable_units(model: nn.Module, binding: Binding, *, portable: bool) -> Prunable | None:
-    """Which kinds of units may go at all; None where none may, which leaves bits and depth to search."""
+    """Which kinds of units may go at all; None where none may, which leaves bits and depth to search.
+
+    Of experts only bits are searched for.
+    """
     try:
-        return find_prunable(model, binding, "all", portable=portable)
+        found = find_prunable(model, binding, "all", portable=portable)
     except RecipeError:
         return None
+    kinds = {key: counts for key, counts in found.kinds.items() if key[1] != "experts"}
+    return replace(found, kinds=kinds) if kinds else None
 
 
 def cuts_of(

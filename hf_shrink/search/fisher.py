@@ -8,7 +8,7 @@ g_tr^2 e_tr^2 nats: errors of different rows and tokens are taken for independen
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_shrink.architectures.linears import matrix
 from hf_shrink.calibration.capture import model_inputs
 from hf_shrink.calibration.frozen import frozen
 from hf_shrink.calibration.labels import generator_of, log_loss
@@ -35,7 +36,7 @@ class OutputGradients:
     Attributes:
         rows: float64 (out,), the sum of g_tr^2 over tokens t.
         tokens: for each batch of this process float32 (tokens,), the sum of g_tr^2 over rows r; 0 for padding, which
-            nothing reads.
+            nothing reads. None are kept of matrices that tokens are routed to.
     """
 
     rows: Tensor
@@ -60,12 +61,14 @@ def output_gradients(
     batches: Sequence[Mapping[str, Any]],
     seed: int,
     progress: ProgressCallback,
+    routed: Collection[str] = (),
 ) -> Fisher:
     """The Fisher information at the outputs of matrices, on the predictions of all batches.
 
     Args:
         blocks: every block of the model, in order; they run again in the backward pass, in float32.
         matrices: by path.
+        routed: those to which only some tokens come, perhaps none: experts'.
 
     Raises:
         CalibrationError: a matrix that saw no tokens, or NaN or Inf.
@@ -85,10 +88,15 @@ def output_gradients(
                 rows = squares.sum(0, dtype=torch.float64)
                 own = found.setdefault(path, OutputGradients(torch.zeros_like(rows), []))
                 own.rows += rows
-                own.tokens.append(squares.sum(1))
+                if path not in routed:
+                    own.tokens.append(squares.sum(1))
     progress("reading gradients", len(shared.own), len(shared.own))
+    for path in routed:
+        if path not in found:
+            weight = matrix(matrices[path])
+            found[path] = OutputGradients(torch.zeros(len(weight), dtype=torch.float64, device=weight.device), [])
     for path in matrices:
-        if path not in found or len(found[path].tokens) != len(shared.own):
+        if path not in routed and (path not in found or len(found[path].tokens) != len(shared.own)):
             raise CalibrationError(f"{path} does not see all of the calibration data; give data that reaches it")
         shared.add_up(found[path].rows)
         if not torch.isfinite(found[path].rows).all():

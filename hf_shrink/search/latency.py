@@ -26,6 +26,7 @@ from hf_shrink.checkpoint.record import hf_shrink_version
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime import CompressedLinear
+from hf_shrink.runtime.experts import separate_modules
 from hf_shrink.sharding import ranks
 
 PURPOSES: Mapping[str, int] = {"decode": 1, "prefill": 128}  # tokens that are multiplied at once
@@ -122,8 +123,13 @@ def model_seconds(model: PreTrainedModel) -> dict[str, float]:
     "decode" of models that generate, with CONTEXT tokens in the KV cache; "prefill" of all.
 
     Raises:
-        ArchitectureError: an encoder-decoder, or a model that does not read tokens.
+        ArchitectureError: an encoder-decoder, a mixture of experts, or a model that does not read tokens.
     """
+    if separate_modules(model):
+        raise ArchitectureError(
+            f"the latency of {type(model).__name__} cannot be predicted: of a mixture's experts a token takes some; "
+            "give a budget in bytes"
+        )
     if model.config.is_encoder_decoder or model.main_input_name != "input_ids":
         raise ArchitectureError(
             f"the latency of {type(model).__name__} cannot be predicted: only models of one stack that read tokens "

@@ -89,7 +89,7 @@ def measure(
         scale_dtype: of the scales that will be stored.
 
     Raises:
-        ArchitectureError: mixtures of experts; or the model's parts cannot be left out.
+        ArchitectureError: the model's parts cannot be left out.
         CalibrationError: no data, or numbers that are not finite.
     """
     started = time.perf_counter()
@@ -134,7 +134,8 @@ class _Measuring:
         """What every scheme costs every piece, corrected."""
         matrices = {path: module for piece in pieces for path, module in piece.modules.items()}
         blocks = [block.module for block in self.binding.blocks]
-        fisher = output_gradients(self.model, blocks, matrices, self.batches, self.seed, self.progress)
+        routed = {path for piece in pieces if piece.routed for path in piece.modules}
+        fisher = output_gradients(self.model, blocks, matrices, self.batches, self.seed, self.progress, routed)
         found: dict[str, Rounding] = {}
         done = 0
         for stack in self.binding.stacks:
@@ -142,7 +143,7 @@ class _Measuring:
             inside = [piece for piece in pieces if piece.key[0] == stack.name]
             if not inside:
                 continue
-            walk = StackWalk(self.model, modules, self.batches, fast=True)
+            walk = StackWalk(self.model, modules, self.batches, starved_experts="rtn", fast=True)
             assert self.method is not None
             heads = self.space.embeddings and self.method.needs_statistics
             last = heads and stack is self.binding.stacks[-1]
@@ -202,7 +203,9 @@ class _Measuring:
         weights: list[tuple[str, Tensor]] = []
         for paths in sharing(piece, statistics):
             dense = [matrix(piece.modules[path]).float() for path in paths]
-            solved = self.method.solve(torch.cat(dense), scheme, statistics[paths[0]], scale_dtype=self.scale_dtype)
+            seen = statistics.get(paths[0])
+            method = nearest() if seen is None else self.method
+            solved = method.solve(torch.cat(dense), scheme, seen, scale_dtype=self.scale_dtype)
             weights += zip(paths, torch.split(solved.dequantized(), [len(weight) for weight in dense]), strict=True)
         return weights
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Collection, Hashable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -14,24 +14,22 @@ from hf_shrink.architectures.absent import PARTS
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, BoundStack
 from hf_shrink.architectures.linears import is_matrix, shape
-from hf_shrink.plan import BlockPlan, Plan, Scheme
+from hf_shrink.plan import BlockPlan, Plan
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.prunable import config_key
-from hf_shrink.search.agreement import one_scheme
+from hf_shrink.search.choices import Choice, Choices, named, short
 from hf_shrink.search.costs import Costs
 from hf_shrink.search.cuts import STEP, Cut, cuts_of, prunable_units
 from hf_shrink.search.latency import LatencyTable
 from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Change, Cost, Group, Option, Place, Problem
 from hf_shrink.search.outer import outer_weights
-from hf_shrink.search.pieces import Piece, find_pieces
+from hf_shrink.search.pieces import EXPERTS, Piece, find_pieces
 from hf_shrink.search.pruned import undominated
 from hf_shrink.search.sensitivity import Sensitivity
 from hf_shrink.search.storage import Storage
 from hf_shrink.surgery import cut_shapes
 from hf_shrink.surgery.depth import writes_cache
-
-Choice = Scheme | None  # None: dense
 
 
 def make_problem(
@@ -73,7 +71,7 @@ def make_problem(
         groups=tuple(groups),
         fixed=costs.fixed(),
         links=tuple(tuple(link) for link in links.values() if len(link) > 1),
-        switches=tuple(tuple(sorted(names)) for names in maker.switches.values()),
+        switches=maker.choices.switches,
         base=base,
         depths={stack.name: len(stack.blocks) for stack in binding.stacks},
     )
@@ -87,24 +85,17 @@ class _Maker:
     sensitivity: Sensitivity
     costs: Costs
     quantizable: Collection[str]
-    switches: dict[Hashable, set[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         space = self.space
         self._prunable = None
         if space.width and self.sensitivity.curves:
             self._prunable = prunable_units(self.model, self.binding, portable=space.portable)
-        one = one_scheme(self.model, space.schemes, self.quantizable) if space.portable else None
-        self._must_agree = one is not None
-        # As it is measured under, and as it is stored.
-        self._choices: list[tuple[Choice, Choice]] = [
-            (None, None),
-            *zip(space.schemes, one or space.schemes, strict=True),
-        ]
+        self.choices = Choices(self.model, space.schemes, self.quantizable, portable=space.portable)
         sizes = [
-            stored.group_size for _, stored in self._choices if stored is not None and stored.group_size is not None
+            stored.group_size for _, stored in self.choices.all if stored is not None and stored.group_size is not None
         ]
-        self._multiple = max([STEP, *(size for size in sizes if self._must_agree or size <= 2 * STEP)])
+        self._multiple = max([STEP, *(size for size in sizes if self.choices.must_agree or size <= 2 * STEP)])
         keys = [stack.spec and (stack.spec.config, stack.spec.depth) for stack in self.binding.stacks]
         self._fixed_depth = {
             stack.name
@@ -121,6 +112,8 @@ class _Maker:
             part: BoundAttention | BoundMlp | None = getattr(block, kind)
             if part is not None:
                 made.append((kind, list(self._part(stack, block, kind, part, pieces))))
+        if any(kind in pieces for kind in EXPERTS):
+            made.append(("experts", list(self._of_experts(pieces))))
         if "others" in pieces:
             made.append(("others", list(self._others(pieces["others"]))))
         if not made:
@@ -143,7 +136,7 @@ class _Maker:
             multiplied = any(is_matrix(self.model.get_submodule(path)) for path in paths)
             damages = self.sensitivity.outer.get(paths[0], {})
             options = []
-            for asked, stored in self._choices:
+            for asked, stored in self.choices.all:
                 if asked is None or stored is None:
                     options.append(Option("dense", self.costs.outer(paths, None, multiplied=multiplied), 0.0))
                 elif asked in damages:
@@ -171,11 +164,11 @@ class _Maker:
             sizes = {path: shape(module) for path, module in part.modules.items()} | cut_shapes(block, cut.plan)
             size = self._switch_of_size(stack, part, cut) if curves is not None else ()
             cache = self.costs.cache(part, cut.kv_heads) if cached and isinstance(part, BoundAttention) else 0
-            for first, second in itertools.product(self._choices_of(writes), self._choices_of(reads)):
+            for first, second in itertools.product(self.choices.of(writes), self.choices.of(reads)):
                 given = dict.fromkeys(writes.modules, first[1]) if writes is not None else {}
                 given |= dict.fromkeys(reads.modules, second[1]) if reads is not None else {}
                 schemes = {path: s.for_width(sizes[path][1]) for path, s in given.items() if s is not None}
-                needs = self._switch_of_scheme(schemes)
+                needs = self.choices.needs(part.modules, schemes)
                 if needs is None:
                     continue
                 cost = self.costs.matrices(part.modules, sizes, schemes)
@@ -190,19 +183,36 @@ class _Maker:
             change = Change({}, BlockPlan(removed=(kind,)))
             yield Option(f"without {kind.replace('_', ' ')}", self.costs.stand_in(part), gone, change)
 
+    def _of_experts(self, pieces: Mapping[str, Piece]) -> Iterator[Option]:
+        """All experts of a block: bits for what writes their channels, and for what reads them."""
+        writes, reads = (pieces.get(kind) for kind in EXPERTS)
+        modules = {path: m for piece in (writes, reads) if piece is not None for path, m in piece.modules.items()}
+        sizes = {path: shape(module) for path, module in modules.items()}
+        for first, second in itertools.product(self.choices.of(writes), self.choices.of(reads)):
+            given = dict.fromkeys(writes.modules, first[1]) if writes is not None else {}
+            given |= dict.fromkeys(reads.modules, second[1]) if reads is not None else {}
+            schemes = {path: s.for_width(sizes[path][1]) for path, s in given.items() if s is not None}
+            needs = self.choices.needs(modules, schemes)
+            if needs is None:
+                continue
+            damage = sum(
+                self.sensitivity.rounding[piece.name].damage[asked]
+                for piece, (asked, _) in ((writes, first), (reads, second))
+                if piece is not None and asked is not None
+            )
+            name = named(first[1] if writes is not None else second[1], second[1] if reads is not None else first[1])
+            yield Option(name, self.costs.matrices(modules, sizes, schemes), damage, Change(schemes), needs)
+
     def _others(self, piece: Piece) -> Iterator[Option]:
         """Matrices without a role."""
         sizes = {path: shape(module) for path, module in piece.modules.items()}
-        for asked, stored in self._choices:
+        for asked, stored in self.choices.of(piece):
             schemes = {} if stored is None else {path: stored.for_width(size[1]) for path, size in sizes.items()}
-            needs = self._switch_of_scheme(schemes)
+            needs = self.choices.needs(piece.modules, schemes)
             if needs is not None:
                 damage = 0.0 if asked is None else self.sensitivity.rounding[piece.name].damage[asked]
                 cost = self.costs.matrices(piece.modules, sizes, schemes)
                 yield Option(short(stored), cost, damage, Change(schemes), needs)
-
-    def _choices_of(self, piece: Piece | None) -> list[tuple[Choice, Choice]]:
-        return [(None, None)] if piece is None else self._choices
 
     def _rounding(self, piece: Piece | None, scheme: Choice, cut: Cut) -> float:
         """Nats that a scheme costs a piece with some units left."""
@@ -217,18 +227,7 @@ class _Maker:
         if not self.space.portable:
             return ()
         what = "mlp" if isinstance(part, BoundMlp) else "attention"
-        return self._switch(config_key(stack, part), f"{stack.name} {what}: {cut.name or 'all'}")
-
-    def _switch_of_scheme(self, schemes: Mapping[str, Scheme]) -> tuple[str, ...] | None:
-        """Of the one scheme that all weights must have; None where these have several."""
-        found = set(schemes.values())
-        if not self._must_agree or not found:
-            return ()
-        return None if len(found) > 1 else self._switch("schemes", f"weights: {short(found.pop())}")
-
-    def _switch(self, key: Hashable, name: str) -> tuple[str]:
-        self.switches.setdefault(key, set()).add(name)
-        return (name,)
+        return self.choices.switch(config_key(stack, part), f"{stack.name} {what}: {cut.name or 'all'}")
 
     def _may_go(self, stack: BoundStack, block: BoundBlock) -> bool:
         """Not the first block, nor the first of its kind where layers with windows have caches of their own."""
@@ -236,17 +235,3 @@ class _Maker:
         known = isinstance(types, list | tuple) and len(types) == len(stack.blocks)
         kinds: list[Any] = list(types) if known else [None] * len(stack.blocks)
         return kinds.index(kinds[block.index]) != block.index
-
-
-def named(*choices: Choice) -> str:
-    """Of a part: the scheme of all, or of what writes its units and of what reads them."""
-    names = list(dict.fromkeys(map(short, choices or (None,))))
-    return names[0] if len(names) == 1 else f"{names[0]} in, {names[1]} out"
-
-
-def short(scheme: Choice) -> str:
-    """For example "W4 g64"."""
-    if scheme is None:
-        return "dense"
-    size = f" g{scheme.group_size}" if scheme.group_size else f" per {scheme.strategy}"
-    return f"W{scheme.bits}{size}{'' if scheme.symmetric else ' asymmetric'}"

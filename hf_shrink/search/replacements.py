@@ -172,7 +172,7 @@ def input_statistics(
 ) -> dict[str, InputStatistics]:
     """Second moments of the dense model's inputs to the matrices at `paths` inside the stacks' blocks.
 
-    They are put on the shelf, each under the id of its object.
+    They are put on the shelf, each under the id of its object. Experts that saw too few tokens have none.
 
     Args:
         heads: also of the inputs to the output head.
@@ -181,7 +181,8 @@ def input_statistics(
     total = sum(len(stack.blocks) for stack in stacks)
     done = 0
     for stack in stacks:
-        walk = StackWalk(model, [block.module for block in stack.blocks], batches, fast=True)
+        modules = [block.module for block in stack.blocks]
+        walk = StackWalk(model, modules, batches, starved_experts="rtn", fast=True)
         for block in stack.blocks:
             progress("reading inputs", done, total)
             inside = {path: model.get_submodule(path) for path in paths if path.startswith(block.path + ".")}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,10 +20,12 @@ from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
+from hf_shrink.search.correcting import tried_blocks
 from hf_shrink.search.fisher import Fisher
 from hf_shrink.search.pieces import Piece
 from hf_shrink.sharding import spread
 
+EXPERTS = 8  # of a block's that are tried: the others cost as much for what the predictions make of their outputs
 ROWS = 128  # of a stack of weights that share their input; of the larger ones about this many
 COARSE = 4  # bits up to which the method itself is asked; of more, plain rounding tells as well, and loses little
 
@@ -61,15 +63,19 @@ def rounding_damages(
         passing: the walk goes on to the next block.
     """
     modules = {path: module for piece in pieces for path, module in piece.modules.items()}
-    weighted = _WeightedMoments(modules, fisher)
+    alike = {path: module for piece in pieces if not piece.routed for path, module in piece.modules.items()}
+    weighted = _WeightedMoments(alike, fisher)
     with weighted.listening():
         statistics = walk.statistics(modules, passing=passing)
-    walk.share.add_up(*(weighted.moments[path] for path in modules))
+    walk.share.add_up(*(weighted.moments[path] for path in alike))
     found: dict[str, Rounded] = {}
     for piece in pieces:
-        costs = {
-            path: _of_matrix(path, module, weighted.moments[path], fisher) for path, module in piece.modules.items()
-        }
+        tried, factor = _tried(piece, statistics, fisher) if piece.routed else (piece, 1.0)
+        costs = {}
+        for path, module in tried.modules.items():
+            # Which tokens an expert gets may differ from pass to pass: they count alike.
+            moment = statistics[path].mean if piece.routed else _normalised(weighted.moments[path], path, fisher)
+            costs[path] = _of_matrix(path, module, moment, fisher)
 
         def lost(case: tuple[list[str], Scheme], costs: Mapping[str, _MatrixCost] = costs) -> list[float]:
             paths, scheme = case
@@ -80,10 +86,10 @@ def rounding_damages(
             return [costs[path].of(part) for path, part in zip(paths, parts, strict=True)]
 
         damage = dict.fromkeys(schemes, 0.0)
-        cases = [(paths, scheme) for paths in sharing(piece, statistics) for scheme in schemes]
+        cases = [(paths, scheme) for paths in sharing(tried, statistics) for scheme in schemes]
         for (_, scheme), found_here in zip(cases, spread(cases, lost), strict=True):
             for value in found_here:
-                damage[scheme] += value
+                damage[scheme] += value * factor
         found[piece.name] = Rounded(
             damage,
             {path: cost.by_row() for path, cost in costs.items()},
@@ -134,20 +140,38 @@ def nearest() -> QuantizationMethod:
     return method
 
 
+def _tried(piece: Piece, statistics: Mapping[str, InputStatistics], fisher: Fisher) -> tuple[Piece, float]:
+    """Some experts of a piece, spread over how much depends on them; and by what all are more than these."""
+    masses: dict[str, float] = {}
+    for path in piece.modules:
+        expert = path.rpartition(".")[0]
+        masses[expert] = masses.get(expert, 0.0) + float(fisher.outputs[path].rows.sum())
+    known = {path.rpartition(".")[0] for path in piece.modules if path in statistics}
+    order = sorted(known, key=lambda expert: (masses[expert], expert))
+    chosen = {order[place] for place in tried_blocks(len(order), EXPERTS)}
+    mass = sum(masses[expert] for expert in chosen)
+    modules = {path: module for path, module in piece.modules.items() if path.rpartition(".")[0] in chosen}
+    return replace(piece, modules=modules), sum(masses.values()) / mass if mass > 0 else 1.0
+
+
+def _normalised(moment: Tensor, path: str, fisher: Fisher) -> Tensor:
+    total = float(fisher.outputs[path].rows.sum())
+    return moment / total if total > 0 else moment
+
+
 def _of_matrix(path: str, module: nn.Module, moment: Tensor, fisher: Fisher) -> _MatrixCost:
+    """`moment`: a mean."""
     whole = matrix(module).detach().float()
     gradients = fisher.outputs[path].rows.to(whole.device)
     step = max(1, len(whole) // ROWS)
-    total = float(gradients.sum())
-    moment = moment / total if total > 0 else moment
     return _MatrixCost(whole, whole[::step], gradients, gradients[::step], moment, fisher.predictions)
 
 
 def sharing(piece: Piece, statistics: Mapping[str, InputStatistics]) -> list[list[str]]:
-    """The piece's paths, together where they read the same input."""
+    """The piece's paths, together where they read the same input; those without statistics by themselves."""
     groups: dict[int, list[str]] = {}
-    for path in piece.modules:
-        groups.setdefault(id(statistics[path]), []).append(path)
+    for place, path in enumerate(piece.modules):
+        groups.setdefault(id(statistics[path]) if path in statistics else -place, []).append(path)
     return list(groups.values())
 
 

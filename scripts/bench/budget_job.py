@@ -47,10 +47,8 @@ def predictions(job: dict[str, Any]) -> dict[str, Any]:
     from hf_shrink.search.swaps import Swaps
 
     model, _, batches = loaded(job)
-    with torch.no_grad():
-        search = Searching.of(
-            model, Recipe.from_dict(job["recipe"]), batches, job["seed"], Progress(quiet=not sys.stderr.isatty())
-        )
+    recipe, show = Recipe.from_dict(job["recipe"]), Progress(quiet=not sys.stderr.isatty())
+    with torch.no_grad(), Searching.on(model, recipe, batches, job["seed"], show) as search:
         problem = search.problem(search.sensitivity, timed=False)
         plans = []
         for number in range(PLANS):

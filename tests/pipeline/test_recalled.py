@@ -61,7 +61,7 @@ CASES: dict[str, Case] = {
         batches,
     ),
 }
-QUICK = ("depth", "width")
+QUICK = ("depth",)
 every_case = pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name in QUICK else pytest.mark.slow) for name in CASES]
 )

@@ -139,6 +139,7 @@ def test_what_shares_no_work_is_done_once(source: Path, tmp_path: Path) -> None:
     assert "w4a16" in said(tmp_path, 0) and said(tmp_path, 1) == ""
 
 
+@pytest.mark.slow
 def test_planning_and_repair_go_on_later(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recalled, "EVERY", 0.0)
     recipe = tmp_path / "recipe.yaml"
