@@ -73,15 +73,15 @@ def rounding_damages(
         tried, factor = _tried(piece, statistics, fisher) if piece.routed else (piece, 1.0)
         costs = {}
         for path, module in tried.modules.items():
-            # Which tokens an expert gets may differ from pass to pass: they count alike.
-            moment = statistics[path].mean if piece.routed else _normalised(weighted.moments[path], path, fisher)
+            moment = _plain(statistics.get(path), module) if piece.routed else weighted.mean(path)
             costs[path] = _of_matrix(path, module, moment, fisher)
 
         def lost(case: tuple[list[str], Scheme], costs: Mapping[str, _MatrixCost] = costs) -> list[float]:
             paths, scheme = case
             rows = torch.cat([costs[path].weight for path in paths])
-            solver = method if scheme.bits <= COARSE else nearest()
-            solved = solver.solve(rows, scheme, statistics[paths[0]], scale_dtype=scale_dtype)
+            seen = statistics.get(paths[0])
+            solver = method if scheme.bits <= COARSE and seen is not None else nearest()
+            solved = solver.solve(rows, scheme, seen, scale_dtype=scale_dtype)
             parts = torch.split(rows - solved.dequantized(), [len(costs[path].weight) for path in paths])
             return [costs[path].of(part) for path, part in zip(paths, parts, strict=True)]
 
@@ -141,22 +141,29 @@ def nearest() -> QuantizationMethod:
 
 
 def _tried(piece: Piece, statistics: Mapping[str, InputStatistics], fisher: Fisher) -> tuple[Piece, float]:
-    """Some experts of a piece, spread over how much depends on them; and by what all are more than these."""
+    """Some experts of a piece, spread over how much depends on them; and by what all are more than these.
+
+    Of those that saw enough tokens for statistics, or of all where none did.
+    """
     masses: dict[str, float] = {}
     for path in piece.modules:
         expert = path.rpartition(".")[0]
         masses[expert] = masses.get(expert, 0.0) + float(fisher.outputs[path].rows.sum())
     known = {path.rpartition(".")[0] for path in piece.modules if path in statistics}
-    order = sorted(known, key=lambda expert: (masses[expert], expert))
+    order = sorted(known or masses, key=lambda expert: (masses[expert], expert))
     chosen = {order[place] for place in tried_blocks(len(order), EXPERTS)}
     mass = sum(masses[expert] for expert in chosen)
     modules = {path: module for path, module in piece.modules.items() if path.rpartition(".")[0] in chosen}
     return replace(piece, modules=modules), sum(masses.values()) / mass if mass > 0 else 1.0
 
 
-def _normalised(moment: Tensor, path: str, fisher: Fisher) -> Tensor:
-    total = float(fisher.outputs[path].rows.sum())
-    return moment / total if total > 0 else moment
+def _plain(statistics: InputStatistics | None, module: nn.Module) -> Tensor:
+    """The mean of x x^T over an expert's tokens. They count alike: which ones it gets may differ from pass to pass.
+
+    Without statistics as if its inputs were independent and of size 1; trials correct for what they are.
+    """
+    weight = matrix(module)
+    return torch.eye(weight.shape[1], device=weight.device) if statistics is None else statistics.mean
 
 
 def _of_matrix(path: str, module: nn.Module, moment: Tensor, fisher: Fisher) -> _MatrixCost:
@@ -187,6 +194,11 @@ class _WeightedMoments:
         self._fisher = fisher
         self._seen = dict.fromkeys(modules, 0)
         self.moments: dict[str, Tensor] = {}
+
+    def mean(self, path: str) -> Tensor:
+        """The weighted mean of x x^T, once the block has run on everything."""
+        total = float(self._fisher.outputs[path].rows.sum())
+        return self.moments[path] / total if total > 0 else self.moments[path]
 
     def listening(self) -> ExitStack:
         stack = ExitStack()

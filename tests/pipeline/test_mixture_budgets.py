@@ -123,6 +123,12 @@ def test_experts_without_tokens_are_rounded_without_data() -> None:
     asked = recipe("40%", False)
     plan = make_plan(model, asked, calibration=few, progress=False)
     assert any(".experts.3." in path for path in plan.schemes)
+    hardly_any = [{"input_ids": data(1)[0]["input_ids"][:1, :6]}]  # no expert has statistics
+    with torch.no_grad(), Searching.on(model, Recipe.from_dict(asked), hardly_any, 0, quiet) as search:
+        rounding = search.sensitivity.rounding
+    for name in ("model.layers.0 experts in", "model.layers.1 experts out"):
+        costs = [rounding[name].damage[scheme] for scheme in sorted(rounding[name].damage, key=lambda s: s.bits)]
+        assert costs[0] > costs[1] > costs[2] > 0
 
 
 def test_blocks_go_and_what_cannot_be_is_said() -> None:
