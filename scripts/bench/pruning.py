@@ -8,9 +8,9 @@ Protocol: as of quality.py: 128 x 512 consecutive tokens of emma.txt to calibrat
 mansfieldpark.txt and of Shakespeare's tragedies. 10, 20 and 30% of the blocks' parameters go. Beside ours, in the same
 run: wanda's score for whole MLP channels and ShortGPT's block influence, both as published, without refit; and
 Torch-Pruning's Taylor on MLP channels. `both` takes half of it as blocks and half by obs, `both-deep` five sixths as
-blocks. Speed is that of the pruned and the dense model in turn, in one process. Every
-variant runs in a process of its own, one after the other; nothing else should run on the machine. The results file is
-written after every variant, and a later run does only what is missing or named by --rerun.
+blocks, `both-uneven` lets every block keep other sizes. Speed is that of the pruned and the dense model in turn, in one
+process. Every variant runs in a process of its own, one after the other; nothing else should run on the machine. The
+results file is written after every variant, and a later run does only what is missing or named by --rerun.
 """
 
 from __future__ import annotations
@@ -87,6 +87,7 @@ def variants(ratios: Iterable[float], minutes: float) -> list[Variant]:
             Variant("evolve-parts", ratio, (depth("evolve", minutes=minutes, parts="any"),), portable=False),
             Variant("both", ratio, both(1 / 2)),
             Variant("both-deep", ratio, both(5 / 6)),
+            Variant("both-uneven", ratio, both(1 / 2), portable=False),
             Variant(
                 "both-searched",
                 ratio,

@@ -46,7 +46,7 @@ def targets(summary: Mapping[str, Any], results: Mapping[str, Any]) -> dict[str,
         rows = [list(summary[n]["ratio"].values()) for n in names if len(summary.get(n, {}).get("ratio", ())) > 0]
         return min(rows, key=sum, default=[])
 
-    plain = ("obs:20%", "obs-uneven:20%", "kl_greedy:20%", "both:20%", "both-deep:20%")
+    plain = ("obs:20%", "obs-uneven:20%", "kl_greedy:20%", "both:20%", "both-deep:20%", "both-uneven:20%")
     judge("loss at 20% to the best reference", ratios(plain), 0.4)
     judge("the same, with a search", ratios(("evolve:20%", "evolve-parts:20%", "both-searched:20%")), 0.33)
     pair = [summary.get(name, {}).get("excess_loss") for name in ("obs:20%", "obs-no-refit:20%")]

@@ -38,14 +38,16 @@ PRUNED = {
     "block_influence": "ShortGPT's block influence, as published",
     "torchpruning": "Torch-Pruning {}, Taylor on channels",
     "obs": "**hf_shrink**, width: `obs`",
-    "obs-no-refit": "the same without refit",
+    "obs-no-refit": "**hf_shrink**, width: `obs` without refit",
     "obs-uneven": "**hf_shrink**, width: `obs`, `portable: false`",
     "kl_greedy": "**hf_shrink**, depth: `kl_greedy`",
     "evolve": "**hf_shrink**, depth: `evolve`, {minutes} minutes",
     "evolve-parts": "**hf_shrink**, depth: `evolve` with `parts: any`, {minutes} minutes",
     "both": "**hf_shrink**, half by `kl_greedy`, half by `obs`",
     "both-deep": "**hf_shrink**, five sixths by `kl_greedy`, the rest by `obs`",
-    "both-searched": "**hf_shrink**, half by `evolve` with `parts: any`, half by `obs`",
+    "both-uneven": "**hf_shrink**, half by `kl_greedy`, half by `obs`; `portable: false`",
+    "both-searched": "**hf_shrink**, half by `evolve` with `parts: any`, {minutes} minutes, half by `obs`; "
+    "`portable: false`",
 }
 # What a method of the older file is called today: where that was measured too, the older figure is left out.
 TODAY = {"gptq": "balanced", "rtn": "rtn"}
