@@ -49,7 +49,7 @@ def expert_schemes(model: PreTrainedModel, schemes: dict[str, Any]) -> set[Any]:
     return {schemes.get(path) for path in paths}
 
 
-QUICK = (("qwen2_moe", True, 0.55), ("mixtral", False, 0.35))
+QUICK = (("qwen2_moe", True, 0.55),)
 CASES = [(name, *rest) for name in ("mixtral", "qwen2_moe", "glm4_moe") for rest in ((True, 0.55), (False, 0.35))]
 
 
@@ -131,6 +131,7 @@ def test_experts_without_tokens_are_rounded_without_data() -> None:
         assert costs[0] > costs[1] > costs[2] > 0
 
 
+@pytest.mark.slow
 def test_blocks_go_and_what_cannot_be_is_said() -> None:
     asked = recipe("30%", True, bits=[8])
     model: Any = shrink(MIXTURES["mixtral"](num_hidden_layers=5), asked, calibration=data(), progress=False)
@@ -141,11 +142,10 @@ def test_blocks_go_and_what_cannot_be_is_said() -> None:
         make_plan(MIXTURES["mixtral"](), {"budget": {"latency": "60%"}}, calibration=data(), progress=False)
 
 
-@pytest.mark.parametrize("bits", [[], [4, 8]])
-def test_dense_experts_go_with_dense_weights_only(bits: list[int]) -> None:
+def test_dense_experts_go_with_dense_weights_only() -> None:
     """Portable: of all assignments none packs anything beside dense experts, or experts by two schemes."""
     model = MIXTURES["mixtral"](num_hidden_layers=2)
-    asked = Recipe.from_dict(recipe("90%", True, bits=bits, depth=True))
+    asked = Recipe.from_dict(recipe("90%", True, bits=[4, 8], depth=True))
     with torch.no_grad(), Searching.on(model, asked, data(), 0, quiet) as search:
         problem = search.problem(search.sensitivity, timed=False)
     draw = torch.Generator().manual_seed(0)

@@ -57,7 +57,7 @@ def test_every_built_in_recipe_runs_on_its_own_text(name: str, tmp_path: Path) -
         assert report.bytes_after == report.bytes_before  # zeros are stored like any other weight
     else:
         assert report.bytes_after < report.bytes_before
-    assert report.portable
+    assert report.portable or not recipe.portable
     assert torch.isfinite(torch.tensor(error(model, dense)))
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path)
