@@ -113,6 +113,8 @@ def build_skeleton(model: PreTrainedModel, config: PretrainedConfig | None = Non
     config = copy.deepcopy(model.config if config is None else config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
+    if isinstance(config.dtype, str):  # as saving leaves it; some models build from it
+        config.dtype = getattr(torch, config.dtype)
     with torch.device("meta"), no_init_weights():
         skeleton = type(model)(config)
     same_family(model, skeleton)
