@@ -94,6 +94,10 @@ class StackPlan:
     kept: tuple[int, ...]
     blocks: Mapping[int, BlockPlan] = field(default_factory=dict)
 
+    @property
+    def cuts_experts(self) -> bool:
+        return any(block.expert_channels is not None for block in self.blocks.values())
+
 
 @dataclass(frozen=True)
 class HiddenPlan:

@@ -110,7 +110,7 @@ def refuse_starved(starved: Mapping[str, int], matrices: Mapping[str, nn.Module]
 
 
 def starved_note(starved: Mapping[str, int]) -> str:
-    """For the report: which experts were rounded without data."""
+    """For the report: which experts were rounded, or lost channels, without data."""
     shown = ", ".join(f"{expert} ({count} tokens)" for expert, count in list(starved.items())[:SHOWN])
     more = f" and {len(starved) - SHOWN} more" if len(starved) > SHOWN else ""
-    return f"{len(starved)} experts saw too few calibration tokens and were rounded to nearest: {shown}{more}"
+    return f"{len(starved)} experts saw too few calibration tokens and were compressed without data: {shown}{more}"

@@ -57,9 +57,7 @@ def apply_plan(
     solves = any(m is not None and m.needs_statistics for m in (method, zeroing))
     reaching = tower_batches(model, towers, batches) if solves else {}
     stacks = repair_and_remove(model, binding, plan, batches, report, progress) if binding is not None else []
-    apart = packs_experts(binding, touched) or any(
-        block.expert_channels is not None for stack in stacks for block in stack.plan.blocks.values()
-    )
+    apart = packs_experts(binding, touched) or any(stack.plan.cuts_experts for stack in stacks)
     put_back = separate_experts(model) if apart else None
     if plan.hidden is not None:
         stacks = slice_planned(model, stacks, plan.hidden, batches, report, progress)

@@ -144,7 +144,7 @@ def plan_recipe(
         refit=width.refit if width else False,
         repair=bool(depth and depth.refit and damage),
         # An expert without statistics loses channels too, by its weights alone.
-        starved_experts="rtn" if any(_cuts_experts(stack) for stack in stacks.values()) else "error",
+        starved_experts="rtn" if any(stack.cuts_experts for stack in stacks.values()) else "error",
         damage=damage,
         vocabulary=tokens.plan if tokens else None,
         hidden=narrower_stream,
@@ -182,10 +182,6 @@ def plan_recipe(
     if not plan.prunes and not plan.bits and plan.vocabulary is None and plan.weights is None:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")
     return Planned(plan, tuple(notes))
-
-
-def _cuts_experts(stack: StackPlan) -> bool:
-    return any(block.expert_channels is not None for block in stack.blocks.values())
 
 
 def _resolve(
