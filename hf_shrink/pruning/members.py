@@ -86,3 +86,11 @@ def joined(curves: Sequence[RemovalCurve]) -> RemovalCurve:
     losses = torch.stack([curve.losses for curve in curves], dim=1)
     steps = losses.diff(dim=0, prepend=losses.new_zeros(1, count))
     return RemovalCurve(order.reshape(-1), steps.reshape(-1).cumsum(0), torch.cat([curve.alone for curve in curves]))
+
+
+def by_member(units: Sequence[int], each: int, count: int) -> list[list[int]]:
+    """From units numbered one member's after another's, `each` a member, to those of each."""
+    found: list[list[int]] = [[] for _ in range(count)]
+    for unit in units:
+        found[unit // each].append(unit % each)
+    return found

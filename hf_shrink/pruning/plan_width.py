@@ -21,7 +21,7 @@ from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.allocate import Request, allocate
 from hf_shrink.pruning.base import GradientMethod, WidthMethod
 from hf_shrink.pruning.curves import PartCurves
-from hf_shrink.pruning.members import reading_modules
+from hf_shrink.pruning.members import by_member, reading_modules
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.prunable import Prunable, config_key, find_prunable
 from hf_shrink.pruning.refit import LONGEST
@@ -121,11 +121,7 @@ def _scored(prunable: Prunable, step: PruneStep, method: WidthMethod) -> Prunabl
 
 def _by_expert(kept: Sequence[int], experts: BoundExperts) -> tuple[tuple[int, ...], ...]:
     """From channels numbered one expert's after another's to those of each."""
-    each = experts.channels
-    return tuple(
-        tuple(channel - start for channel in kept if start <= channel < start + each)
-        for start in range(0, experts.count * each, each)
-    )
+    return tuple(map(tuple, by_member(kept, experts.channels, experts.count)))
 
 
 def _compares(binding: Binding, prunable: Prunable, method: WidthMethod, portable: bool) -> bool:

@@ -14,7 +14,7 @@ from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.pruning.base import OrderingMethod, WidthMethod
 from hf_shrink.pruning.curves import PartCurves, curve_of
-from hf_shrink.pruning.members import Member, joined, members
+from hf_shrink.pruning.members import Member, by_member, joined, members
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.refit import refit_reader
 from hf_shrink.pruning.trials import Trials
@@ -90,8 +90,7 @@ class Scorer:
         self.shelf.give_back(list(self._parts).index((block, kind)))
         own = self._parts[block, kind]
         first, found = units_of(own[0].part), []
-        for number, member in enumerate(own):
-            there = [unit - number * first for unit in kept if number * first <= unit < (number + 1) * first]
+        for number, (member, there) in enumerate(zip(own, by_member(kept, first, len(own)), strict=True)):
             found += [unit + number * first for unit in self._better(member, there)]
         return tuple(found)
 
