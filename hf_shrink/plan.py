@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,8 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
 from hf_shrink.scheme import BITS, KINDS, STRATEGIES, Kind, Scheme, Strategy
 from hf_shrink.sparsity import WeightsPlan
-from hf_shrink.tokens import VocabularyPlan, ranges
+from hf_shrink.stacks import BlockPlan, StackPlan
+from hf_shrink.tokens import VocabularyPlan
 
 __all__ = [
     "BITS",
@@ -46,57 +47,6 @@ def split_transform(spec: TransformSpec) -> tuple[str, Mapping[str, Any]]:
         if isinstance(name, str) and isinstance(options, Mapping):
             return name, options
     raise RecipeError(f"a transform is a name, or a name with options such as {{awq: {{grid: 40}}}}, not {spec!r}")
-
-
-@dataclass(frozen=True)
-class BlockPlan:
-    """What is kept of one block. None means everything.
-
-    Attributes:
-        query_heads: kept query heads, ascending, as numbered in the source; the same number from every KV group kept.
-        channels: kept MLP channels, ascending.
-        cross_heads: as query_heads, of the attention to the encoder.
-        experts: kept experts, ascending.
-        merges: what removed experts leave behind: (removed expert, kept expert, share), the share that the removed
-            one's weights have in the kept one's new weights. None: nothing is left of them.
-        expert_channels: kept channels of each expert, ascending, as many of all of them, a multiple of 8; for every
-            expert of the source, in its order, also where some of them go.
-        removed: the parts that go as a whole, of "attention", "cross_attention" and "mlp".
-    """
-
-    query_heads: tuple[int, ...] | None = None
-    channels: tuple[int, ...] | None = None
-    cross_heads: tuple[int, ...] | None = None
-    experts: tuple[int, ...] | None = None
-    merges: tuple[tuple[int, int, float], ...] | None = None
-    removed: tuple[str, ...] | None = None
-    expert_channels: tuple[tuple[int, ...], ...] | None = None
-
-    @property
-    def keeps_all(self) -> bool:
-        return all(getattr(self, field.name) is None for field in fields(self))
-
-    @classmethod
-    def from_dict(cls, data: Mapping[str, Any]) -> BlockPlan:
-        """From decoded JSON, which has lists for tuples."""
-        return cls(**{key: _tuples(value) for key, value in data.items()})
-
-
-@dataclass(frozen=True)
-class StackPlan:
-    """What is kept of one stack.
-
-    Attributes:
-        kept: indices of the kept blocks in the source, ascending.
-        blocks: by source index; a block without an entry keeps everything.
-    """
-
-    kept: tuple[int, ...]
-    blocks: Mapping[int, BlockPlan] = field(default_factory=dict)
-
-    @property
-    def cuts_experts(self) -> bool:
-        return any(block.expert_channels is not None for block in self.blocks.values())
 
 
 @dataclass(frozen=True)
@@ -174,7 +124,9 @@ class Plan:
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The plan as JSON text, also written to `path` when given."""
-        text = json.dumps({"plan_format": PLAN_FORMAT, **asdict(self)}, indent=1)
+        stacks = {name: stack.to_dict() for name, stack in self.stacks.items()}
+        said = {"plan_format": PLAN_FORMAT, **asdict(replace(self, stacks={})), "stacks": stacks}
+        text = json.dumps(said, indent=1)
         if path is not None:
             Path(path).write_text(text)
         return text
@@ -193,13 +145,7 @@ class Plan:
         if data.pop("plan_format", None) != PLAN_FORMAT:
             raise RecipeError(f"not a plan of format {PLAN_FORMAT}; make one with `hf-shrink plan` or make_plan()")
         try:
-            stacks = {
-                name: StackPlan(
-                    kept=tuple(stack["kept"]),
-                    blocks={int(i): BlockPlan.from_dict(block) for i, block in stack["blocks"].items()},
-                )
-                for name, stack in data.pop("stacks").items()
-            }
+            stacks = {name: StackPlan.from_dict(stack) for name, stack in data.pop("stacks").items()}
             schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
             transforms = tuple(data.pop("transforms", ()))
             vocabulary = data.pop("vocabulary", None)
@@ -221,19 +167,7 @@ class Plan:
             kept = sum(index < self.vocabulary.rows for index in self.vocabulary.ids)
             lines.append(f"vocabulary: {kept:,} of {self.vocabulary.rows:,} tokens kept")
         for name, stack in self.stacks.items():
-            lines.append(f"{name}: {len(stack.kept)} blocks kept ({ranges(stack.kept)})")
-            for index in stack.kept:
-                block = stack.blocks.get(index)
-                if block is None or block.keeps_all:
-                    continue
-                heads = "all" if block.query_heads is None else str(len(block.query_heads))
-                channels = "all" if block.channels is None else str(len(block.channels))
-                gone = f", without its {' and '.join(block.removed)}".replace("_", " ") if block.removed else ""
-                experts = "" if block.experts is None else f", experts {len(block.experts)}"
-                if block.expert_channels is not None:
-                    experts += f", channels of each expert {len(block.expert_channels[0])}"
-                merged = f" ({len(block.merges)} merged into them)" if block.merges else ""
-                lines.append(f"  block {index}: query heads {heads}, channels {channels}{experts}{merged}{gone}")
+            lines += stack.summary(name)
         if self.hidden is not None:
             how = f"{self.hidden.method}{', refitted' if self.hidden.refit else ''}"
             head = ", the head gets a weight of its own" if self.hidden.untie else ""
@@ -282,10 +216,6 @@ class Plan:
         if tune:
             lines.append(f"after rounding, scales, zero points and norms are tuned: {tune}")
         return lines
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
 def _named(transform: TransformSpec) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.ranges import from_ranges
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,7 @@ class VocabularyPlan:
     @property
     def ids(self) -> tuple[int, ...]:
         """The kept ids. Raises RecipeError where `kept` says none."""
-        try:
-            parts = [tuple(map(int, part.split("-"))) for part in self.kept.split(",")]
-            found = tuple(i for part in parts for i in range(part[0], part[-1] + 1))
-        except ValueError as error:
-            raise RecipeError(f"the plan's kept tokens are not ranges of ids: {error}") from error
-        if list(found) != sorted(set(found)) or found[0] < 0:
-            raise RecipeError("the plan's kept tokens must be ascending ids, each once")
+        found = from_ranges(self.kept)
+        if not found:
+            raise RecipeError("the plan keeps no token")
         return found
-
-
-def ranges(numbers: Sequence[int], separator: str = ", ") -> str:
-    """Ascending numbers, (0, 1, 2, 5) as "0-2, 5"."""
-    parts: list[list[int]] = []
-    for n in numbers:
-        if parts and n == parts[-1][1] + 1:
-            parts[-1][1] = n
-        else:
-            parts.append([n, n])
-    return separator.join(str(a) if a == b else f"{a}-{b}" for a, b in parts)

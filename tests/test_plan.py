@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,28 @@ def test_json_round_trip(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     text = PLAN.to_json(path)
     assert Plan.from_json(text) == PLAN == Plan.from_json(path) == Plan.from_json(json.loads(text))
+
+
+def test_kept_units_are_written_as_ranges_and_read_as_lists_too() -> None:
+    block = BlockPlan(
+        (0, 1, 2, 5), (1, 3), (2, 3), (0, 2), ((1, 0, 0.5),), ("mlp",), ((0, 1, 2, 3), (0, 1, 4, 6), (4, 5, 6, 7))
+    )
+    plan = replace(PLAN, stacks={"decoder": StackPlan((0, 1, 2), {1: block, 2: BlockPlan(channels=())})})
+    said = json.loads(plan.to_json())["stacks"]["decoder"]
+    assert said["kept"] == "0-2" and said["blocks"]["2"] == {"channels": ""}
+    assert said["blocks"]["1"]["query_heads"] == "0-2,5"
+    assert said["blocks"]["1"]["expert_channels"] == ["0-3", "0-1,4,6", "4-7"]
+    assert Plan.from_json(plan.to_json()) == plan
+    lists = {"plan_format": 1, "model_type": "llama", "stacks": {"a": {"kept": [0, 2], "blocks": {"2": asdict(block)}}}}
+    assert Plan.from_json({**lists, "schemes": {}}).stacks["a"] == StackPlan((0, 2), {2: block})
+
+
+@pytest.mark.parametrize("said", ["1,0", "0-2,2", "3-1", "1-2-3", "a", "-1", "0,,1"])
+def test_units_that_are_no_ranges_are_refused(said: str) -> None:
+    bad = json.loads(PLAN.to_json())
+    bad["stacks"]["decoder"]["blocks"]["0"]["channels"] = said
+    with pytest.raises(RecipeError, match="such as '0-2,5'"):
+        Plan.from_json(bad)
 
 
 @pytest.mark.parametrize("bad", ["{", "{}", '{"plan_format": 99}', '{"plan_format": 1, "stacks": 3}'])

@@ -18,6 +18,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.plan import VocabularyPlan
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.pruning.base import VocabularyMethod
+from hf_shrink.ranges import to_ranges
 from hf_shrink.surgery.tokenizer import (
     AWKWARD,
     Pieces,
@@ -31,7 +32,6 @@ from hf_shrink.surgery.tokenizer import (
 )
 from hf_shrink.surgery.tokenizer.rewrite import added_tokens
 from hf_shrink.surgery.vocabulary import special_ids, vocabulary_rows
-from hf_shrink.tokens import ranges
 
 # Inputs of a model that hold tokens. Batches with others beside them are not rewritten, so that their tokens all stay.
 ID_INPUTS = frozenset({"input_ids", "decoder_input_ids"})
@@ -99,7 +99,7 @@ def plan_vocabulary(
             f"the texts use all of the {rows:,} tokens, or need them; the vocabulary step would do nothing"
         )
     _verify(text, kept, encoded, given)
-    plan = VocabularyPlan(rows, ranges(sorted(kept), ","), fingerprint(text))
+    plan = VocabularyPlan(rows, to_ranges(sorted(kept)), fingerprint(text))
     used = int((counts > 0).sum())
     where = ", ".join(method.texts) if method.texts else "the calibration data"
     notes = [
