@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,12 +19,14 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import CalibrationSpec
 from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.runtime.packed import PackedModule
+from hf_shrink.sharding import Ranks, ranks, together
 from hf_shrink.training.distillation import Distillation
 from hf_shrink.training.distillation.states import Kept
 from hf_shrink.training.recovery.changes import Change, Full
 from hf_shrink.training.recovery.lora import Lora
 from hf_shrink.training.recovery.options import Method, Recovery
 from hf_shrink.training.recovery.session import Batch, Session, left_as_found
+from hf_shrink.training.recovery.spread import alike, spreads
 from hf_shrink.tuning import Teacher, Tuning, regrouped, tune
 from hf_shrink.tuning.allowance import Allowance
 
@@ -78,6 +80,10 @@ def recover(
     `PeftModel`: save the model and, beside it, `found.model.save_pretrained("small/adapter")`, and load both with
     `from_pretrained` and `load_adapter`.
 
+    In processes that accelerate or torchrun started, all of them call this, with steps; they share the batches of a
+    step (DDP, or FSDP2) and end with the same model. Under FSDP a copy is spread over the accelerators and the model
+    itself stays where it is: leave it on the CPU where it does not fit one of them.
+
     Args:
         model: pruned, packed by hf_shrink, in NF4 by bitsandbytes, or plainly dense. Is changed in place.
         data: as `shrink`'s calibration: "self" (text that the teacher writes), another data recipe's name, the path of
@@ -92,17 +98,22 @@ def recover(
     Raises:
         RecipeError: an option is unknown or does not go with the others.
         ArchitectureError: the method does not work on this model.
+        ShrinkError: the processes were started with DeepSpeed or FSDP1, or FSDP would lose the model's zeros.
         CalibrationError: the data is missing, too short, or training came to numbers that are not finite.
     """
     started = time.monotonic()
     recovery = Recovery.from_options(options)
     method = _method_for(model, recovery)
     _check(model, teacher, method, recovery)
-    with Progress(quiet=not progress) as show, silence(), left_as_found(model):
+    with together() as here, Progress(quiet=not progress) as show, silence(), left_as_found(model):
+        _check_processes(here, method, recovery)
+        alike(model, teacher)
         spec = CalibrationSpec(samples=recovery.samples, length=recovery.length, batch_size=1)
         author = model if teacher is None else teacher
-        made = calibration_batches(
-            spec, source=data, model=author, tokenizer=tokenizer, seed=seed, exclude=exclude, progress=show
+        made = here.on_first(
+            lambda: calibration_batches(
+                spec, source=data, model=author, tokenizer=tokenizer, seed=seed, exclude=exclude, progress=show
+            )
         )
         batches = [_labelled(model, batch) if _needs_labels(recovery, teacher) else batch for batch in made.batches]
         until = None if recovery.minutes is None else started + recovery.minutes * 60
@@ -146,10 +157,19 @@ def _check(model: PreTrainedModel, teacher: Any, method: Method, recovery: Recov
         raise RecipeError("rounding is trained by method 'scales' only; leave it out")
     if teacher is None and recovery.hidden:
         raise RecipeError("hidden states are the teacher's; pass teacher=, or leave out hidden")
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1 and recovery.minutes is not None:
+
+
+def _check_processes(here: Ranks, method: Method, recovery: Recovery) -> None:
+    """Raises for what does not work in several processes."""
+    if here.size == 1:
+        return
+    if recovery.minutes is not None:
         raise RecipeError(
             "several processes must take the same steps, and clocks differ; give steps instead of minutes"
         )
+    if method == "scales":
+        raise RecipeError("method 'scales' trains in one process: start it without a launcher, or take method 'lora'")
+    spreads()
 
 
 def _by_scales(
@@ -189,7 +209,7 @@ def _by_training(
     seed: int,
     progress: ProgressCallback,
 ) -> tuple[Any, float, float, str, int]:
-    size, accumulate = _sizes(model, recovery.step(method))
+    size, accumulate = _sizes(model, recovery.step(method), ranks().size)
     groups = regrouped(batches, size)
     count = max(1, round(len(groups) * recovery.held_out))
     if len(groups) < 2:
@@ -210,7 +230,7 @@ def _by_training(
             kept,
             groups[:-count],
             groups[-count:],
-            min(accumulate, len(groups) - count),
+            min(accumulate, max(1, (len(groups) - count) // ranks().size)),
             recovery.rate(method),
             seed,
         )
@@ -237,12 +257,12 @@ def _unit(parts: Distillation) -> str:
     return "divergence from the dense model" if not (parts.task or parts.hidden) else "loss"
 
 
-def _sizes(model: PreTrainedModel, tokens: int) -> tuple[int, int]:
-    """Tokens of a forward pass, whose logits have to fit, and how many such passes make a step."""
+def _sizes(model: PreTrainedModel, tokens: int, processes: int) -> tuple[int, int]:
+    """Tokens of a forward pass, whose logits have to fit, and how many such passes of a process make a step."""
     head: Any = model.get_output_embeddings()
     classes = int(getattr(head, "out_features", 1)) if head is not None else 1
-    size = min(tokens, max(1, LOGITS // classes))
-    return size, max(1, round(tokens / size))
+    size = min(math.ceil(tokens / processes), max(1, LOGITS // classes))
+    return size, max(1, round(tokens / (size * processes)))
 
 
 def _needs_labels(recovery: Recovery, teacher: Any) -> bool:

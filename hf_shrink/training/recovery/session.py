@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedModel,
@@ -25,7 +25,9 @@ from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.precision import multiplies_bfloat16
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.zeros import ZeroKeeper
+from hf_shrink.sharding import ranks, share
 from hf_shrink.training.distillation import Distillation, DistillationTrainer
+from hf_shrink.training.recovery.spread import Stand, spreads
 from hf_shrink.tuning.allowance import Allowance
 
 MOST_STEPS = 10**7  # where only minutes end the training
@@ -77,13 +79,16 @@ class _Watch(TrainerCallback):
 
 
 class Session:
-    """One student in training.
+    """One student in training, in this process or in several, which then share the batches of a step.
 
     Args:
-        trained: the model, or the adapters around it.
+        trained: the model, or the adapters around it. Under FSDP a copy is trained, and it has the weights afterwards.
         batches: of one forward pass each; `held_out` are not trained on.
-        accumulate: how many of them make a step.
+        accumulate: how many of them make a step in each process.
         rate: the largest learning rate.
+
+    Raises:
+        ShrinkError: as of `spreads`.
     """
 
     def __init__(
@@ -99,7 +104,8 @@ class Session:
         seed: int,
     ) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="hf_shrink_recovery_")
-        device = next(trained.parameters()).device
+        device = ranks().device or next(trained.parameters()).device
+        self._stand = Stand(trained) if spreads() else None
         arguments = TrainingArguments(
             output_dir=self._folder.name,
             per_device_train_batch_size=1,
@@ -123,7 +129,7 @@ class Session:
         self._trained, self._held_out = trained, held_out
         self.steps = 0
         self._trainer = _Trainer(
-            trained,
+            trained if self._stand is None else self._stand.model,
             arguments,
             data_collator=_the_only,
             train_dataset=Batches(batches),
@@ -144,19 +150,24 @@ class Session:
         with keeper if keeper.kept else nullcontext(), torch.enable_grad():
             trainer.train()
         keeper.close()
+        if self._stand is not None:
+            self._stand.give_back()
         self.steps = trainer.state.global_step
         for name, parameter in trained.named_parameters():
             if parameter.requires_grad and not torch.isfinite(parameter).all():
                 raise CalibrationError(f"recovery made {name} NaN or infinite; lower learning_rate")
 
     def loss(self, model: nn.Module) -> float:
-        """What is trained on, of `model` on the held-out batches."""
+        """What is trained on, of `model` on the held-out batches; the same figure in all processes."""
+        device = next(model.parameters()).device
+        own = share(len(self._held_out))
         total = 0.0
         model.eval()
         with torch.no_grad(), self._trainer.accelerator.autocast():
-            for batch in self._held_out:
-                total += float(self._trainer.compute_loss(model, self._trainer._prepare_inputs(dict(batch))))
-        return total / len(self._held_out)
+            for batch in own.of(self._held_out):
+                there = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                total += float(self._trainer.compute_loss(model, there))
+        return own.totals([total])[0] / len(self._held_out)
 
     def close(self) -> None:
         """Take off what training left on the model."""
