@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from hf_shrink.architectures.binding import Binding
-from hf_shrink.architectures.bound import BoundAttention, BoundMlp
+from hf_shrink.architectures.bound import BoundAttention, BoundExperts, BoundMlp
 from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.pruning.curves import PartCurves
 from hf_shrink.pruning.items import Items
+from hf_shrink.pruning.plan_width import FIELDS
 from hf_shrink.search.measuring import Space
 from hf_shrink.search.outer import outer_weights
 from hf_shrink.search.pieces import find_pieces
@@ -28,12 +29,12 @@ def blank_sensitivity(model: nn.Module, binding: Binding, space: Space, quantiza
             for number, item in enumerate(items.all):
                 if items.allowed([number]):
                     dropped[item.stack.name, item.block.index, item.part] = 0.0
-    curves = {}
+    curves: dict[tuple[str, int, str], PartCurves] = {}
     if space.width and binding.family is not None:
         for stack in binding.stacks:
             for block in stack.blocks:
-                for kind in ("attention", "cross_attention", "mlp"):
-                    part: BoundAttention | BoundMlp | None = getattr(block, kind)
+                for kind in FIELDS:
+                    part: BoundAttention | BoundMlp | BoundExperts | None = getattr(block, kind)
                     if part is not None:
                         curves[stack.name, block.index, kind] = _flat(part)
     return Sensitivity(
@@ -44,12 +45,17 @@ def blank_sensitivity(model: nn.Module, binding: Binding, space: Space, quantiza
     )
 
 
-def _flat(part: BoundAttention | BoundMlp) -> PartCurves:
+def _flat(part: BoundAttention | BoundMlp | BoundExperts) -> PartCurves:
     if isinstance(part, BoundMlp):
         return PartCurves(_curve(part.channels))
-    # One head of every group before the next of any, as an order of heads has to be.
-    heads = torch.arange(part.heads).view(part.kv_heads, -1).T.reshape(-1)
-    return PartCurves(_curve(part.heads, heads), _curve(part.kv_heads))
+    if isinstance(part, BoundExperts):
+        return PartCurves(_curve(part.channels * part.count, _in_turn(part.channels * part.count, part.count)))
+    return PartCurves(_curve(part.heads, _in_turn(part.heads, part.kv_heads)), _curve(part.kv_heads))
+
+
+def _in_turn(units: int, owners: int) -> torch.Tensor:
+    """One unit of every group or expert before the next of any, as their order has to be."""
+    return torch.arange(units).view(owners, -1).T.reshape(-1)
 
 
 def _curve(units: int, order: torch.Tensor | None = None) -> RemovalCurve:

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hf_shrink.architectures.binding import Binding
-from hf_shrink.architectures.bound import BoundAttention, BoundMlp
+from hf_shrink.architectures.bound import MULTIPLE, BoundAttention, BoundExperts, BoundMlp
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import BlockPlan
 from hf_shrink.pruning.curves import PartCurves
-from hf_shrink.pruning.parts import Kind, Way, attention_ways, channel_ways
+from hf_shrink.pruning.parts import Kind, Way, attention_ways, channel_ways, expert_ways
 from hf_shrink.pruning.plan_width import FIELDS
 from hf_shrink.pruning.prunable import HeadCounts, Prunable, find_prunable
 
@@ -30,7 +30,7 @@ class Cut:
         name: "1216 channels", "2 KV groups", "2 x 2 heads"; empty where all are left.
         plan: what is kept, of that part only.
         damage: nats.
-        left: bool (units,), of query heads or channels.
+        left: bool (units,), of query heads or channels; of experts of the channels of all, one's after another's.
         kv_heads: KV groups left; 0 of an MLP.
     """
 
@@ -42,16 +42,11 @@ class Cut:
 
 
 def prunable_units(model: nn.Module, binding: Binding, *, portable: bool) -> Prunable | None:
-    """Which kinds of units may go at all; None where none may, which leaves bits and depth to search.
-
-    Of experts only bits are searched for.
-    """
+    """Which kinds of units may go at all; None where none may, which leaves bits and depth to search."""
     try:
-        found = find_prunable(model, binding, "all", portable=portable)
+        return find_prunable(model, binding, "all", portable=portable)
     except RecipeError:
         return None
-    kinds = {key: counts for key, counts in found.kinds.items() if key[1] != "experts"}
-    return replace(found, kinds=kinds) if kinds else None
 
 
 def cuts_of(
@@ -81,9 +76,25 @@ def cuts_of(
     return [whole, *_cuts(part, kind, groups, _few(groups.counts)), *_cuts(part, kind, heads, _few(heads.counts))]
 
 
-def _channel_counts(units: int, multiple: int) -> list[int]:
-    """How many channels may go."""
-    step = multiple if units >= 2 * multiple else 1
+def expert_cuts(experts: BoundExperts, curves: PartCurves | None, multiple: int = STEP) -> list[Cut]:
+    """All channels of all experts first, then fewer of each; arguments as of `cuts_of`."""
+    each, units = experts.channels, experts.channels * experts.count
+    found = [Cut("", BlockPlan(), 0.0, torch.ones(units, dtype=torch.bool))]
+    if curves is None:
+        return found
+    (way,) = expert_ways(curves.units, experts.count, experts.channel_parameters)
+    for count in _channel_counts(each, multiple, 1 if each % MULTIPLE else MULTIPLE):
+        left = torch.ones(units, dtype=torch.bool)
+        left[way.items[:count].reshape(-1)] = False
+        kept = tuple(tuple(own.nonzero()[:, 0].tolist()) for own in left.view(experts.count, each))
+        plan = BlockPlan(expert_channels=kept)
+        found.append(Cut(f"{each - count} channels of each", plan, float(way.losses[count - 1]), left))
+    return found
+
+
+def _channel_counts(units: int, multiple: int, least: int = 1) -> list[int]:
+    """How many channels may go; what is left is a multiple of `least`, and of `multiple` where there are many."""
+    step = multiple if units >= 2 * multiple else least
     left = {max(step, round(share * units / step) * step) for share in SHARES}
     return [units - count for count in sorted(left, reverse=True) if count < units]
 

@@ -16,7 +16,8 @@ def levers_of(option: Option) -> frozenset[str]:
     """The levers that an option pulls; none where it leaves everything as it is."""
     change = option.change
     block = change.block
-    cut = any(units is not None for units in (block.query_heads, block.channels, block.cross_heads))
+    units = block.query_heads, block.channels, block.cross_heads, block.expert_channels
+    cut = any(kept is not None for kept in units)
     found = {"bits": bool(change.schemes), "width": cut, "depth": change.dropped or bool(block.removed)}
     return frozenset(name for name, pulled in found.items() if pulled)
 

@@ -16,10 +16,10 @@ from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, 
 from hf_shrink.architectures.linears import is_matrix, shape
 from hf_shrink.plan import BlockPlan, Plan
 from hf_shrink.pruning.parts import Kind
-from hf_shrink.pruning.prunable import config_key
+from hf_shrink.pruning.prunable import Unitary, config_key
 from hf_shrink.search.choices import Choice, Choices, named, short
 from hf_shrink.search.costs import Costs
-from hf_shrink.search.cuts import STEP, Cut, cuts_of, prunable_units
+from hf_shrink.search.cuts import STEP, Cut, cuts_of, expert_cuts, prunable_units
 from hf_shrink.search.latency import LatencyTable
 from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Change, Cost, Group, Option, Place, Problem
@@ -112,8 +112,8 @@ class _Maker:
             part: BoundAttention | BoundMlp | None = getattr(block, kind)
             if part is not None:
                 made.append((kind, list(self._part(stack, block, kind, part, pieces))))
-        if any(kind in pieces for kind in EXPERTS):
-            made.append(("experts", list(self._of_experts(pieces))))
+        if block.experts is not None:
+            made.append(("experts", list(self._of_experts(stack, block, pieces))))
         if "others" in pieces:
             made.append(("others", list(self._others(pieces["others"]))))
         if not made:
@@ -161,33 +161,43 @@ class _Maker:
         writes, reads = pieces.get(f"{kind} in"), pieces.get(f"{kind} out")
         cached = kind != "cross_attention" and writes_cache(self.model, stack)
         for cut in cuts_of(part, kind, curves, allowed.get((stack.name, kind)), self._multiple):
-            sizes = {path: shape(module) for path, module in part.modules.items()} | cut_shapes(block, cut.plan)
             size = self._switch_of_size(stack, part, cut) if curves is not None else ()
             cache = self.costs.cache(part, cut.kv_heads) if cached and isinstance(part, BoundAttention) else 0
-            for first, second in itertools.product(self.choices.of(writes), self.choices.of(reads)):
-                given = dict.fromkeys(writes.modules, first[1]) if writes is not None else {}
-                given |= dict.fromkeys(reads.modules, second[1]) if reads is not None else {}
-                schemes = {path: s.for_width(sizes[path][1]) for path, s in given.items() if s is not None}
-                needs = self.choices.needs(part.modules, schemes)
-                if needs is None:
-                    continue
-                cost = self.costs.matrices(part.modules, sizes, schemes)
-                damage = cut.damage + self._rounding(writes, first[0], cut) + self._rounding(reads, second[0], cut)
-                name = named(
-                    first[1] if writes is not None else second[1], second[1] if reads is not None else first[1]
-                )
-                name = f"{name}, {cut.name}" if cut.name else name
-                yield Option(name, replace(cost, cache=cache), damage, Change(schemes, cut.plan), (*size, *needs))
+            yield from self._with_bits(block, part.modules, (writes, reads), cut, cache, size)
         gone = self.sensitivity.dropped.get((stack.name, block.index, kind))
         if gone is not None and self.space.depth and not self.space.portable and self._may_go(stack, block):
             change = Change({}, BlockPlan(removed=(kind,)))
             yield Option(f"without {kind.replace('_', ' ')}", self.costs.stand_in(part), gone, change)
 
-    def _of_experts(self, pieces: Mapping[str, Piece]) -> Iterator[Option]:
-        """All experts of a block: bits for what writes their channels, and for what reads them."""
+    def _of_experts(self, stack: BoundStack, block: BoundBlock, pieces: Mapping[str, Piece]) -> Iterator[Option]:
+        """All experts of a block: their channels, and bits for what writes these and for what reads them."""
+        experts = block.experts
+        assert experts is not None
+        allowed = self._prunable is not None and (stack.name, "experts") in self._prunable.kinds
+        curves = self.sensitivity.curves.get((stack.name, block.index, "experts")) if allowed else None
+        modules = {path: self.model.get_submodule(path) for path in experts.matrices}
         writes, reads = (pieces.get(kind) for kind in EXPERTS)
-        modules = {path: m for piece in (writes, reads) if piece is not None for path, m in piece.modules.items()}
-        sizes = {path: shape(module) for path, module in modules.items()}
+        for cut in expert_cuts(experts, curves, self._multiple):
+            size = self._switch_of_size(stack, experts, cut) if curves is not None else ()
+            yield from self._with_bits(block, modules, (writes, reads), cut, 0, size)
+
+    def _with_bits(
+        self,
+        block: BoundBlock,
+        modules: Mapping[str, nn.Module],
+        pieces: tuple[Piece | None, Piece | None],
+        cut: Cut,
+        cache: int,
+        size: tuple[str, ...],
+    ) -> Iterator[Option]:
+        """A cut, with every scheme of what writes its units beside every one of what reads them.
+
+        Args:
+            cache: what a token takes of the KV cache.
+            size: switches that the cut needs.
+        """
+        writes, reads = pieces
+        sizes = {path: shape(module) for path, module in modules.items()} | cut_shapes(block, cut.plan)
         for first, second in itertools.product(self.choices.of(writes), self.choices.of(reads)):
             given = dict.fromkeys(writes.modules, first[1]) if writes is not None else {}
             given |= dict.fromkeys(reads.modules, second[1]) if reads is not None else {}
@@ -195,13 +205,11 @@ class _Maker:
             needs = self.choices.needs(modules, schemes)
             if needs is None:
                 continue
-            damage = sum(
-                self.sensitivity.rounding[piece.name].damage[asked]
-                for piece, (asked, _) in ((writes, first), (reads, second))
-                if piece is not None and asked is not None
-            )
+            cost = self.costs.matrices(modules, sizes, schemes)
+            damage = cut.damage + self._rounding(writes, first[0], cut) + self._rounding(reads, second[0], cut)
             name = named(first[1] if writes is not None else second[1], second[1] if reads is not None else first[1])
-            yield Option(name, self.costs.matrices(modules, sizes, schemes), damage, Change(schemes), needs)
+            name = f"{name}, {cut.name}" if cut.name else name
+            yield Option(name, replace(cost, cache=cache), damage, Change(schemes, cut.plan), (*size, *needs))
 
     def _others(self, piece: Piece) -> Iterator[Option]:
         """Matrices without a role."""
@@ -219,14 +227,14 @@ class _Maker:
         if piece is None or scheme is None:
             return 0.0
         rounding = self.sensitivity.rounding[piece.name]
-        left = 1.0 if rounding.units is None else float(rounding.units[cut.left].sum())
-        return rounding.damage[scheme] * left
+        left = cut.left.double().mean() if rounding.units is None else rounding.units[cut.left].sum()
+        return rounding.damage[scheme] * float(left)
 
-    def _switch_of_size(self, stack: BoundStack, part: BoundAttention | BoundMlp, cut: Cut) -> tuple[str, ...]:
+    def _switch_of_size(self, stack: BoundStack, part: Unitary, cut: Cut) -> tuple[str, ...]:
         """Of a part's size, where all blocks must have the same."""
         if not self.space.portable:
             return ()
-        what = "mlp" if isinstance(part, BoundMlp) else "attention"
+        what = "attention" if isinstance(part, BoundAttention) else "mlp" if isinstance(part, BoundMlp) else "experts"
         return self.choices.switch(config_key(stack, part), f"{stack.name} {what}: {cut.name or 'all'}")
 
     def _may_go(self, stack: BoundStack, block: BoundBlock) -> bool:

@@ -123,13 +123,14 @@ class RoundedWeights:
         weight, bias = (dense.t() if turned else dense).float(), self._biases[path]
         found: dict[str, Tensor] = {}
         if kept is not None:
-            assert statistics is not None
-            refitted = refit_reader(weight, bias, statistics, kept)
-            if refitted.bias is not None:
-                found[f"{path}.bias"] = refitted.bias
-            small = refitted.weight
+            small = weight[:, kept.to(weight.device)]
+            if statistics is not None:  # else an expert that hardly a token comes to
+                refitted = refit_reader(weight, bias, statistics, kept)
+                if refitted.bias is not None:
+                    found[f"{path}.bias"] = refitted.bias
+                small = refitted.weight
             if scheme is not None:
-                small = self._rounded(small, scheme, _narrowed(statistics, kept))
+                small = self._rounded(small, scheme, None if statistics is None else _narrowed(statistics, kept))
             whole = torch.zeros_like(weight)
             whole[:, kept.to(weight.device)] = small
         else:

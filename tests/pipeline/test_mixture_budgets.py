@@ -22,6 +22,7 @@ from hf_shrink.pipeline.budget import Searching
 from hf_shrink.progress import quiet
 from hf_shrink.recipe import Recipe
 from hf_shrink.runtime.experts import SeparateExperts
+from hf_shrink.search.levers import levers_of
 from hf_shrink.search.pieces import EXPERTS
 
 BUILDS = {**MIXTURES, **MORE}
@@ -85,10 +86,40 @@ def test_the_result_keeps_the_budget(
 
 
 @pytest.mark.slow
-def test_what_rounding_experts_costs_is_predicted() -> None:
-    """Against true trials of whole rounded pieces, also of experts that few tokens come to."""
-    model = MIXTURES["qwen3_moe"](num_hidden_layers=3, mlp_only_layers=[], num_experts=12)
-    asked = Recipe.from_dict(recipe("50%", False, bits=[2, 3, 4]))
+@pytest.mark.parametrize("portable", [True, False])
+def test_experts_lose_channels(portable: bool, tmp_path: Path, stock_process: Stock) -> None:
+    dense: Any = MIXTURES["qwen3_moe"](num_hidden_layers=3, mlp_only_layers=[], moe_intermediate_size=64)
+    dense.save_pretrained(tmp_path / "dense")
+    asked = recipe("70%", portable, bits=[], depth=False, embeddings=False, generations=0)
+    model: Any = shrink(dense, asked, calibration=data(), progress=False)
+    model.save_pretrained(tmp_path / "small")
+    record = model.shrink_record
+    assert stored_bytes(tmp_path / "small") <= 0.7 * stored_bytes(tmp_path / "dense")
+    assert stored_bytes(tmp_path / "small") == pytest.approx(record.plan.search["bytes"], rel=0.01)
+    blocks = record.plan.stacks["decoder"].blocks
+    counts = [block.experts.channels for block in bind(model).blocks]
+    assert min(counts) < 64 and all(count % 8 == 0 for count in counts)
+    for index, count in enumerate(counts):
+        kept = blocks[index].expert_channels if index in blocks else None
+        assert count == (64 if kept is None else len(kept[0]))
+        assert kept is None or len(set(kept)) > 1  # each its own
+    loaded = type(model).from_pretrained(tmp_path / "small").eval()
+    assert torch.equal(logits(loaded, tokens(2, 9)), logits(model, tokens(2, 9)))
+    if portable:
+        assert model.shrink_report.portable
+        assert model.config.moe_intermediate_size == counts[0] and len(set(counts)) == 1
+        saved = Saved(tmp_path / "small", type(model).__name__, logits_of(model), ())
+        row = run_stock({"row": saved}, stock_process)["row"]
+        assert row.stock_error is None
+        assert (row.stock_logits - row.logits).abs().max() < 1e-4 * row.logits.abs().max()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [[2, 3, 4], []])
+def test_what_experts_lose_is_predicted(bits: list[int]) -> None:
+    """Against true trials of whole pieces, rounded or cut, also of experts that few tokens come to."""
+    model = MIXTURES["qwen3_moe"](num_hidden_layers=3, mlp_only_layers=[], num_experts=12, moe_intermediate_size=48)
+    asked = Recipe.from_dict(recipe("50%", False, bits=bits))
     with torch.no_grad(), Searching.on(model, asked, data(8), 0, quiet) as search:
         assert isinstance(model.model.layers[0].mlp.experts, SeparateExperts)
         found = search.sensitivity
@@ -100,17 +131,19 @@ def test_what_rounding_experts_costs_is_predicted() -> None:
             if not group.name.endswith(" experts"):
                 continue
             for place, option in enumerate(group.options):
-                if option.change.schemes and option.damage > 1e-6:
+                one_lever = len(levers_of(option)) == 1 and not option.change.dropped
+                if one_lever and option.damage > 1e-6:
                     trial = (*dense[:number], place, *dense[number + 1 :])
                     (true,) = measured.divergences(dense, [trial], None)
                     ratios.append(option.damage / true)
     assert not isinstance(model.model.layers[0].mlp.experts, SeparateExperts)
     assert len(ratios) >= 6
     assert all(1 / 3 < ratio < 3 for ratio in ratios), ratios
-    kinds = {name.split(" ", 1)[1] for name in found.rounding}
-    assert {*EXPERTS, "attention in", "attention out"} <= kinds
-    factors = [factor for name, factor in found.factors.items() if "experts" in name]
-    assert factors and all(0.1 < factor < 10 for factor in factors), found.factors
+    if bits:
+        kinds = {name.split(" ", 1)[1] for name in found.rounding}
+        assert {*EXPERTS, "attention in", "attention out"} <= kinds
+        factors = [factor for name, factor in found.factors.items() if "experts" in name]
+        assert factors and all(0.1 < factor < 10 for factor in factors), found.factors
 
 
 def test_experts_without_tokens_are_rounded_without_data() -> None:
@@ -133,7 +166,7 @@ def test_experts_without_tokens_are_rounded_without_data() -> None:
 
 @pytest.mark.slow
 def test_blocks_go_and_what_cannot_be_is_said() -> None:
-    asked = recipe("30%", True, bits=[8])
+    asked = recipe("30%", True, bits=[8], width=False)
     model: Any = shrink(MIXTURES["mixtral"](num_hidden_layers=5), asked, calibration=data(), progress=False)
     assert model.config.num_hidden_layers < 5 and model.shrink_report.portable
     with pytest.raises(RecipeError, match=r"least that this search reaches.*portable: false"):
