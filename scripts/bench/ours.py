@@ -16,6 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import folder_bytes, peak_memory_mb, perplexity, stopwatch, windows
 
+SEARCHED = ("limits", "takes", "predicted_kl", "measured_kl", "history", "seen")  # of a search for a budget
+
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:
     """Shrink, save and measure in this process."""
@@ -54,6 +56,10 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
         result["peak_mb"] = peak_memory_mb()
         result["phases"] = {name: round(s, 2) for name, s in model.shrink_report.seconds.items()}
         result["notes"] = list(model.shrink_report.notes)
+        plan = model.shrink_record.plan  # a search by the clock finds another one each time
+        result["plan"] = plan.summary().splitlines()
+        if plan.search:
+            result["search"] = {key: plan.search[key] for key in SEARCHED if key in plan.search}
         with tempfile.TemporaryDirectory() as folder:
             model.save_pretrained(folder)
             result["weight_bytes"] = folder_bytes(Path(folder))
