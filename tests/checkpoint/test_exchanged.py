@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 from tiny import tiny_llama
 from torch import nn
-from transformers import Llama4ForCausalLM, Llama4TextConfig, RadioConfig, RadioModel
+from transformers import (
+    HrmTextConfig,
+    HrmTextForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
+    RadioConfig,
+    RadioModel,
+)
 
 from hf_shrink import shrink
 from hf_shrink.architectures.probe import build, difference, find_inputs, outputs
@@ -18,6 +25,14 @@ CASES = {
     "experts": (Llama4ForCausalLM, Llama4TextConfig(num_hidden_layers=2), "puts another module there"),
     "fused": (RadioModel, RadioConfig(num_hidden_layers=2), "makes its weight from others"),
 }
+
+
+def test_what_stock_splits_is_not_portable_beside_anything_packed() -> None:
+    model = build(HrmTextForCausalLM, rebuilt(shrunken(HrmTextConfig())))
+    down = next(path for path, _ in model.named_modules() if path.endswith("mlp.down_proj"))
+    assert exchange_reasons(model, []) == []
+    (reason,) = exchange_reasons(model, [down])  # which is itself made of nothing else
+    assert reason.startswith("mlp.gate_up_proj.weight: stock splits this weight")
 
 
 @pytest.mark.parametrize("name", CASES)
