@@ -18,7 +18,7 @@ from readme_picture import panels, picture
 from readme_tables import pruning_table, quality_table, speed_table
 
 README, PICTURE = ROOT / "README.md", ROOT / ".github" / "result.svg"
-SUBJECT = "smollm2-135m"
+SUBJECT, LARGE = "smollm2-135m", "llama-1b-random"
 TITLE = "SmolLM2-135M, dense and compressed by hf_shrink and others"
 
 
@@ -45,6 +45,7 @@ def made() -> dict[Path, str]:
     tables = {
         "quality": quality_table(quality, older),
         "speed": speed_table(speed, SUBJECT),
+        "speed of 1B": speed_table(speed, LARGE),
         "pruning": pruning_table(read("pruning")),
     }
     return {

@@ -137,6 +137,7 @@ def quality_table(quality: Mapping[str, Any], older: Mapping[str, Any]) -> str:
 def speed_table(speed: Mapping[str, Any], subject: str) -> str:
     """Decoding with its spread, prefill and memory, from fast to slow."""
     headings = ["", "decode, tokens/s (least to greatest)", "x dense bf16", "prefill, tokens/s", "MB", "weights MB"]
+    headings.append("at commit")
     rows = []
     for result in by_speed(speed, subject):
         found = speed["summary"][result["variant"]]
@@ -144,7 +145,8 @@ def speed_table(speed: Mapping[str, Any], subject: str) -> str:
         spread = f"{decode['median']:.1f} ({decode['low']:.1f} to {decode['high']:.1f})"
         times = _digits(found.get("decode over dense bfloat16"), 2)
         sizes = [_digits(None if found.get(key) is None else found[key] / 1e6) for key in ("used", "weights")]
-        rows.append([name_of({**result, "kind": "peer"}), spread, times, _digits(found["prefill"]["median"]), *sizes])
+        figures = [spread, times, _digits(found["prefill"]["median"]), *sizes, f"`{result['about']['commit']}`"]
+        rows.append([name_of({**result, "kind": "peer"}), *figures])
     return markdown(headings, rows)
 
 
