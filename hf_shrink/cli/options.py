@@ -127,14 +127,6 @@ def one_line(text: object) -> str:
     return " ".join(str(text).split())
 
 
-def check_alone(command: str, remedy: str) -> None:
-    """Raises ShrinkError where several processes were started for a command that is one process's."""
-    from hf_shrink.sharding import ranks
-
-    if ranks().size > 1:
-        raise ShrinkError(f"hf-shrink {command} works in one process: start it without a launcher, or {remedy}")
-
-
 def check_folder(file: str) -> None:
     """Raises ShrinkError where `file` cannot be written later because its folder is not there."""
     if not Path(file).parent.is_dir():

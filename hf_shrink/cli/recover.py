@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_shrink.cli.options import Commands, add_common, add_device, check_alone
+from hf_shrink.cli.options import Commands, add_common, add_device
 
 METHODS = ("lora", "full", "scales")
 MINUTES = 15.0
@@ -34,7 +34,8 @@ def add(commands: Commands) -> None:
 
 
 def command(options: argparse.Namespace) -> None:
-    check_alone("recover", "call hf_shrink.recover in a script, which trains in several")
+    from hf_shrink.sharding import ranks
+
     recover_checkpoint = recovering()
     names = ("method", "minutes", "steps", "samples", "length", "rank", "learning_rate")
     chosen: dict[str, Any] = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
@@ -51,6 +52,8 @@ def command(options: argparse.Namespace) -> None:
         device=options.device,
         **chosen,
     )
+    if not ranks().first:
+        return
     print(result.note)
     print(f"\n{Path(options.output).resolve()}")
 

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+from in_processes import join, said, start
 from safetensors.torch import load_file
-from tiny import tiny_llama
+from tiny import TEXT, tiny_llama, tiny_tokenizer
 from training.test_processes import run_child
 
-from hf_shrink import Plan, prune_weights, shrink
+from hf_shrink import Plan, prune_weights, shrink, shrink_checkpoint
+from hf_shrink.cli import main
 from hf_shrink.plan import BlockPlan, StackPlan
 
 CHILD = Path(__file__).with_name("recover_child.py")
@@ -77,3 +79,39 @@ def test_what_several_processes_cannot_do_is_said_by_all(kind: str, method: str,
     run_child(CHILD, [kind, method, str(tmp_path)], 2)
     said = [(tmp_path / f"{kind}-{method}-{rank}.error").read_text() for rank in range(2)]
     assert said[0] == said[1] and words in said[0]
+
+
+@pytest.mark.slow
+def test_the_command_recovers_in_two_processes(tmp_path: Path) -> None:
+    tiny_llama(3, num_hidden_layers=3).save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    (tmp_path / "text.txt").write_text(TEXT * 4)
+    recipe = {
+        "calibration": {"samples": 8, "length": 24},
+        "evaluation": {
+            "data": str(tmp_path / "text.txt"),
+            "samples": 4,
+            "length": 24,
+            "metrics": ["perplexity", "kl_divergence"],
+        },
+        "steps": [{"prune": {"what": "depth", "method": "block_influence", "blocks": 1}}],
+    }
+    small, out = tmp_path / "small", tmp_path / "out"
+    shrink_checkpoint(tmp_path / "dense", small, recipe, calibration=str(tmp_path / "text.txt"), progress=False)
+    asked = ["recover", str(small), "--output", str(out), "--data", str(tmp_path / "text.txt"), "--method", "full"]
+    asked += ["--samples", "12", "--length", "24", "--learning-rate", "0.001"]
+    log = tmp_path / "log"
+    assert join(start(lambda rank: main([*asked, "--steps", "6"]), log)) == [0, 0], said(log, 0) + said(log, 1)
+    others = [line for line in said(log, 1).splitlines() if "reducer.cpp" not in line]  # torch warns in all of them
+    assert others == [] and "recovery (full, 6 steps" in said(log, 0)
+    record = json.loads((out / "shrink.json").read_text())["report"]
+    before = json.loads((small / "shrink.json").read_text())["report"]
+    found, was = (said["evaluation"]["compressed"]["kl_divergence"]["value"] for said in (record, before))
+    assert 0 < found != was  # measured anew
+    loaded = type(tiny_llama()).from_pretrained(out)
+    assert loaded.config.num_hidden_layers == 2 and (out / "README.md").is_file()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "log", "out", "small", "text.txt"]
+    assert join(start(lambda rank: main([*asked, "--minutes", "1", "--overwrite"]), tmp_path / "again")) == [2, 2]
+    lines = "".join(said(tmp_path / "again", rank) for rank in range(2))  # one of them says it
+    assert lines.count("give steps instead of minutes") == 1 and "Traceback" not in lines
+    assert (out / "shrink.json").is_file()

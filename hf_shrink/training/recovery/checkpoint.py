@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.checkpoint.adapters import ADAPTER, has_adapter
 from hf_shrink.checkpoint.device import chosen_device
 from hf_shrink.checkpoint.folder import OutputFolder, copy_side_files
-from hf_shrink.checkpoint.measured import fewer_tokens, load_measured
+from hf_shrink.checkpoint.measured import Measured, fewer_tokens, load_measured
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.source import load_processing
 from hf_shrink.errors import CheckpointError, RecipeError
@@ -22,6 +23,7 @@ from hf_shrink.pipeline.measuring import measure
 from hf_shrink.recipe import EvaluationSpec
 from hf_shrink.reporting import write_report
 from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.sharding import together
 from hf_shrink.training.recovery.recover import Recovered, recover
 
 
@@ -41,7 +43,7 @@ def recover_checkpoint(
 
     Figures of the report and the card are measured again, as the recipe said. An adapter that cannot be merged lies in
     the folder `adapter` beside the weights (`load_adapter`). Where recovery did not help, the new folder holds the
-    model as it was, and the report says so.
+    model as it was, and the report says so. In several processes all call this, see `recover`; the first writes.
 
     Args:
         source: folder of the compressed model.
@@ -63,7 +65,10 @@ def recover_checkpoint(
             f"{source} has an adapter already; recover the folder that it was made from, or train the adapter further: "
             "load_adapter(..., trainable=True) and DistillationTrainer"
         )
-    with OutputFolder(output_dir, overwrite) as folder, silence(), Progress(quiet=not progress) as show:
+    output = OutputFolder(output_dir, overwrite)
+    with together() as here, ExitStack() as stack, silence(), Progress(quiet=not progress) as show:
+        here.on_first(output.check)
+        folder = stack.enter_context(output) if here.first else None
         where = str(chosen_device(device))
         found = load_measured(source, device=where)
         dense = load_measured(baseline or record.source, device=where)  # type: ignore[union-attr]
@@ -76,7 +81,9 @@ def recover_checkpoint(
         spec = (
             EvaluationSpec(**record.recipe.get("evaluation", {})) if record is not None else EvaluationSpec(metrics=())
         )
-        held_out = _held_out(spec, dense.model, processing, seed, show) if spec.metrics else None
+        held_out = None
+        if spec.metrics:
+            held_out = here.on_first(lambda: _held_out(spec, dense.model, processing, seed, show))
         result = recover(
             found.model,
             data=data,
@@ -92,11 +99,9 @@ def recover_checkpoint(
             record.report.seconds["recover"] = result.seconds
             if held_out is not None:
                 measure(dense.model, found.model, held_out, spec, (processing, processing), record, show)
-        _save(result.model, found.model, folder, record)
-        card = copy_side_files(found.source, folder)
-        if record is not None:
-            write_report(folder, record, source_card=card)
-            record.write(folder)
+        here.on_first(lambda: _save(result.model, found, folder, record))
+        if isinstance(result.model, PeftModel):
+            result.model.unload()
     return replace(result, model=found.model)
 
 
@@ -107,8 +112,10 @@ def _held_out(
     return calibration_batches(spec, model=dense, tokenizer=processing, seed=seed, purpose="evaluation", progress=show)
 
 
-def _save(recovered: Any, model: PreTrainedModel, folder: Path, record: ShrinkRecord | None) -> None:
-    """The weights, and the adapter beside them."""
+def _save(recovered: Any, found: Measured, folder: Path | None, record: ShrinkRecord | None) -> None:
+    """The weights, the adapter beside them, and everything else that the folder has."""
+    assert folder is not None
+    model = found.model
     if isinstance(recovered, PeftModel):
         recovered.save_pretrained(str(folder / ADAPTER))
         recovered.unload()
@@ -120,3 +127,7 @@ def _save(recovered: Any, model: PreTrainedModel, folder: Path, record: ShrinkRe
     if record is not None and hasattr(model, "shrink_record"):
         vars(model).update(shrink_record=record, shrink_report=record.report)
     model.save_pretrained(folder)
+    card = copy_side_files(found.source, folder)
+    if record is not None:
+        write_report(folder, record, source_card=card)
+        record.write(folder)
