@@ -262,8 +262,7 @@ class _Measuring:
             statistics = self.heads.get(head_of(self.model, paths) or "")
             for scheme in self.space.schemes:
                 self.progress("trying embeddings", 0, 1)
-                by_inputs = statistics is not None and scheme.bits <= COARSE
-                method, seen = (self.method, statistics) if by_inputs else (nearest(), None)
+                method, seen = (nearest(), None) if statistics is None else (self.method, statistics)
                 assert method is not None  # else there are no schemes
                 solved = method.solve(place.float(), scheme, seen, scale_dtype=self.scale_dtype)
                 found.setdefault(paths[0], {})[scheme] = self.trials.divergence_of([(place, solved.dequantized())])
