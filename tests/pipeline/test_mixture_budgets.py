@@ -86,6 +86,7 @@ def test_the_result_keeps_the_budget(
 
 
 @pytest.mark.slow
+@pytest.mark.slow
 @pytest.mark.parametrize("portable", [True, False])
 def test_experts_lose_channels(portable: bool, tmp_path: Path, stock_process: Stock) -> None:
     dense: Any = MIXTURES["qwen3_moe"](num_hidden_layers=3, mlp_only_layers=[], moe_intermediate_size=64)

@@ -123,7 +123,7 @@ def test_as_many_go_on_as_began(source: Path, tmp_path: Path, capsys: pytest.Cap
     ("asked", "message"),
     [
         (["run", "--set=quantize.method=gpqt"], "did you mean 'gptq'"),
-        (["recover"], "recover works in one process"),
+        (["recover"], "give the baseline"),
     ],
 )
 def test_bad_input_is_said_once(asked: list[str], message: str, source: Path, tmp_path: Path) -> None:

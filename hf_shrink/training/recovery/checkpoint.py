@@ -99,9 +99,10 @@ def recover_checkpoint(
             record.report.seconds["recover"] = result.seconds
             if held_out is not None:
                 measure(dense.model, found.model, held_out, spec, (processing, processing), record, show)
-        here.on_first(lambda: _save(result.model, found, folder, record))
         if isinstance(result.model, PeftModel):
+            here.on_first(lambda: _save_adapter(result.model, folder, record))
             result.model.unload()
+        here.on_first(lambda: _save(found, folder, record))
     return replace(result, model=found.model)
 
 
@@ -112,18 +113,20 @@ def _held_out(
     return calibration_batches(spec, model=dense, tokenizer=processing, seed=seed, purpose="evaluation", progress=show)
 
 
-def _save(recovered: Any, found: Measured, folder: Path | None, record: ShrinkRecord | None) -> None:
-    """The weights, the adapter beside them, and everything else that the folder has."""
+def _save_adapter(adapted: PeftModel, folder: Path | None, record: ShrinkRecord | None) -> None:
+    assert folder is not None
+    adapted.save_pretrained(str(folder / ADAPTER))
+    if record is not None:
+        record.report.notes.append(
+            f"the recovered model is the weights with the adapter in {ADAPTER}/: put it on with "
+            f"hf_shrink.load_adapter(model, FOLDER + '/{ADAPTER}'); without it the model is as it was before"
+        )
+
+
+def _save(found: Measured, folder: Path | None, record: ShrinkRecord | None) -> None:
+    """The weights, and everything else that the folder has."""
     assert folder is not None
     model = found.model
-    if isinstance(recovered, PeftModel):
-        recovered.save_pretrained(str(folder / ADAPTER))
-        recovered.unload()
-        if record is not None:
-            record.report.notes.append(
-                f"the recovered model is the weights with the adapter in {ADAPTER}/: put it on with "
-                f"hf_shrink.load_adapter(model, FOLDER + '/{ADAPTER}'); without it the model is as it was before"
-            )
     if record is not None and hasattr(model, "shrink_record"):
         vars(model).update(shrink_record=record, shrink_report=record.report)
     model.save_pretrained(folder)
