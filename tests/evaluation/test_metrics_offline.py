@@ -102,6 +102,7 @@ sys.exit(max(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in chi
 """
 
 
+@pytest.mark.slow
 def test_two_processes_at_once_without_a_network(tmp_path):
     """Both start with empty caches, so that both also copy the metric files there; only what they import is shared."""
     offline = {"HF_HUB_OFFLINE": "1", "HF_EVALUATE_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}

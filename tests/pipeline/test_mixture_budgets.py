@@ -50,14 +50,11 @@ def expert_schemes(model: PreTrainedModel, schemes: dict[str, Any]) -> set[Any]:
     return {schemes.get(path) for path in paths}
 
 
-QUICK = (("qwen2_moe", True, 0.55),)
 CASES = [(name, *rest) for name in ("mixtral", "qwen2_moe", "glm4_moe") for rest in ((True, 0.55), (False, 0.35))]
 
 
-@pytest.mark.parametrize(
-    ("name", "portable", "share"),
-    [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in CASES],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "portable", "share"), CASES)
 def test_the_result_keeps_the_budget(
     name: str, portable: bool, share: float, tmp_path: Path, stock_process: Stock
 ) -> None:

@@ -117,7 +117,8 @@ def runs(tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.Mon
     return run
 
 
-@pytest.mark.parametrize("visited", [pytest.param(False, id="whole", marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("visited", [pytest.param(False, id="whole"), True])
 def test_a_checkpoint_is_shrunk_on_the_device_killed_and_taken_up_again(
     runs: Any, visited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
