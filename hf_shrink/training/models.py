@@ -7,8 +7,9 @@ from contextlib import contextmanager
 from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.utils.import_utils import is_peft_available
 
@@ -50,6 +51,11 @@ def is_peft(model: nn.Module) -> bool:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP has spread the weights over processes."""
     return any(isinstance(module, FullyShardedDataParallel | FSDPModule) for module in model.modules())
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """The whole of a tensor that is in pieces, for which every process has to come here; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 @contextmanager

@@ -65,7 +65,7 @@ def test_two_processes_recover_as_one(method: str, folder: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "method", "words"),
-    [("fsdp1", "lora", "fsdp_version 2"), ("fsdp2", "full", "zeros"), ("ddp", "scales", "")],
+    [("fsdp1", "lora", "fsdp_version 2"), ("fsdp2", "full", "zeros"), ("ddp", "scales", "one process")],
 )
 def test_what_several_processes_cannot_do_is_said_by_all(kind: str, method: str, words: str, tmp_path: Path) -> None:
     dense = tiny_llama(3, num_hidden_layers=2)

@@ -16,13 +16,13 @@ from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.errors import CalibrationError
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import Recipe
-from hf_shrink.training.models import is_sharded, without_adapters
+from hf_shrink.training.models import is_sharded, whole, without_adapters
 from hf_shrink.training.qat.adapters import adapted_layers, attach_adapted, weight_now
 from hf_shrink.training.qat.forward import owned_quantizers
 from hf_shrink.training.qat.placing import pack_trained, place_quantizers
 from hf_shrink.training.qat.plan import plan_training
 from hf_shrink.training.qat.quantizer import Start, WeightQuantizer
-from hf_shrink.training.qat.sharded import add_whole, check_shapes, whole
+from hf_shrink.training.qat.sharded import add_whole, check_shapes
 from hf_shrink.training.qat.size import effective_bits
 from hf_shrink.training.qat.start import solving_method, start_of, start_on_data, without_data
 from hf_shrink.training.schedule import Window

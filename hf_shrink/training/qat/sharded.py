@@ -26,11 +26,6 @@ def check_shapes(model: nn.Module, modules: Iterable[nn.Module]) -> None:
             )
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that is in pieces, for which every process has to come here; others as they are."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
 def add_whole(module: nn.Module, change: Tensor) -> None:
     """Add (out_features, in_features), the same on every process, to a module's weight, which may be in pieces."""
     weight = module.weight

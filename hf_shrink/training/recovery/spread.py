@@ -14,7 +14,7 @@ from torch import nn
 from hf_shrink.errors import ShrinkError
 from hf_shrink.pruning.zeros import ZeroKeeper
 from hf_shrink.sharding import ranks
-from hf_shrink.training.qat.sharded import whole
+from hf_shrink.training.models import whole
 
 
 def spreads() -> bool:
