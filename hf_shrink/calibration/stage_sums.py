@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -23,7 +23,7 @@ class StageSums:
         experts: what the block's experts see.
         real_tokens: by batch, from a matrix's input to its rows that are not padding.
         share: which batches are this process's.
-        longest: as of `InputStatistics`.
+        longest: by path, as of `InputStatistics`; None for paths that are not in it.
         follower: the dense stream inside the block, where it is followed, so that statistics have a `drift`.
     """
 
@@ -32,7 +32,7 @@ class StageSums:
         experts: ExpertTokens,
         real_tokens: Callable[[int], Callable[[Tensor], Tensor]],
         share: Share,
-        longest: float | None,
+        longest: Mapping[str, float],
         follower: Follower | None,
     ) -> None:
         self._experts, self._real_tokens, self._share = experts, real_tokens, share
@@ -44,7 +44,7 @@ class StageSums:
         follower = self._follower
         for sharing, given in self._experts.inputs(batch, paths, x):
             if sharing[0] not in self._own:
-                empty = InputStatistics.empty(given.shape[-1], given.device, self._longest)
+                empty = InputStatistics.empty(given.shape[-1], given.device, self._longest.get(sharing[0]))
                 self._own.update(dict.fromkeys(sharing, empty))
             real = self._real_tokens(batch)(given)
             dense_input = follower.real_input(batch, stage) if follower is not None else None

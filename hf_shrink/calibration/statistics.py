@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -120,6 +120,17 @@ class InputStatistics:
         assert self.total is not None
         own = self.total[:, None] * (self.total / max(self.weight, 1e-30))
         return ((self.hessian.double() - own) / max(self.tokens, 1)).float()
+
+    def narrowed(self, kept: Tensor) -> InputStatistics:
+        """Of the inputs at the positions `kept` alone, int64 (k,); without a drift."""
+        kept = kept.to(self.hessian.device)
+        return replace(
+            self,
+            hessian=self.hessian[kept][:, kept],
+            largest=None if self.largest is None else self.largest[kept],
+            total=None if self.total is None else self.total[kept],
+            drift=None,
+        )
 
     def evened(self, share: float) -> InputStatistics:
         """As if others had come beside these inputs, in all directions alike and together `share` times as strong."""

@@ -184,7 +184,7 @@ class StackWalk:
         *,
         further: bool = True,
         dense: DenseStream | None = None,
-        longest: float | None = None,
+        longest: Mapping[str, float] | None = None,
     ) -> Passed | None:
         """Statistics, replacement and advance in one pass: see `stages.py`.
 
@@ -195,7 +195,7 @@ class StackWalk:
             current: the module that is at a path now.
             further: False when nothing comes after this block, so that its outputs are not needed; the walk then stays.
             dense: in front of this block too: it goes along, so that statistics have a `drift`, and to the next block.
-            longest: as of `InputStatistics`.
+            longest: by path of a matrix, as of `InputStatistics`; None for matrices that are not in it.
 
         Returns:
             The block's outputs for the first batch. None, with nothing done, when the block cannot be stopped
@@ -222,7 +222,7 @@ class StackWalk:
             # Before the block's modules are made to wait, which a copy of them must not.
             follower = None if dense is None else stack.enter_context(dense.following(block, matrices, stages))
             own = stack.enter_context(self.staged(matrices, stages, current, block))
-            sums = StageSums(self._experts, self.real_tokens, self.share, longest, follower)
+            sums = StageSums(self._experts, self.real_tokens, self.share, longest or {}, follower)
             for stage, paths in enumerate(stages):
                 for batch in range(len(self.hidden)):
                     x = own.reach(batch, stage)

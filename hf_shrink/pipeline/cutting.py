@@ -77,13 +77,18 @@ def cut_and_refit(
         with timed("solve"):
             for path, statistics in found.items():
                 if statistics is None:  # of an expert that saw too few tokens
-                    _mask(modules[path], consumers[path])
+                    mask_columns(modules[path], consumers[path])
                 else:
-                    _refit_masked(modules[path], statistics, consumers[path])
+                    refit_masked(modules[path], statistics, consumers[path])
 
     with timed("calibrate"):
         passed = walk.advance_in_stages(
-            modules, refit, model.get_submodule, further=further, dense=dense, longest=LONGEST
+            modules,
+            refit,
+            model.get_submodule,
+            further=further,
+            dense=dense,
+            longest=dict.fromkeys(modules, LONGEST),
         )
         if passed is None:
             if dense is not None:
@@ -96,7 +101,7 @@ def cut_and_refit(
     return passed
 
 
-def _mask(module: nn.Module, kept: Tensor) -> None:
+def mask_columns(module: nn.Module, kept: Tensor) -> None:
     """Make a matrix's other columns zero, in place."""
     weight = matrix(module)
     there = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)
@@ -104,7 +109,7 @@ def _mask(module: nn.Module, kept: Tensor) -> None:
     weight[:, ~there] = 0
 
 
-def _refit_masked(module: nn.Module, statistics: InputStatistics, kept: Tensor) -> None:
+def refit_masked(module: nn.Module, statistics: InputStatistics, kept: Tensor) -> None:
     """Refit a matrix in place; its other columns become zero, which is as good as cut."""
     weight, bias = matrix(module), bias_of(module)
     refitted = refit_reader(weight, bias, statistics, kept)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -35,6 +35,7 @@ class Task:
     Attributes:
         statistics: None for data-free methods and embeddings.
         sparse: the weight was pruned; its zeros stay exactly zero.
+        weight: (out, in), what is stored where that is not the module's own.
     """
 
     path: str
@@ -43,6 +44,7 @@ class Task:
     statistics: InputStatistics | None
     scale_dtype: torch.dtype
     sparse: bool = False
+    weight: Tensor | None = None
 
 
 def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: QuantizationMethod) -> list[str]:
@@ -58,10 +60,32 @@ def solve_and_pack(model: nn.Module, tasks: Sequence[Task], method: Quantization
     for start in range(0, len(groups), step):
         some = groups[start : start + step]
         for group, solved in zip(some, _solved(some, method), strict=True):
-            notes += [f"{group[0].path}: {note}" for note in solved.notes]
-            _put(model, group, solved)
+            notes += _notes(group, solved)
+            for task, weight in _each(group, solved):
+                put_packed(model, task.module, weight)
         release_free_memory()
     return notes
+
+
+def solve(tasks: Sequence[Task], method: QuantizationMethod) -> tuple[dict[str, QuantizedWeight], list[str]]:
+    """The tasks' weights on their grids, by path, and notes; as in `solve_and_pack`, but nothing is replaced."""
+    groups = _groups(tasks, method)
+    solved = _solved(groups, method) if groups else []
+    found = {task.path: own for group, s in zip(groups, solved, strict=True) for task, own in _each(group, s)}
+    return found, [note for group, s in zip(groups, solved, strict=True) for note in _notes(group, s)]
+
+
+def _notes(group: Sequence[Task], solved: QuantizedWeight) -> list[str]:
+    return [f"{group[0].path}: {note}" for note in solved.notes]
+
+
+def _each(group: Sequence[Task], solved: QuantizedWeight) -> Iterator[tuple[Task, QuantizedWeight]]:
+    """A group's tasks, each with its own part of what was solved as one."""
+    start = 0
+    for task in group:
+        stop = start + len(_dense(task))
+        yield task, solved.rows(start, stop) if len(group) > 1 else solved
+        start = stop
 
 
 def _solved(groups: Sequence[Sequence[Task]], method: QuantizationMethod) -> list[QuantizedWeight]:
@@ -80,17 +104,8 @@ def _solved(groups: Sequence[Sequence[Task]], method: QuantizationMethod) -> lis
 
 def _cost(group: Sequence[Task]) -> float:
     """How long a group takes, in proportion."""
-    width = _dense(group[0].module).shape[1]
-    return float(sum(_dense(task.module).shape[0] for task in group) * width * width)
-
-
-def _put(model: nn.Module, group: Sequence[Task], solved: QuantizedWeight) -> None:
-    """Packed modules in the places of a group's modules."""
-    start = 0
-    for task in group:
-        stop = start + _dense(task.module).shape[0]
-        put_packed(model, task.module, solved.rows(start, stop) if len(group) > 1 else solved)
-        start = stop
+    width = _dense(group[0]).shape[1]
+    return float(sum(len(_dense(task)) for task in group) * width * width)
 
 
 def put_packed(model: nn.Module, module: nn.Module, weight: QuantizedWeight) -> None:
@@ -105,7 +120,7 @@ def put_packed(model: nn.Module, module: nn.Module, weight: QuantizedWeight) -> 
 
 def solve_alone(method: QuantizationMethod, task: Task) -> QuantizedWeight:
     """One weight on its grid: rows are independent, so that one larger than all else goes in slices."""
-    weight, statistics = _dense(task.module), task.statistics
+    weight, statistics = _dense(task), task.statistics
     step = max(1, AT_ONCE // weight.shape[1])
     if statistics is not None:  # every slice factors them again
         step = max(step // ROW_MULTIPLE, TALL * weight.shape[1] // ROW_MULTIPLE) * ROW_MULTIPLE
@@ -158,8 +173,11 @@ def _once(tasks: Sequence[Task]) -> list[Task]:
     return found
 
 
-def _dense(module: nn.Module) -> Tensor:
-    """The weight (out, in) as it is stored."""
+def _dense(task: Task) -> Tensor:
+    """The weight (out, in) that is to be stored."""
+    if task.weight is not None:
+        return task.weight
+    module = task.module
     weight = matrix(module) if is_matrix(module) else module.weight
     assert isinstance(weight, Tensor)
     return weight.detach()
@@ -167,7 +185,7 @@ def _dense(module: nn.Module) -> Tensor:
 
 def _weight(task: Task, rows: slice = slice(None)) -> Tensor:
     """float32 (out, in) of some rows. Raises CalibrationError naming the module when it is not finite."""
-    dense = _dense(task.module)[rows].to(torch.float32)
+    dense = _dense(task)[rows].to(torch.float32)
     if not torch.isfinite(dense).all():
         raise CalibrationError(f"NaN or Inf in {task.path}.weight; the checkpoint is damaged")
     return dense

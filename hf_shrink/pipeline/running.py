@@ -26,6 +26,7 @@ from hf_shrink.pipeline.keeping import NOTHING_KEPT, Keeper
 from hf_shrink.pipeline.kept import KeptStack
 from hf_shrink.pipeline.learning import Learning
 from hf_shrink.pipeline.masking import Masking
+from hf_shrink.pipeline.narrowing import cut_and_pack
 from hf_shrink.pipeline.packing import Task, solve_and_pack
 from hf_shrink.pipeline.transforming import BlockScaler
 from hf_shrink.plan import BlockPlan, Plan, Scheme
@@ -149,6 +150,8 @@ class Run:
         paths = [path for path in self.work if path.startswith(block.path + ".")]
         goes_along = self.follows and plan.keeps_all and bool(paths)  # through the block's stages, see `DenseStream`
         refits = self.walk is not None and self.plan.refit and bool(consumer_cuts(block, plan))
+        if refits and self._cut_and_packed(block, plan, paths, stored, further):
+            return
         dense = self.dense
         if dense is not None and not goes_along and (not refits or plan.experts is not None):
             with self.timed("calibrate"):
@@ -189,6 +192,33 @@ class Run:
             with self.timed("calibrate"):
                 passed = self._pack_on_the_way(self.walk, paths, stored, further, goes_along)
         self.moved = None if passed is None else passed.relative_error(inputs)
+
+    def _cut_and_packed(
+        self, block: BoundBlock, plan: BlockPlan, paths: Sequence[str], stored: torch.dtype, further: bool
+    ) -> bool:
+        """Do everything in one pass where that can be, so that rounding follows the dense stream; whether it was."""
+        walk, method = self.walk, self.method
+        simple = block.experts is None and self.learning is None and self.masking is None and not self.scaler.scalings
+        if walk is None or method is None or not (simple and paths and self.follows):
+            return False
+        if not getattr(method, "true_sequential", True):
+            return False
+        inputs = walk.hidden[0]
+        modules = {path: self.model.get_submodule(path) for path in paths}
+
+        def make(path: str, statistics: InputStatistics | None) -> Task:
+            working_on(self.progress, path, len(matrix(modules[path])))
+            return self._task(path, statistics, stored)
+
+        found = cut_and_pack(
+            self.model, block, plan, modules, make, method, walk, self.dense, self.timed, further=further
+        )
+        if found is None:
+            return False
+        passed, notes = found
+        self.report.notes += notes
+        self.moved = passed.relative_error(inputs)
+        return True
 
     def _now(self, stack: BoundStack, block: BoundBlock) -> BoundBlock:
         """The block as it is bound at present: its experts may have been taken apart since, its units cut."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -130,7 +129,7 @@ class RoundedWeights:
                     found[f"{path}.bias"] = refitted.bias
                 small = refitted.weight
             if scheme is not None:
-                small = self._rounded(small, scheme, None if statistics is None else _narrowed(statistics, kept))
+                small = self._rounded(small, scheme, None if statistics is None else statistics.narrowed(kept))
             whole = torch.zeros_like(weight)
             whole[:, kept.to(weight.device)] = small
         else:
@@ -146,19 +145,6 @@ class RoundedWeights:
             assert not isinstance(data_free, ModelMethod)
             method = data_free
         return method.solve(weight, scheme, statistics, scale_dtype=torch.float32).dequantized()
-
-
-def _narrowed(statistics: InputStatistics, kept: Tensor) -> InputStatistics:
-    """Statistics of some of the inputs."""
-    kept = kept.to(statistics.hessian.device)
-    largest = statistics.largest
-    return replace(
-        statistics,
-        hessian=statistics.hessian[kept][:, kept],
-        largest=None if largest is None else largest[kept],
-        total=None if statistics.total is None else statistics.total[kept],
-        drift=None,
-    )
 
 
 def input_statistics(

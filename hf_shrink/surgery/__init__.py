@@ -13,7 +13,7 @@ from hf_shrink.surgery.depth import remove_blocks, remove_parts, stack_configs, 
 from hf_shrink.surgery.expert_channels import check_expert_channels
 from hf_shrink.surgery.experts import cut_experts
 from hf_shrink.surgery.sizes import build_skeleton, is_uneven, module_shape, resize_skeleton, settle_config
-from hf_shrink.surgery.units import consumer_cuts, cut_block, cut_shapes
+from hf_shrink.surgery.units import consumer_cuts, cut_block, cut_shapes, matrix_cuts
 
 __all__ = [
     "apply_structure",
@@ -24,6 +24,7 @@ __all__ = [
     "cut_experts",
     "cut_shapes",
     "is_uneven",
+    "matrix_cuts",
     "module_shape",
     "remove_blocks",
     "remove_parts",

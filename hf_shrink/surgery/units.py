@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp
+from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, Cuts
 from hf_shrink.architectures.linears import cut, matrix
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan
@@ -51,19 +51,22 @@ def _cut_attention(attention: BoundAttention, heads: Sequence[int]) -> None:
         set_attribute(attention.module, name, attention.quantity(quantity, len(heads), len(groups)))
 
 
-def consumer_cuts(block: BoundBlock, plan: BlockPlan) -> dict[str, Tensor]:
-    """Kept input positions, ascending, of every matrix that reads units which `plan` cuts, by path."""
-    cuts = {}
-    for part, role, units in (
-        (block.attention, "output", plan.query_heads),
-        (block.cross_attention, "output", plan.cross_heads),
-        (block.mlp, "down", plan.channels),
+def matrix_cuts(block: BoundBlock, plan: BlockPlan) -> Cuts:
+    """Kept rows ("out") and columns ("in") of every matrix that `plan` cuts, by path and axis."""
+    cuts: Cuts = {}
+    for part, units in (
+        (block.attention, plan.query_heads),
+        (block.cross_attention, plan.cross_heads),
+        (block.mlp, plan.channels),
     ):
         if part is not None and units is not None:
-            path = part.slot(role).path
-            cuts[path] = part.cuts(units)[path, "in"]
-    experts = expert_channel_cuts(block, plan)
-    return cuts | {path: kept for (path, axis), kept in experts.items() if axis == "in"}
+            cuts |= part.cuts(units)
+    return cuts | expert_channel_cuts(block, plan)
+
+
+def consumer_cuts(block: BoundBlock, plan: BlockPlan) -> dict[str, Tensor]:
+    """Kept input positions, ascending, of every matrix that reads units which `plan` cuts, by path."""
+    return {path: kept for (path, axis), kept in matrix_cuts(block, plan).items() if axis == "in"}
 
 
 def cut_shapes(block: BoundBlock, plan: BlockPlan) -> dict[str, tuple[int, int]]:
