@@ -195,7 +195,11 @@ class Plan:
         """What the search for a budget says of the plan."""
         found = self.search
         words = [f"{found['bytes'] / 1e6:.4g} MB"] if "bytes" in found else []
-        for key, name in (("predicted_kl", "predicted"), ("measured_kl", "measured, weights compressed one by one")):
+        for key, name in (
+            ("predicted_kl", "predicted"),
+            ("measured_kl", "measured, weights compressed one by one"),
+            ("rehearsed_kl", "measured after a run on a part of the data"),
+        ):
             words += [f"KL {found[key]:.4g} ({name})"] if key in found else []
         return f"found by a search for a budget: {', '.join(words)}"
 

@@ -18,6 +18,7 @@ from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.evaluation.size import unique_bytes
+from hf_shrink.pipeline.rehearsal import Rehearsal, split, why_not
 from hf_shrink.pipeline.targets import select
 from hf_shrink.plan import Plan, Scheme
 from hf_shrink.progress import ProgressCallback
@@ -29,7 +30,7 @@ from hf_shrink.residence import Room, visited
 from hf_shrink.runtime.experts import separate_experts
 from hf_shrink.search.blank import blank_sensitivity
 from hf_shrink.search.choices import short
-from hf_shrink.search.choose import Chosen, choose_assignment
+from hf_shrink.search.choose import Chosen, choose_assignment, guesses
 from hf_shrink.search.fingerprint import sensitivity_of
 from hf_shrink.search.latency import LatencyTable, cache_folder
 from hf_shrink.search.limits import Limits
@@ -38,6 +39,7 @@ from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Problem
 from hf_shrink.search.problem import make_problem
 from hf_shrink.search.reachable import check_reachable
+from hf_shrink.search.rehearsed import NEUTRAL, USUAL, Factors, learn
 from hf_shrink.search.replacements import IN_MEMORY, RoundedWeights, input_statistics
 from hf_shrink.search.sensitivity import Sensitivity
 from hf_shrink.search.solve import Programme
@@ -61,6 +63,7 @@ class Searching:
     seed: int
     progress: ProgressCallback
     cache: Path | None = None
+    _factors: Factors | None = field(default=None, init=False)
     _weights: tuple[Problem, RoundedWeights] | None = field(default=None, init=False)
 
     @classmethod
@@ -177,7 +180,13 @@ class Searching:
         return made
 
     def check(self, budget: Budget) -> None:
-        """Raises RecipeError where the budget is out of reach. Needs no data; measures nothing but latencies."""
+        """Raises RecipeError where the budget is out of reach, or nothing can be rehearsed that should be.
+
+        Needs no data; measures nothing but latencies.
+        """
+        reason = why_not(self.model) if self.spec.rehearse else None
+        if reason is not None:
+            raise RecipeError(f"search.rehearse: {reason}; leave it out, and the search goes by what it knows of runs")
         timed = budget.decode is not None or budget.prefill is not None
         blank = blank_sensitivity(self.model, self.binding, self.space, self.quantizable)
         problem = self.problem(blank, timed)
@@ -220,10 +229,38 @@ class Searching:
             self._weights = problem, made
         return self._weights[1]
 
-    def choose(self, programme: Programme) -> Chosen:
-        """The best assignment within a programme's limits."""
-        problem = programme.problem
-        return choose_assignment(programme, lambda: self.measured(problem), self.spec, self.seed, self.progress)
+    def choose(self, programme: Programme, *, rehearsed: bool = True) -> Chosen:
+        """The best assignment within a programme's limits.
+
+        `rehearsed`: what is found is carried out too. What runs leave of damages is learnt for the first budget, and
+        holds for further ones.
+        """
+        problem, tried = programme.problem, []
+        rehearse = self._rehearsal(problem)
+        if rehearse is not None and self._factors is None:
+            tried = [rehearse(assignment) for assignment in guesses(programme)]
+            self._factors = learn(problem, tried)
+        return choose_assignment(
+            programme,
+            lambda: self.measured(problem),
+            self.spec,
+            self.seed,
+            self.progress,
+            self._factors or (USUAL if getattr(self.method, "follows_dense", False) else NEUTRAL),
+            tried,
+            rehearse if rehearsed else None,
+        )
+
+    def _rehearsal(self, problem: Problem) -> Rehearsal | None:
+        """What carries assignments out; None where that was not asked for."""
+        refines = self.spec.generations != 0 and self.spec.minutes != 0
+        if not (self.spec.rehearse and refines):
+            return None
+        batches, held_out = split(self.batches)
+        measure = self.measured(problem, held_out)
+        return Rehearsal(
+            self.model, problem, self.weights(problem), measure, batches, self.dtype, self.seed, self.progress
+        )
 
 
 def plan_budget(
@@ -285,4 +322,6 @@ def described(problem: Problem, limits: Limits, chosen: Chosen) -> Plan:
     }
     if chosen.measured is not None:
         said |= {"measured_kl": chosen.measured, "history": list(chosen.history), "seen": chosen.seen}
+    if chosen.rehearsed:
+        said |= {"rehearsed_kl": chosen.rehearsed[0], "rehearsed_others": list(chosen.rehearsed[1:])}
     return replace(problem.plan(chosen.assignment), search=said)

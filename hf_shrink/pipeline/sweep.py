@@ -108,7 +108,7 @@ class _Sweep:
         planning = 0.0
         for (text, _), limit in zip(asked, limits, strict=True):
             since = time.perf_counter()
-            chosen = search.choose(Programme(problem, limit))
+            chosen = search.choose(Programme(problem, limit), rehearsed=False)
             planning += time.perf_counter() - since
             point = self._point(text, "plan", problem, measure, chosen.assignment, context)
             by_group = paid(problem, chosen.assignment)

@@ -28,6 +28,8 @@ class SearchSpec:
         minutes: of the refinement on true KL divergence. None: no limit.
         generations: of the refinement; with them alone the same seed gives the same plan. None: as many as `minutes`
             allow, or 12 where there is no limit.
+        rehearse: whether what looks best is carried out on a copy of the model with a part of the data, which tells
+            what a run makes of it, before the search decides. Of models in memory; only where there is refinement.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 8)
@@ -38,13 +40,14 @@ class SearchSpec:
     effort: str = "balanced"
     minutes: float | None = None
     generations: int | None = None
+    rehearse: bool = False
 
     def __post_init__(self) -> None:
         bits = self.bits
         if not isinstance(bits, list | tuple) or any(isinstance(b, bool) or b not in BITS for b in bits):
             raise RecipeError(f"search.bits is a list of whole numbers from 2 to 8, such as [2, 3, 4, 8], not {bits!r}")
         object.__setattr__(self, "bits", tuple(sorted(set(bits))))
-        for name in ("width", "depth", "embeddings"):
+        for name in ("width", "depth", "embeddings", "rehearse"):
             if not isinstance(getattr(self, name), bool):
                 raise RecipeError(f"search.{name} must be true or false, not {getattr(self, name)!r}")
         if not (self.bits or self.width or self.depth):

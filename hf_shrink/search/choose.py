@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from hf_shrink.progress import ProgressCallback, quiet
@@ -11,8 +11,11 @@ from hf_shrink.recipe.search import GENERATIONS
 from hf_shrink.search.levers import starting_points
 from hf_shrink.search.options import Assignment
 from hf_shrink.search.refine import Measure, Refinement, refine
+from hf_shrink.search.rehearsed import NEUTRAL, CorrectedMeasure, Factors, Rehearsed
 from hf_shrink.search.solve import Programme
 from hf_shrink.search.swaps import Swaps
+
+GUESSES = 2  # the first of `starting_points`
 
 
 @dataclass(frozen=True)
@@ -22,8 +25,9 @@ class Chosen:
     Attributes:
         predicted: KL divergence to the dense model in nats a prediction, as predicted.
         measured: the same as measured with weights compressed one by one; None: nothing was measured.
-        history: measured, of the best so far, after every generation.
+        history: of the best so far, after every generation: measured, times what a run is predicted to leave of it.
         seen: assignments that were measured.
+        rehearsed: divergences of whole runs that were tried, the one of this assignment first; empty: none was.
     """
 
     assignment: Assignment
@@ -31,6 +35,7 @@ class Chosen:
     measured: float | None = None
     history: tuple[float, ...] = ()
     seen: int = 0
+    rehearsed: tuple[float, ...] = ()
 
 
 def choose_assignment(
@@ -39,18 +44,44 @@ def choose_assignment(
     spec: SearchSpec,
     seed: int = 0,
     progress: ProgressCallback = quiet,
+    factors: Factors = NEUTRAL,
+    tried: Sequence[Rehearsed] = (),
+    rehearse: Callable[[Assignment], Rehearsed] | None = None,
 ) -> Chosen:
     """The assignment that a search settles on; the limits of the programme can be met.
 
     Args:
         measure: makes what measures true divergences; only called where there is refinement.
+        factors: what runs leave of predicted damages.
+        tried: assignments within the limits that were carried out.
+        rehearse: carries out what the search finds, of which and of `tried` the best is taken then. None: nothing is.
     """
     if spec.generations == 0 or spec.minutes == 0:
         found = programme.minimise()
         assert found is not None
         return Chosen(found, programme.problem.damage(found))
+    problem = programme.problem
+    corrected = factors.applied(problem)
+    measuring = CorrectedMeasure(measure(), problem, corrected)
+    chosen = _refined(Programme(corrected, programme.limits), measuring, spec, seed, progress)
+    if rehearse is None:
+        return chosen
+    known = {found.assignment for found in tried}
+    candidates = [*tried] if chosen.assignment in known else [*tried, rehearse(chosen.assignment)]
+    best = min(candidates, key=lambda found: found.whole)
+    others = tuple(found.whole for found in candidates if found is not best)
+    predicted = corrected.damage(best.assignment)
+    return Chosen(best.assignment, predicted, best.alone_whole, chosen.history, chosen.seen, (best.whole, *others))
+
+
+def guesses(programme: Programme) -> list[Assignment]:
+    """What is worth carrying out to learn what runs leave of damages: the best of all levers, and of bits alone."""
+    return starting_points(programme)[:GUESSES]
+
+
+def _refined(programme: Programme, measure: Measure, spec: SearchSpec, seed: int, progress: ProgressCallback) -> Chosen:
     generations = spec.generations if spec.generations is not None or spec.minutes is not None else GENERATIONS
     how = Refinement(generations, spec.minutes, seed=seed)
-    refined = refine(starting_points(programme), Swaps(programme, seed), measure(), how, progress)
+    refined = refine(starting_points(programme), Swaps(programme, seed), measure, how, progress)
     predicted = programme.problem.damage(refined.assignment)
     return Chosen(refined.assignment, predicted, refined.divergence, refined.history, refined.seen)

@@ -168,6 +168,14 @@ class MeasuredAssignments:
         by_sample = shared.gather(zip(*found, strict=True))
         return [sum(column) / rows for column in zip(*by_sample, strict=True)]
 
+    def divergence_of(self, model: nn.Module, tokens: int | None) -> float:
+        """Nats a prediction of another model, on the same data."""
+        _, shared, samples, references = self._look(tokens)
+        predictor = Predictor(model, fast=True)
+        found = [divergence(r.kept, predictor.predict(x, r)) for x, r in zip(samples, references, strict=True)]
+        rows = sum(shared.gather(len(reference.kept.values) for reference in references))
+        return sum(shared.gather(found)) / rows
+
     @contextmanager
     def installed(self, assignment: Assignment) -> Iterator[None]:
         """The model as an assignment leaves it, to be measured by others; dense again afterwards."""

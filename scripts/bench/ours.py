@@ -16,7 +16,8 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from common import folder_bytes, peak_memory_mb, perplexity, stopwatch, windows
 
-SEARCHED = ("limits", "takes", "predicted_kl", "measured_kl", "history", "seen")  # of a search for a budget
+# Of a search for a budget.
+SEARCHED = ("limits", "takes", "predicted_kl", "measured_kl", "rehearsed_kl", "rehearsed_others", "history", "seen")
 
 
 def measure(job: dict[str, Any]) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from tiny import VOCABULARY, tiny_llama
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
-from hf_shrink import make_plan, shrink
+from hf_shrink import make_plan, shrink, shrink_checkpoint
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.evaluation.size import stored_bytes
 from hf_shrink.front import Front
@@ -137,3 +137,23 @@ def test_a_sweep_is_over_one_resource() -> None:
             make_front(tiny_llama(), recipe({"bytes": "30%"}), budgets, calibration=data(), progress=False)
     with pytest.raises(RecipeError, match="goes over budgets"):
         make_front(tiny_llama(), "w4a16", ["30%"], calibration=data(), progress=False)
+
+
+def test_a_rehearsed_search_takes_the_best_of_what_it_carried_out(dense_bytes: int) -> None:
+    """On a copy: the model is the same before and after, and the budget holds."""
+    model = tiny_llama()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    asked = {"portable": False, **recipe({"bytes": "14%"}, effort="balanced", rehearse=True)}
+    plan = make_plan(model, asked, calibration=data(), progress=False)
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+    assert plan.search["bytes"] <= 0.14 * dense_bytes
+    assert plan.search["rehearsed_others"]
+    assert 0 < plan.search["rehearsed_kl"] <= min(plan.search["rehearsed_others"])
+
+
+def test_what_is_not_in_memory_is_not_rehearsed(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "dense")
+    asked = recipe({"bytes": "40%"}, rehearse=True)
+    with pytest.raises(RecipeError, match="weights stay in files"):
+        shrink_checkpoint(tmp_path / "dense", tmp_path / "out", asked, calibration=data(), progress=False)
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,67 @@
+"""What whole runs say of predictions, on made-up problems."""
+
+from __future__ import annotations
+
+import pytest
+
+from hf_shrink.plan import BlockPlan, Plan, Scheme
+from hf_shrink.search.options import Change, Cost, Group, Option, Problem
+from hf_shrink.search.rehearsed import MOST, CorrectedMeasure, Factors, Rehearsed, learn
+
+W3, NARROW = Scheme(3), BlockPlan(channels=(0, 1))
+
+
+def problem() -> Problem:
+    """Two blocks and an embedding. Options: dense, rounded (0.2 nats), rounded and cut (0.3)."""
+    options = (
+        Option("dense", Cost(100), 0.0),
+        Option("W3", Cost(30), 0.2, Change({"up": W3})),
+        Option("W3 narrow", Cost(20), 0.3, Change({"up": W3}, NARROW)),
+    )
+    outer = (Option("dense", Cost(100), 0.0), Option("W3", Cost(30), 0.1, Change({"embed": W3})))
+    blocks = [Group(f"blocks.{n} mlp", options, "decoder", n) for n in range(2)]
+    return Problem((*blocks, Group("embed", outer)), Cost(), (), (), Plan("made-up"), {"decoder": 2})
+
+
+def carried_out(assignment: tuple[int, int, int], rounded: float, cut: float, outer: float) -> Rehearsed:
+    """As if everything were exactly as predicted alone, and a run left these parts of it."""
+    inside = [option.damage for option in problem().taken((*assignment[:2], 0))][:2]
+    alone = sum(inside)
+    left = sum({0: 1.0, 1: rounded, 2: cut}[o] * d for o, d in zip(assignment, inside, strict=False))
+    ends = problem().damage((0, 0, assignment[2]))
+    return Rehearsed(assignment, left, left + outer * ends, alone, alone + ends)
+
+
+def test_runs_that_are_as_the_factors_say_give_the_factors() -> None:
+    found = learn(problem(), [carried_out(a, 0.6, 0.9, 1.3) for a in ((1, 1, 1), (1, 2, 1))])
+    assert (found.rounded, found.cut, found.outer) == pytest.approx((0.6, 0.9, 1.3))
+
+
+@pytest.mark.parametrize("assignment", [(1, 1, 1), (2, 2, 1)])
+def test_a_single_run_speaks_for_both_kinds(assignment: tuple[int, int, int]) -> None:
+    found = learn(problem(), [carried_out(assignment, 0.5, 0.5, 1.0)])
+    assert (found.rounded, found.cut) == pytest.approx((0.5, 0.5))
+
+
+def test_what_nobody_tried_stays_as_predicted() -> None:
+    assert learn(problem(), [carried_out((1, 1, 0), 0.5, 1.0, 1.0)]).outer == 1.0
+    assert learn(problem(), []) == Factors()
+
+
+def test_a_run_that_went_wrong_does_not_settle_everything() -> None:
+    found = learn(problem(), [Rehearsed((1, 1, 1), 400.0, 400.1, 0.4, 0.5)])
+    assert found.rounded == MOST
+
+
+def test_corrections_reach_every_option_and_every_measurement() -> None:
+    plain, factors = problem(), Factors(outer=2.0, rounded=0.5, cut=0.25)
+    corrected = factors.applied(plain)
+    assert corrected.damage((1, 2, 1)) == pytest.approx(0.5 * 0.2 + 0.25 * 0.3 + 2.0 * 0.1)
+    assert corrected.cost((1, 2, 1)) == plain.cost((1, 2, 1))
+
+    class Measured:
+        def divergences(self, base: object, trials: object, tokens: object) -> list[float]:
+            return [0.6, 0.0]
+
+    found = CorrectedMeasure(Measured(), plain, corrected).divergences((0, 0, 0), [(1, 2, 1), (0, 0, 0)], None)
+    assert found == pytest.approx([0.6 * 0.375 / 0.6, 0.0])
