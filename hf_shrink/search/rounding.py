@@ -27,7 +27,7 @@ from hf_shrink.sharding import spread
 
 EXPERTS = 8  # of a block's that are tried: the others cost as much for what the predictions make of their outputs
 ROWS = 128  # of a stack of weights that share their input; of the larger ones about this many
-COARSE = 4  # bits up to which the method itself is asked; of more, plain rounding tells as well, and loses little
+COARSE = 4  # bits up to which the method itself is asked; of more, it gains on plain rounding what it gains there
 
 
 @dataclass(frozen=True)
@@ -76,22 +76,22 @@ def rounding_damages(
             moment = _plain(statistics.get(path), module) if piece.routed else weighted.mean(path)
             costs[path] = _of_matrix(path, module, moment, fisher)
 
-        def lost(case: tuple[list[str], Scheme], costs: Mapping[str, _MatrixCost] = costs) -> list[float]:
-            paths, scheme = case
+        def lost(case: tuple[list[str], Scheme, bool], costs: Mapping[str, _MatrixCost] = costs) -> list[float]:
+            paths, scheme, plainly = case
             rows = torch.cat([costs[path].weight for path in paths])
             seen = statistics.get(paths[0])
-            solver = method if scheme.bits <= COARSE and seen is not None else nearest()
+            solver = nearest() if plainly or seen is None else method
             solved = solver.solve(rows, scheme, seen, scale_dtype=scale_dtype)
             parts = torch.split(rows - solved.dequantized(), [len(costs[path].weight) for path in paths])
             return [costs[path].of(part) for path, part in zip(paths, parts, strict=True)]
 
-        damage = dict.fromkeys(schemes, 0.0)
-        cases = [(paths, scheme) for paths in sharing(tried, statistics) for scheme in schemes]
-        for (_, scheme), found_here in zip(cases, spread(cases, lost), strict=True):
-            for value in found_here:
-                damage[scheme] += value * factor
+        asked = _asked(schemes)
+        cases = [(paths, scheme, plainly) for paths in sharing(tried, statistics) for scheme, plainly in asked]
+        damage = dict.fromkeys(asked, 0.0)
+        for (_, scheme, plainly), found_here in zip(cases, spread(cases, lost), strict=True):
+            damage[scheme, plainly] += factor * sum(found_here)
         found[piece.name] = Rounded(
-            damage,
+            _by_scheme(damage, schemes),
             {path: cost.by_row() for path, cost in costs.items()},
             {path: cost.by_column() for path, cost in costs.items()},
         )
@@ -131,6 +131,29 @@ class _MatrixCost:
     def by_column(self) -> Tensor:
         """float64 (in,)."""
         return self.moment.diagonal().double().cpu()
+
+
+def _asked(schemes: Sequence[Scheme]) -> list[tuple[Scheme, bool]]:
+    """What is rounded: by the method what is coarse, plainly (True) what is finer, and one scheme in both ways."""
+    coarse = [scheme for scheme in schemes if scheme.bits <= COARSE]
+    finer = [scheme for scheme in schemes if scheme.bits > COARSE]
+    both = _anchor(schemes)
+    by_method = coarse or [both]
+    return [*((scheme, False) for scheme in by_method), *((s, True) for s in dict.fromkeys([both, *finer]) if finer)]
+
+
+def _anchor(schemes: Sequence[Scheme]) -> Scheme:
+    """The scheme that says what the method gains on plain rounding: the finest of the coarse ones, or the coarsest."""
+    coarse = [scheme for scheme in schemes if scheme.bits <= COARSE]
+    return max(coarse, key=lambda scheme: scheme.bits) if coarse else min(schemes, key=lambda scheme: scheme.bits)
+
+
+def _by_scheme(damage: Mapping[tuple[Scheme, bool], float], schemes: Sequence[Scheme]) -> dict[Scheme, float]:
+    """Damages by the method: of finer schemes those of plain rounding, times what the method leaves of it."""
+    anchor = _anchor(schemes)
+    plain = damage.get((anchor, True), 0.0)
+    left = damage[anchor, False] / plain if plain > 0 else 1.0
+    return {s: damage[s, False] if (s, False) in damage else left * damage[s, True] for s in schemes}
 
 
 def nearest() -> QuantizationMethod:

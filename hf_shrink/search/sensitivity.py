@@ -22,7 +22,7 @@ from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.plan import Scheme
 from hf_shrink.pruning.curves import PartCurves
 
-FORMAT = 2
+FORMAT = 3
 _CURVE = ("order", "losses", "alone")
 
 
