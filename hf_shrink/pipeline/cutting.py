@@ -77,7 +77,7 @@ def cut_and_refit(
         with timed("solve"):
             for path, statistics in found.items():
                 if statistics is None:  # of an expert that saw too few tokens
-                    mask_columns(modules[path], consumers[path])
+                    _mask(modules[path], consumers[path])
                 else:
                     refit_masked(modules[path], statistics, consumers[path])
 
@@ -101,7 +101,7 @@ def cut_and_refit(
     return passed
 
 
-def mask_columns(module: nn.Module, kept: Tensor) -> None:
+def _mask(module: nn.Module, kept: Tensor) -> None:
     """Make a matrix's other columns zero, in place."""
     weight = matrix(module)
     there = torch.zeros(weight.shape[1], dtype=torch.bool, device=weight.device)

@@ -15,7 +15,7 @@ from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
-from hf_shrink.pipeline.cutting import mask_columns, refit_masked
+from hf_shrink.pipeline.cutting import refit_masked
 from hf_shrink.pipeline.packing import Task, put_packed, solve
 from hf_shrink.plan import BlockPlan
 from hf_shrink.pruning.refit import LONGEST
@@ -55,33 +55,29 @@ def cut_and_pack(
 
     Returns:
         The block's outputs for the first batch, with the walk gone on if asked, and notes. None, with nothing done,
-        when the block cannot be stopped between its stages.
+        when the block cannot be stopped between its stages. Not for blocks with experts.
     """
     cuts = matrix_cuts(block, plan)
     readers = {path: kept for (path, axis), kept in cuts.items() if axis == "in"}
     packed: dict[str, QuantizedWeight] = {}
     notes: list[str] = []
 
-    def task_of(path: str, found: InputStatistics | None) -> Task | None:
-        if path not in modules:
-            return None
+    def task_of(path: str, found: InputStatistics | None) -> Task:
         rows, columns = cuts.get((path, "out")), readers.get(path)
         if found is not None and columns is not None:
             found = found.narrowed(columns)
         task = make_task(path, found)
-        weight = _part(matrix(modules[path]), rows, columns)
-        return task if rows is None and columns is None else replace(task, weight=weight)
+        if rows is None and columns is None:
+            return task
+        return replace(task, weight=_part(matrix(modules[path]), rows, columns))
 
     def deal(found: Mapping[str, InputStatistics | None]) -> None:
         with timed("solve"):
             for path in found.keys() & readers.keys():
-                module, statistics = model.get_submodule(path), found[path]
-                if statistics is None:
-                    mask_columns(module, readers[path])
-                else:
-                    refit_masked(module, statistics, readers[path])
-            tasks = [task for path, statistics in found.items() if (task := task_of(path, statistics)) is not None]
-            weights, said = solve(tasks, method)
+                statistics = found[path]
+                assert statistics is not None  # only experts go without
+                refit_masked(model.get_submodule(path), statistics, readers[path])
+            weights, said = solve([task_of(path, found[path]) for path in found if path in modules], method)
             for path, weight in weights.items():
                 _write(matrix(modules[path]), weight.dequantized(), cuts.get((path, "out")), readers.get(path))
             packed.update(weights)

@@ -23,8 +23,8 @@ class Chosen:
     """An assignment, and how good it is.
 
     Attributes:
-        predicted: KL divergence to the dense model in nats a prediction, as predicted.
-        measured: the same as measured with weights compressed one by one; None: nothing was measured.
+        predicted: KL divergence to the dense model in nats a prediction that a run is predicted to leave.
+        measured: what was measured with weights compressed one by one; None: nothing was.
         history: of the best so far, after every generation: measured, times what a run is predicted to leave of it.
         seen: assignments that were measured.
         rehearsed: divergences of whole runs that were tried, the one of this assignment first; empty: none was.
@@ -56,21 +56,20 @@ def choose_assignment(
         tried: assignments within the limits that were carried out.
         rehearse: carries out what the search finds, of which and of `tried` the best is taken then. None: nothing is.
     """
+    corrected = Programme(factors.applied(programme.problem), programme.limits)
     if spec.generations == 0 or spec.minutes == 0:
-        found = programme.minimise()
+        found = corrected.minimise()
         assert found is not None
-        return Chosen(found, programme.problem.damage(found))
-    problem = programme.problem
-    corrected = factors.applied(problem)
-    measuring = CorrectedMeasure(measure(), problem, corrected)
-    chosen = _refined(Programme(corrected, programme.limits), measuring, spec, seed, progress)
+        return Chosen(found, corrected.problem.damage(found))
+    measuring = CorrectedMeasure(measure(), programme.problem, corrected.problem)
+    chosen = _refined(corrected, measuring, spec, seed, progress)
     if rehearse is None:
         return chosen
     known = {found.assignment for found in tried}
     candidates = [*tried] if chosen.assignment in known else [*tried, rehearse(chosen.assignment)]
     best = min(candidates, key=lambda found: found.whole)
     others = tuple(found.whole for found in candidates if found is not best)
-    predicted = corrected.damage(best.assignment)
+    predicted = corrected.problem.damage(best.assignment)
     return Chosen(best.assignment, predicted, best.alone_whole, chosen.history, chosen.seen, (best.whole, *others))
 
 
@@ -79,9 +78,12 @@ def guesses(programme: Programme) -> list[Assignment]:
     return starting_points(programme)[:GUESSES]
 
 
-def _refined(programme: Programme, measure: Measure, spec: SearchSpec, seed: int, progress: ProgressCallback) -> Chosen:
+def _refined(
+    programme: Programme, measure: CorrectedMeasure, spec: SearchSpec, seed: int, progress: ProgressCallback
+) -> Chosen:
     generations = spec.generations if spec.generations is not None or spec.minutes is not None else GENERATIONS
     how = Refinement(generations, spec.minutes, seed=seed)
     refined = refine(starting_points(programme), Swaps(programme, seed), measure, how, progress)
     predicted = programme.problem.damage(refined.assignment)
-    return Chosen(refined.assignment, predicted, refined.divergence, refined.history, refined.seen)
+    alone = refined.divergence / measure.left(refined.assignment)
+    return Chosen(refined.assignment, predicted, alone, refined.history, refined.seen)

@@ -108,8 +108,9 @@ class CorrectedMeasure:
     def divergences(self, base: Assignment, trials: Sequence[Assignment], tokens: int | None) -> list[float]:
         """See `refine.Measure`."""
         found = self._measure.divergences(base, trials, tokens)
-        return [value * self._left(trial) for value, trial in zip(found, trials, strict=True)]
+        return [value * self.left(trial) for value, trial in zip(found, trials, strict=True)]
 
-    def _left(self, assignment: Assignment) -> float:
+    def left(self, assignment: Assignment) -> float:
+        """Which part of what it damages one by one a run is predicted to leave."""
         before = self._problem.damage(assignment)
         return self._corrected.damage(assignment) / before if before > 0 else 1.0

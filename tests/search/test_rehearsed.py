@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 
 from hf_shrink.plan import BlockPlan, Plan, Scheme
-from hf_shrink.search.options import Change, Cost, Group, Option, Problem
+from hf_shrink.recipe import Budget, SearchSpec
+from hf_shrink.search.choose import Chosen, choose_assignment
+from hf_shrink.search.limits import Limits
+from hf_shrink.search.options import Assignment, Change, Cost, Group, Option, Problem
 from hf_shrink.search.rehearsed import MOST, CorrectedMeasure, Factors, Rehearsed, learn
+from hf_shrink.search.solve import Programme
 
 W3, NARROW = Scheme(3), BlockPlan(channels=(0, 1))
 
@@ -65,3 +72,38 @@ def test_corrections_reach_every_option_and_every_measurement() -> None:
 
     found = CorrectedMeasure(Measured(), plain, corrected).divergences((0, 0, 0), [(1, 2, 1), (0, 0, 0)], None)
     assert found == pytest.approx([0.6 * 0.375 / 0.6, 0.0])
+
+
+class Same:
+    """Every assignment is measured alike."""
+
+    def divergences(self, base: Assignment, trials: Sequence[Assignment], tokens: int | None) -> list[float]:
+        return [0.6] * len(trials)
+
+
+def search(factors: Factors, generations: int, **carried_out: Any) -> Chosen:
+    plain = problem()
+    programme = Programme(plain, Limits.of(Budget.from_dict({"bytes": 110}), plain.dense, None))
+    return choose_assignment(programme, Same, SearchSpec(generations=generations), factors=factors, **carried_out)
+
+
+def test_the_best_of_what_was_carried_out_is_taken() -> None:
+    tried = [Rehearsed((2, 2, 1), 0.1, 0.2, 0.3, 0.4)]
+    chosen = search(Factors(), 1, tried=tried, rehearse=lambda a: Rehearsed(a, 0.4, 0.5, 0.4, 0.6))
+    assert chosen.assignment == (2, 2, 1)
+    assert (chosen.rehearsed, chosen.measured) == ((0.2, 0.5), 0.4)
+    found = search(Factors(), 1, tried=tried, rehearse=lambda a: Rehearsed(a, 0.1, 0.1, 0.4, 0.6))
+    assert found.assignment != (2, 2, 1)
+    assert found.rehearsed == (0.1, 0.2)
+
+
+def test_factors_decide_also_where_nothing_is_measured() -> None:
+    """110 bytes: all in 3 bits, or both blocks narrow and the embedding in 3 bits."""
+    assert search(Factors(), 0).assignment == (1, 1, 1)
+    assert search(Factors(rounded=2.0), 0).assignment == (2, 2, 1)
+
+
+def test_what_is_measured_is_said_as_measured_and_what_is_compared_as_corrected() -> None:
+    chosen = search(Factors(0.5, 0.5, 0.5), 1)
+    assert chosen.measured == pytest.approx(0.6)
+    assert chosen.history[-1] == pytest.approx(0.3)
