@@ -28,7 +28,6 @@ from hf_shrink.evaluation.machine import hardware
 from hf_shrink.evaluation.scored import device_of
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
-from hf_shrink.pipeline.budget import Searching
 from hf_shrink.pipeline.keeping import NOTHING_KEPT, Keeper
 from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
 from hf_shrink.pipeline.recipes import (
@@ -40,6 +39,7 @@ from hf_shrink.pipeline.recipes import (
     plan_transforms,
     plan_weights_method,
 )
+from hf_shrink.pipeline.searching import Searching
 from hf_shrink.pipeline.targets import check_inputs
 from hf_shrink.pipeline.vocabulary import apply_vocabulary
 from hf_shrink.pipeline.whole_tuning import teacher_of, tune_whole

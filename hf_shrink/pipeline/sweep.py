@@ -15,8 +15,9 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.errors import RecipeError
 from hf_shrink.evaluation import evaluate_model
 from hf_shrink.front import Front, Point
-from hf_shrink.pipeline.budget import Searching, by_part, described
+from hf_shrink.pipeline.budget import by_part, described
 from hf_shrink.pipeline.recipes import BUDGET_RECIPE, RecipeLike, load_recipe
+from hf_shrink.pipeline.searching import Searching
 from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.recipe import Budget
 from hf_shrink.recipe.budget import budget_data

@@ -40,7 +40,7 @@ def predictions(job: dict[str, Any]) -> dict[str, Any]:
     import torch
     from scipy.stats import spearmanr
 
-    from hf_shrink.pipeline.budget import Searching
+    from hf_shrink.pipeline.searching import Searching
     from hf_shrink.recipe import Budget, Recipe
     from hf_shrink.reporting.progress import Progress
     from hf_shrink.search.solve import Programme

@@ -18,7 +18,7 @@ from hf_shrink import make_plan, shrink
 from hf_shrink.architectures import bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.evaluation.size import stored_bytes
-from hf_shrink.pipeline.budget import Searching
+from hf_shrink.pipeline.searching import Searching
 from hf_shrink.progress import quiet
 from hf_shrink.recipe import Recipe
 from hf_shrink.runtime.experts import SeparateExperts

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
@@ -13,7 +14,7 @@ from hf_shrink import shrink
 from hf_shrink.architectures import bind
 from hf_shrink.calibration.rerunning import rerunning_blocks
 from hf_shrink.errors import CalibrationError, RecipeError
-from hf_shrink.tuning import Teacher, Tuning, tune
+from hf_shrink.tuning import Teacher, Tuning, distill, tune
 
 SCHEME = {"scheme": "W2A16", "group_size": 16, "symmetric": False}
 
@@ -79,7 +80,10 @@ def test_it_comes_nearer_to_the_dense_model_on_fresh_data(rounding: bool, plain:
     assert not any("embed" in name or "lm_head" in name for name in moved)
 
 
-def test_roundings_turn_at_the_default_rate(plain: Any) -> None:
+def test_roundings_turn_at_the_default_rate(plain: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether so small a model gains by it depends on the processor's rounding, so that it is kept in any case."""
+    losses = itertools.count(100, -1)
+    monkeypatch.setattr(distill, "_mean_loss", lambda *args: float(next(losses)))
     tuned = shrunk(small_llama(), {"steps": 60, "rounding": True, "learning_rate": 0.01}, method="gptq")
     packed = [name for name in plain.state_dict() if name.endswith("weight_packed")]
     assert any(not torch.equal(plain.state_dict()[name], tuned.state_dict()[name]) for name in packed)
