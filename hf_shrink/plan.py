@@ -196,7 +196,7 @@ class Plan:
         found = self.search
         words = [f"{found['bytes'] / 1e6:.4g} MB"] if "bytes" in found else []
         for key, name in (
-            ("predicted_kl", "predicted"),
+            ("predicted_kl", "predicted of a run"),
             ("measured_kl", "measured, weights compressed one by one"),
             ("rehearsed_kl", "measured after a run on a part of the data"),
         ):

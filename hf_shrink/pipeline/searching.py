@@ -251,8 +251,7 @@ class Searching:
 
     def _rehearsal(self, problem: Problem) -> Rehearsal | None:
         """What carries assignments out; None where that was not asked for."""
-        refines = self.spec.generations != 0 and self.spec.minutes != 0
-        if not (self.spec.rehearse and refines):
+        if not self.spec.rehearse:
             return None
         batches, held_out = split(self.batches)
         measure = self.measured(problem, held_out)

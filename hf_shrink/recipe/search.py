@@ -29,7 +29,7 @@ class SearchSpec:
         generations: of the refinement; with them alone the same seed gives the same plan. None: as many as `minutes`
             allow, or 12 where there is no limit.
         rehearse: whether what looks best is carried out on a copy of the model with a part of the data, which tells
-            what a run makes of it, before the search decides. Of models in memory; only where there is refinement.
+            what a run makes of it, before the search decides. Of models in memory; not without refinement.
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 8)
@@ -63,6 +63,11 @@ class SearchSpec:
         minutes = self.minutes
         if minutes is not None and (isinstance(minutes, bool) or not isinstance(minutes, int | float) or minutes < 0):
             raise RecipeError(f"search.minutes must be a number of at least 0, not {minutes!r}")
+        if self.rehearse and (minutes == 0 or self.generations == 0):
+            raise RecipeError(
+                "search.rehearse goes with refinement, which 0 minutes or generations leave out; give more of them, or "
+                "leave rehearse out"
+            )
 
     @classmethod
     def from_dict(cls, data: Any) -> SearchSpec:

@@ -7,8 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.checkpoint.targets import stored_names
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime.packed import PackedModule
 
@@ -40,6 +42,8 @@ class Storage:
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         self._dtype = dtype
         self._state = unique_state(model)
+        paths = {name.rpartition(".")[0] for name in self._state}
+        self._paths = stored_names(model, paths) if isinstance(model, PreTrainedModel) else {}
         # Offsets have as many digits as the largest can have: a few bytes too many, never too few.
         self._digits = len(str(sum(t.nbytes for t in self._state.values())))
 
@@ -62,6 +66,8 @@ class Storage:
         count = 1
         for size in sizes:
             count *= size
+        path, dot, last = name.rpartition(".")
+        name = f"{self._paths.get(path, path)}{dot}{last}"  # in files some modules have other, longer names
         text = f'"{name}":{{"dtype":"{NAMES[dtype]}","shape":[{",".join(map(str, sizes))}],"data_offsets":[,]}},'
         return count * dtype.itemsize + len(text) + 2 * self._digits
 

@@ -82,6 +82,7 @@ def test_sizes(text: Any, dense: float, expected: float) -> None:
         ({"budget": {"bytes": "30%"}, "search": {"bits": [], "width": False, "depth": False}}, "nothing to choose"),
         ({"budget": {"bytes": "30%"}, "search": {"effort": "bst"}}, "did you mean 'best'"),
         ({"budget": {"bytes": "30%"}, "search": {"minutes": -1}}, "at least 0"),
+        ({"budget": {"bytes": "30%"}, "search": {"rehearse": True, "generations": 0}}, "goes with refinement"),
         ({"budget": {"bytes": "30%"}, "search": {"generations": 1.5}}, "whole number"),
         ({"budgt": {"bytes": "30%"}}, "did you mean 'budget'"),
     ],
