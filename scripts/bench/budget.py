@@ -134,6 +134,7 @@ def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
     add("--iterations", type=int, default=200, help="AutoRound's steps (default: its own)")
     add("--samples", type=int, default=128, help="calibration windows")
     add("--threads", type=int, default=2)
+    add("--device", default="cpu", help="where ours, uniform and pruned are made and measured (default: cpu)")
     add("--seed", type=int, default=0)
     add("--peers-home", type=Path, default=Path("~/.peers"), help="folder of the peers' environments")
     add("--only", nargs="+", metavar="NAME", help=f"ids such as ours:30%%, what is before the colon, globs, or {NONE}")
@@ -175,6 +176,7 @@ def run(a: argparse.Namespace, variant: Variant, held_out: Sequence[Path], bf16:
         "held_out_samples": HELD_OUT_WINDOWS,
         "length": LENGTH,
         "threads": a.threads,
+        "device": a.device,
         "seed": a.seed,
         "bits": variant.bits,
         "iterations": a.iterations,

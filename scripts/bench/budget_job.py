@@ -30,7 +30,7 @@ def loaded(job: dict[str, Any]) -> tuple[Any, Any, list[dict[str, Any]]]:
 
     torch.set_num_threads(job["threads"])
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
-    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval().to(job.get("device", "cpu"))
     rows = windows(tokenizer, Path(job["calibration"]), job["samples"], job["length"])
     return model, tokenizer, [{"input_ids": row[None]} for row in rows]
 

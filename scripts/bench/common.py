@@ -117,7 +117,7 @@ def perplexity(model: Any, rows: torch.Tensor) -> float:
 
     loss, tokens = 0.0, 0
     with torch.no_grad():
-        for row in rows:
+        for row in rows.to(model.device):
             logits = model(row[None]).logits[0, :-1].float()
             loss += torch.nn.functional.cross_entropy(logits, row[1:], reduction="sum").item()
             tokens += row.numel() - 1

@@ -1,8 +1,9 @@
 """One of our variants (or the dense model) in a process of its own: `python ours.py JOB`, JSON in and out.
 
 A job: model (folder), recipe (or null for the dense model), calibration and held_out (text files), samples,
-held_out_samples, length, threads, seed, and where wanted speed: true (that of the dense model beside it, in turn). Peak
-memory covers loading and shrinking, not the measurement after it, as in the peers' runner.
+held_out_samples, length, threads, seed, and where wanted device (the CPU otherwise) and speed: true (that of the dense
+model beside it, in turn). Peak memory covers loading and shrinking, not the measurement after it, as in the peers'
+runner.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
 
     torch.set_num_threads(job["threads"])
     torch.manual_seed(job["seed"])
+    device = job.get("device", "cpu")
     tokenizer = AutoTokenizer.from_pretrained(job["model"])
     held_out = {
         Path(path).stem: windows(tokenizer, Path(path), job["held_out_samples"], job["length"])
@@ -34,14 +36,14 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     }
     result: dict[str, Any] = {}
     if job["recipe"] is None:
-        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+        model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval().to(device)
         result["weight_bytes"] = folder_bytes(Path(job["model"]))
     else:
         rows = windows(tokenizer, Path(job["calibration"]), job["samples"], job["length"])
         with stopwatch() as loading:
             from hf_shrink import shrink
 
-            model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval()
+            model = AutoModelForCausalLM.from_pretrained(job["model"], dtype=torch.float32).eval().to(device)
         with stopwatch() as shrinking:
             model = shrink(
                 model,
@@ -67,6 +69,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
     result["parameters"] = model.num_parameters()
     result["perplexity"] = {domain: perplexity(model, rows) for domain, rows in held_out.items()}
     result["threads"] = torch.get_num_threads()
+    if device != "cpu":
+        result["device"] = torch.cuda.get_device_name(device)
     if job.get("speed") and job["recipe"] is not None:
         result["speed"] = speeds(job["model"], model)
     return result
