@@ -23,16 +23,20 @@ _PACKAGES = ("torch", "transformers", "compressed-tensors", "bitsandbytes")
 
 def hf_shrink_version() -> str:
     """The installed version, or "unknown" when run from a source tree that was never installed."""
-    try:
-        return metadata.version("hf_shrink")
-    except metadata.PackageNotFoundError:
-        return "unknown"
+    return _version("hf_shrink", "unknown")
 
 
 def current_versions() -> dict[str, str]:
-    """Versions of what made a checkpoint, by package name."""
-    packages = {name: metadata.version(name) for name in _PACKAGES}
+    """Versions of what made a checkpoint, by package name; what is missing (bitsandbytes, say) is said to be so."""
+    packages = {name: _version(name, "not installed") for name in _PACKAGES}
     return {"hf_shrink": hf_shrink_version(), **packages, "python": platform.python_version()}
+
+
+def _version(package: str, otherwise: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return otherwise
 
 
 @dataclass

