@@ -237,17 +237,21 @@ class Searching:
         rehearse = self._rehearsal(problem)
         if rehearse is not None and self._factors is None:
             tried = [rehearse(assignment) for assignment in guesses(programme)]
-            self._factors = learn(problem, tried)
+            self._factors = learn(problem, tried, self._usual)
         return choose_assignment(
             programme,
             lambda: self.measured(problem),
             self.spec,
             self.seed,
             self.progress,
-            self._factors or (USUAL if getattr(self.method, "follows_dense", False) else NEUTRAL),
+            self._factors or self._usual,
             tried,
             rehearse if rehearsed else None,
         )
+
+    @property
+    def _usual(self) -> Factors:
+        return USUAL if getattr(self.method, "follows_dense", False) else NEUTRAL
 
     def _rehearsal(self, problem: Problem) -> Rehearsal | None:
         """What carries assignments out; None where that was not asked for."""

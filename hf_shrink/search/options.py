@@ -62,6 +62,7 @@ class Option:
     Attributes:
         name: to be read, such as "W4 g64", "W4 g64 / W3 g64, 1216 channels", "dropped".
         damage: nats a prediction, predicted: the KL divergence to the dense model that this adds.
+        rounding: what of it is that of rounding, by kind of piece ("mlp in"); the rest is that of what goes.
         needs: switches that have to be on where it is taken, see `Problem.switches`.
     """
 
@@ -70,6 +71,7 @@ class Option:
     damage: float
     change: Change = field(default_factory=Change)
     needs: tuple[str, ...] = ()
+    rounding: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

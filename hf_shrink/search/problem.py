@@ -26,6 +26,7 @@ from hf_shrink.search.options import Change, Cost, Group, Option, Place, Problem
 from hf_shrink.search.outer import outer_weights
 from hf_shrink.search.pieces import EXPERTS, Piece, find_pieces
 from hf_shrink.search.pruned import undominated
+from hf_shrink.search.rehearsed import NEUTRAL, USUAL
 from hf_shrink.search.sensitivity import Sensitivity
 from hf_shrink.search.storage import Storage
 from hf_shrink.surgery import cut_shapes
@@ -61,7 +62,7 @@ def make_problem(
     maker = _Maker(model, binding, space, sensitivity, costs, quantizable)
     groups = [group for stack in binding.stacks for block in stack.blocks for group in maker.block(stack, block)]
     groups += maker.outer() if space.embeddings and not space.portable else []
-    groups = [undominated(group) for group in groups]
+    groups = [undominated(group, NEUTRAL.of, USUAL.of) for group in groups]
     links: dict[tuple[str, int], list[Place]] = {}
     for number, group in enumerate(groups):
         for index, option in enumerate(group.options):
@@ -206,10 +207,11 @@ class _Maker:
             if needs is None:
                 continue
             cost = self.costs.matrices(modules, sizes, schemes)
-            damage = cut.damage + self._rounding(writes, first[0], cut) + self._rounding(reads, second[0], cut)
+            rounding = self._rounding(writes, first[0], cut) | self._rounding(reads, second[0], cut)
+            damage = cut.damage + sum(rounding.values())
             name = named(first[1] if writes is not None else second[1], second[1] if reads is not None else first[1])
             name = f"{name}, {cut.name}" if cut.name else name
-            yield Option(name, replace(cost, cache=cache), damage, Change(schemes, cut.plan), (*size, *needs))
+            yield Option(name, replace(cost, cache=cache), damage, Change(schemes, cut.plan), (*size, *needs), rounding)
 
     def _others(self, piece: Piece) -> Iterator[Option]:
         """Matrices without a role."""
@@ -220,15 +222,15 @@ class _Maker:
             if needs is not None:
                 damage = 0.0 if asked is None else self.sensitivity.rounding[piece.name].damage[asked]
                 cost = self.costs.matrices(piece.modules, sizes, schemes)
-                yield Option(short(stored), cost, damage, Change(schemes), needs)
+                yield Option(short(stored), cost, damage, Change(schemes), needs, {piece.kind: damage})
 
-    def _rounding(self, piece: Piece | None, scheme: Choice, cut: Cut) -> float:
-        """Nats that a scheme costs a piece with some units left."""
+    def _rounding(self, piece: Piece | None, scheme: Choice, cut: Cut) -> dict[str, float]:
+        """Nats that a scheme costs a piece with some units left, by its kind; empty where it costs nothing."""
         if piece is None or scheme is None:
-            return 0.0
+            return {}
         rounding = self.sensitivity.rounding[piece.name]
         left = cut.left.double().mean() if rounding.units is None else rounding.units[cut.left].sum()
-        return rounding.damage[scheme] * float(left)
+        return {piece.kind: rounding.damage[scheme] * float(left)}
 
     def _switch_of_size(self, stack: BoundStack, part: Unitary, cut: Cut) -> tuple[str, ...]:
         """Of a part's size, where all blocks must have the same."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -10,18 +11,24 @@ from numpy.typing import NDArray
 from hf_shrink.search.options import Group, Option
 
 
-def undominated(group: Group) -> Group:
+def undominated(group: Group, *readings: Callable[[Group, Option], float]) -> Group:
     """The group without options that cost and damage at least as much as another of the same needs.
 
     The first one stays, so do options that drop the block, which are linked with others, and those with the same bits
     everywhere, which plans are compared with.
+
+    Args:
+        readings: ways to read what an option of a group damages; what is best by one of them stays.
     """
     by_needs: dict[tuple[object, ...], list[int]] = {}
     for index, option in enumerate(group.options):
         by_needs.setdefault((option.needs, option.change.dropped), []).append(index)
     kept = {0, *_same_bits(group)}
     for indices in by_needs.values():
-        kept |= {indices[place] for place in _front(np.array([_prices(group.options[i], group) for i in indices]))}
+        costs = [_costs(group.options[i], group) for i in indices]
+        for damage in readings:
+            prices = [[damage(group, group.options[i]), *cost] for i, cost in zip(indices, costs, strict=True)]
+            kept |= {indices[place] for place in _front(np.array(prices))}
     return replace(group, options=tuple(option for index, option in enumerate(group.options) if index in kept))
 
 
@@ -36,9 +43,9 @@ def _same_bits(group: Group) -> list[int]:
     ]
 
 
-def _prices(option: Option, group: Group) -> list[float]:
+def _costs(option: Option, group: Group) -> list[float]:
     purposes = sorted({name for other in group.options for name in other.cost.seconds})
-    return [option.damage, option.cost.bytes, option.cost.cache, *(option.cost.seconds.get(p, 0.0) for p in purposes)]
+    return [option.cost.bytes, option.cost.cache, *(option.cost.seconds.get(p, 0.0) for p in purposes)]
 
 
 def _front(prices: NDArray[np.float64]) -> list[int]:
