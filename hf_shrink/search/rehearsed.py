@@ -78,7 +78,7 @@ NEUTRAL = Factors()
 # Of methods that follow the dense model, where nothing was rehearsed: from runs of SmolLM2-135M, see DESIGN.
 USUAL = Factors(
     outer=1.0,
-    cut=0.87,
+    cut=1.0,
     rounded=0.6,
     kinds={"attention in": 0.2, "attention out": 1.3, "mlp in": 0.54, "mlp out": 0.67},
 )
