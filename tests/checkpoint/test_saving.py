@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tiny import tiny_llama
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 import hf_shrink  # noqa: F401  registers the loaders
-from hf_shrink.checkpoint.record import ShrinkRecord, read_record
+from hf_shrink.checkpoint.record import ShrinkRecord, current_versions, read_record
 from hf_shrink.checkpoint.save import bind
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Plan, Scheme
@@ -92,6 +93,20 @@ def test_a_part_of_the_model_can_be_saved_on_its_own(tmp_path: Path) -> None:
     again = type(model.model).from_pretrained(tmp_path)
     ids = torch.tensor([[5, 6, 7]])
     assert torch.equal(again(ids).last_hidden_state, model.model(ids).last_hidden_state)
+
+
+def test_a_record_is_made_where_a_package_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not after hours of work: a run that does not use bitsandbytes ends well without it."""
+    installed = metadata.version
+
+    def version(name: str) -> str:
+        if name == "bitsandbytes":
+            raise metadata.PackageNotFoundError(name)
+        return installed(name)
+
+    monkeypatch.setattr(metadata, "version", version)
+    found = current_versions()
+    assert (found["bitsandbytes"], found["torch"]) == ("not installed", installed("torch"))
 
 
 def test_record_and_card_go_along_and_come_back(tmp_path: Path) -> None:
