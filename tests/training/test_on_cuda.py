@@ -8,6 +8,7 @@ Without a GPU all of it is skipped, and stays unmeasured.
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
 from typing import Any
 
@@ -127,8 +128,11 @@ def test_recovery(method: str) -> None:
     assert divergence(model, dense, ids) < far
 
 
-def test_masks_of_the_callback_stay_on_the_gpu_between_evaluations(tmp_path: Path) -> None:
+def test_evaluations_on_the_way(tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=2)
     run = trainer(model, language, tmp_path, [ShrinkCallback(width(0.3))], **THERE, eval_strategy="steps", eval_steps=5)
     run.train()
+    losses = [entry["eval_loss"] for entry in run.state.log_history if "eval_loss" in entry]
+    assert len(losses) >= 3 and all(map(math.isfinite, losses))
+    assert {p.device.type for p in model.parameters()} == {"cuda"}
     assert outputs(copy.deepcopy(model).cpu(), language)["logits"].isfinite().all()
