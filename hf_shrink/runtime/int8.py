@@ -114,7 +114,7 @@ def int8_product(values: Tensor, weight: Tensor) -> Tensor:
     return values[:tokens].float() @ weight.float().T
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def multiplies_int8(device: torch.device) -> bool:
     """Whether `torch._int_mm` is there on a device, and exact: found by trying."""
     return _multiplies_int8(device)

@@ -101,7 +101,7 @@ class Int8Tokens(Octets):
 
     @classmethod
     def works(cls, device: torch.device) -> bool:
-        return multiplies_int8(device)
+        return bool(multiplies_int8(device))
 
     @classmethod
     def _tensors(cls, values: Tensor, grid: Grid) -> dict[str, Tensor]:
