@@ -55,3 +55,27 @@ def float32_for_now(block: nn.Module) -> Iterator[None]:
         finally:
             for tensor, data in zip(tensors, stored, strict=True):
                 tensor.data = data
+
+
+@contextmanager
+def float32_copies(block: nn.Module) -> Iterator[None]:
+    """The block with float32 copies in the place of its half-precision tensors, themselves untouched.
+
+    What autograd saves of a forward pass stays float32 afterwards, and gradients go on to the block's own tensors.
+    """
+    with at_work(block):
+        everything = [
+            (tensors, name, tensor)
+            for module in block.modules()
+            for tensors in (module._parameters, module._buffers)
+            for name, tensor in tensors.items()
+            if tensor is not None and tensor.dtype in HALF
+        ]
+        copies = {id(tensor): tensor.float() for _, _, tensor in everything}
+        for tensors, name, tensor in everything:
+            tensors[name] = copies[id(tensor)]  # type: ignore[assignment]  # no Parameter: it has a history
+        try:
+            yield
+        finally:
+            for tensors, name, tensor in everything:
+                tensors[name] = tensor  # type: ignore[assignment]

@@ -65,6 +65,16 @@ def test_the_result_keeps_the_budget_and_is_what_the_plan_said(
         assert torch.allclose(again(x).logits, model(x).logits, atol=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_are_searched_as_they_are_stored(dtype: torch.dtype) -> None:
+    model = tiny_llama().to(dtype)
+    shrink(model, recipe({"bytes": 160_000}, generations=0, bits=[4, 8]), calibration=data(1), progress=False)
+    assert model.shrink_record.plan.search["bytes"] <= 160_000
+    with torch.no_grad():
+        logits = model(**data(1)[0]).logits
+    assert logits.dtype == dtype and logits.isfinite().all()
+
+
 def test_the_same_seed_gives_the_same_plan_and_a_second_budget_needs_no_second_measurement(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

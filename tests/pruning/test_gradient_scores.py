@@ -92,16 +92,19 @@ def test_the_gradient_of_a_mask_is_that_of_the_weights_that_read_the_unit() -> N
     torch.testing.assert_close(found, (weight * gradient).sum(0), rtol=1e-3, atol=1e-4 * float(found.abs().max()))
 
 
-def test_half_precision_models_are_read_in_float32_and_left_as_they_were() -> None:
-    model, batch = tiny_llama().bfloat16(), tokens()
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("block", [0, -1])
+def test_half_precision_models_are_read_in_float32_and_left_as_they_were(dtype: torch.dtype, block: int) -> None:
+    """Of the first block too, to which gradients come through all others."""
+    model, batch = tiny_llama().to(dtype), tokens()
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    mlp = bind(model).blocks[-1].mlp
+    mlp = bind(model).blocks[block].mlp
     assert mlp
     found = found_gradients(model, mlp, [batch])
     expected = masked_gradients(model, mlp.slot("down").path, batch, next_token)
     torch.testing.assert_close(found.double(), expected, rtol=0.1, atol=0.02 * float(expected.abs().max()))
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-    assert all(p.requires_grad and p.grad is None and p.dtype == torch.bfloat16 for p in model.parameters())
+    assert all(p.requires_grad and p.grad is None and p.dtype == dtype for p in model.parameters())
     assert "forward" not in vars(model.model.layers[0])
 
 
