@@ -10,7 +10,7 @@ from torch import nn
 from hf_shrink.architectures.absent import PARTS, is_absent
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundBlock, BoundMlp, BoundStack
-from hf_shrink.surgery.depth import stack_configs, why_part_stays, writes_cache
+from hf_shrink.surgery.depth import layer_types, why_part_stays, writes_cache
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Items:
 
     def __init__(self, model: nn.Module, binding: Binding, parts: str = "blocks") -> None:
         self._stacks = binding.stacks
-        self._types = {stack.name: _layer_types(model, stack) for stack in binding.stacks}
+        self._types = {stack.name: layer_types(model, stack) for stack in binding.stacks}
         self._cached = {stack.name for stack in binding.stacks if writes_cache(model, stack)}
         self.parts = parts
         self.total = sum(block.parameters for block in binding.blocks)
@@ -151,8 +151,3 @@ def _parameters(block: BoundBlock, part: str) -> int:
     mine = {id(p): p for module in modules for p in module.parameters()}
     mine.pop(id(getattr(writer, "bias", None)), None)
     return sum(p.numel() for p in mine.values())
-
-
-def _layer_types(model: nn.Module, stack: BoundStack) -> Sequence[object]:
-    types = getattr(stack_configs(model, stack)[0], "layer_types", None)
-    return types if isinstance(types, list | tuple) and len(types) == len(stack.blocks) else [None] * len(stack.blocks)

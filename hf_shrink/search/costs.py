@@ -55,7 +55,8 @@ class Costs:
         self._counted |= {f"{path}.{name}" for path in paths for name in ("weight", "bias")}
         module = self._model.get_submodule(paths[0])
         rows, columns = _weight(module).shape
-        cost = self.matrix(paths[0], module, rows, columns, scheme)
+        biases = self._storage.state.keys() & {f"{path}.bias" for path in paths[1:]}  # not tied as the weights are
+        cost = self.matrix(paths[0], module, rows, columns, scheme) + Cost(self._storage.dense(biases))
         return cost if multiplied else Cost(cost.bytes)
 
     def rest(self, block: BoundBlock) -> Cost:

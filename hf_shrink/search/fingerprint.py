@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.architectures.binding import Binding
+from hf_shrink.checkpoint.record import hf_shrink_version
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.quantization.base import QuantizationMethod
 from hf_shrink.search.measuring import Space, measure
@@ -20,6 +21,7 @@ from hf_shrink.search.sensitivity import Sensitivity
 from hf_shrink.sharding import ranks
 
 SAMPLED = 4096  # elements of each weight that are looked at
+ORIGIN = ("_name_or_path", "transformers_version", "architectures")  # in a configuration
 
 
 def sensitivity_of(
@@ -68,17 +70,42 @@ def sensitivity_of(
 
 
 def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
-    """A hexadecimal digest. Of each weight shape, dtype and SAMPLED elements count, of the data everything."""
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    """A hexadecimal digest of this version, the model and the data.
+
+    Of each weight shape, dtype and SAMPLED elements count, of the configuration and the data everything.
+    """
+    own = {"class": type(model).__qualname__, "config": _config(model), "hf_shrink": hf_shrink_version()}
+    digest = hashlib.sha256(json.dumps({**settings, **own}, sort_keys=True, default=str).encode())
     for name, tensor in model.state_dict().items():
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        flat = tensor.detach().reshape(-1)
-        digest.update(_bytes(flat[:: max(1, flat.numel() // SAMPLED)]))
+        digest.update(_bytes(_sampled(tensor.detach().reshape(-1))))
     for batch in batches:
         for name, value in sorted(batch.items()):
             digest.update(name.encode())
             digest.update(_bytes(value) if isinstance(value, Tensor) else str(value).encode())
     return digest.hexdigest()
+
+
+def _config(model: nn.Module) -> dict[str, Any]:
+    """What a configuration says, but for where the model came from and who wrote it."""
+    config = getattr(model, "config", None)
+    return {} if config is None else _without_origin(config.to_dict())
+
+
+def _without_origin(found: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        str(name): _without_origin(value) if isinstance(value, Mapping) else value
+        for name, value in found.items()
+        if name not in ORIGIN
+    }
+
+
+def _sampled(flat: Tensor) -> Tensor:
+    """Elements that lie everywhere, in all columns of a matrix; the same ones each time."""
+    if flat.numel() <= SAMPLED:
+        return flat
+    places = torch.randint(flat.numel(), (SAMPLED,), generator=torch.Generator().manual_seed(0))
+    return flat[places.to(flat.device)]
 
 
 def _bytes(tensor: Tensor) -> bytes:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from hf_shrink.search.rehearsed import NEUTRAL, USUAL
 from hf_shrink.search.sensitivity import Sensitivity
 from hf_shrink.search.storage import Storage
 from hf_shrink.surgery import cut_shapes
-from hf_shrink.surgery.depth import writes_cache
+from hf_shrink.surgery.depth import layer_types, writes_cache
 
 
 def make_problem(
@@ -241,7 +240,5 @@ class _Maker:
 
     def _may_go(self, stack: BoundStack, block: BoundBlock) -> bool:
         """Not the first block, nor the first of its kind where layers with windows have caches of their own."""
-        types: Any = getattr(self.model.config, "layer_types", None)
-        known = isinstance(types, list | tuple) and len(types) == len(stack.blocks)
-        kinds: list[Any] = list(types) if known else [None] * len(stack.blocks)
+        kinds = layer_types(self.model, stack)
         return kinds.index(kinds[block.index]) != block.index

@@ -134,3 +134,10 @@ def stack_configs(model: nn.Module, stack: BoundStack) -> list[PretrainedConfig]
         if inside and type(other) is type(config) and all(other is not c for c in found):
             found.append(other)
     return found
+
+
+def layer_types(model: nn.Module, stack: BoundStack) -> list[Any]:
+    """What kind of layer each block is by the config, such as "sliding_attention"; None where it does not say."""
+    types = getattr(stack_configs(model, stack)[0], "layer_types", None)
+    known = isinstance(types, list | tuple) and len(types) == len(stack.blocks)
+    return list(types) if known else [None] * len(stack.blocks)

@@ -189,6 +189,12 @@ def test_measurements_are_found_again_by_what_they_are_of(
         model.model.norm.weight.add_(1)
     sensitivity_of(model, *arguments, tokens(), tmp_path)  # type: ignore[arg-type]
     assert len(asked) == 3
+    with torch.no_grad():
+        model.model.embed_tokens.weight[:, 1:] += 1
+    sensitivity_of(model, *arguments, tokens(), tmp_path)  # type: ignore[arg-type]
+    model.config.hidden_act = "gelu"  # the same weights compute something else
+    sensitivity_of(model, *arguments, tokens(), tmp_path)  # type: ignore[arg-type]
+    assert len(asked) == 5
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="delete it"):

@@ -1,0 +1,66 @@
+"""What the options of models other than Llama's take, and which of them there are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from conformance.cases import CASES
+from transformers import GPTJConfig, GPTJForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
+
+from hf_shrink import shrink
+from hf_shrink.architectures import bind
+from hf_shrink.evaluation.size import stored_bytes
+from hf_shrink.plan import Plan
+from hf_shrink.scheme import Scheme
+from hf_shrink.search.blank import blank_sensitivity
+from hf_shrink.search.measuring import Space
+from hf_shrink.search.options import Problem
+from hf_shrink.search.problem import make_problem
+
+SIZES = {"vocab_size": 1024, "tie_word_embeddings": True}
+TIED = {
+    "phi": lambda: PhiForCausalLM(
+        PhiConfig(**SIZES, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4)
+    ),
+    "gptj": lambda: GPTJForCausalLM(GPTJConfig(**SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4)),
+}
+
+
+def problem_of(model: PreTrainedModel) -> Problem:
+    binding, space = bind(model), Space((Scheme(4, group_size=16),), portable=False)
+    paths = {path for block in binding.blocks for path in block.roles}
+    measured = blank_sensitivity(model, binding, space, paths)
+    return make_problem(model, binding, space, measured, paths, Plan(model.config.model_type, method="rtn"))
+
+
+@pytest.mark.parametrize("name", TIED)
+def test_the_bias_of_a_tied_head_is_counted(name: str, tmp_path: Path) -> None:
+    model = TIED[name]().eval()
+    model.save_pretrained(tmp_path / "dense")
+    budget = round(0.4 * stored_bytes(tmp_path / "dense"))
+    search = {"group_size": 16, "effort": "fast", "generations": 0, "bits": [4, 8]}
+    recipe = {"portable": False, "budget": {"bytes": budget}, "search": search}
+    data = [{"input_ids": torch.arange(3, 51).view(4, 12)}]
+    shrink(model, recipe, calibration=data, progress=False)
+    model.save_pretrained(tmp_path / "small")
+    written = stored_bytes(tmp_path / "small")
+    assert written <= budget
+    assert written == pytest.approx(model.shrink_record.plan.search["bytes"], rel=0.005)
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "gemma3"])
+def test_the_first_layer_of_each_kind_stays(name: str) -> None:
+    """Of a vision-language model too, whose config keeps the kinds in that of the text."""
+    model = CASES[name].build()
+    text = model.config.get_text_config()
+    first = {text.layer_types.index(kind) for kind in text.layer_types}
+    assert len(first) == 2
+    gone = {
+        group.block
+        for group in problem_of(model).groups
+        for option in group.options
+        if group.stack in ("decoder", "text") and (option.change.dropped or option.change.block.removed)
+    }
+    assert gone == set(range(text.num_hidden_layers)) - first
