@@ -18,13 +18,15 @@ from hf_shrink.ops.precision import fast_precision
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.tuning.divergence import head_divergence, logit_divergence, state_error
 
+CONSTANT = 0.01  # relative: rounding in half precision is less, a cap is more
+
 
 class Teacher:
     """The dense model's predictions on the calibration batches, and how far another model's are from them.
 
     With an output head (a matrix over the vocabulary) the targets are the head's inputs, a hundredth of the logits:
-    the logits are made again, some rows at a time. A model's own cap on its logits is left out on both sides. Without
-    a head the targets are the model's class logits, or its hidden states or embeddings.
+    the logits are made again, some rows at a time. Where the model multiplies its logits by a constant (Granite,
+    Cohere), so do we; a cap on logits is left out on both sides. Without a head the targets are the model's class logits, or its hidden states or embeddings.
 
     Attributes:
         batches: how many there are.
@@ -40,10 +42,12 @@ class Teacher:
         self._shelf = Shelf()
         self._targets: list[Tensor] = []
         self._distribution = False
+        self._scale = 1.0
         if self._head is not None:
             head: Any = model.get_submodule(self._head)
             # A copy: transforms change the head in place.
             self._weight, self._bias = head.weight.detach().clone(), _bias(head)
+            self._scale = self._found_scale(model)
         for index in range(len(batches)):
             with torch.no_grad():
                 rows = self._rows(model, index).float()
@@ -61,14 +65,15 @@ class Teacher:
         rows = self._rows(model, index)
         if self._head is not None:
             head: Any = model.get_submodule(self._head)
-            found = head_divergence(rows, target, (head.weight.detach(), _bias(head)), (self._weight, self._bias))
+            own, dense = (None if b is None else b * self._scale for b in (_bias(head), self._bias))
+            found = head_divergence(rows, target, (head.weight.detach(), own), (self._weight, dense))
         else:
             found = logit_divergence(rows, target) if self._distribution else state_error(rows, target)
         self._shelf.take(index, [target])
         return found
 
     def _rows(self, model: PreTrainedModel, index: int) -> Tensor:
-        """(rows, width): what counts of one batch, without padding."""
+        """(rows, width): what counts of one batch, without padding; what a head reads, times `_scale`."""
         batch = self._batches[index]
         inputs = model_inputs(model, batch)
         with fast_precision(model.device):
@@ -78,11 +83,27 @@ class Teacher:
                 return found.values
             with _without_head(model, self._head) as passed:
                 model(**inputs)
-        hidden = passed.seen
-        if hidden is None:
-            raise CalibrationError("the model's forward does not use its output head, so there is nothing to tune by")
+        hidden = _seen(passed) * self._scale
         mask = token_mask(batch, hidden.shape[:2]) if hidden.dim() == 3 else None
         return hidden[mask.to(hidden.device)] if mask is not None else hidden.flatten(0, -2)
+
+    def _found_scale(self, model: PreTrainedModel) -> float:
+        """By what the model multiplies what its head puts out; 1 where it is no constant."""
+        assert self._head is not None
+        with torch.no_grad(), _without_head(model, self._head) as passed:
+            logits = getattr(model(**model_inputs(model, self._batches[0]), return_dict=True), "logits", None)
+        hidden = _seen(passed).float()
+        if logits is None or logits.shape != hidden.shape:
+            return 1.0
+        scale = float((logits.float() * hidden).sum() / hidden.square().sum())
+        constant = float((logits.float() - scale * hidden).norm()) <= CONSTANT * abs(scale) * float(hidden.norm())
+        return scale if constant and abs(scale - 1) > CONSTANT else 1.0
+
+
+def _seen(passed: _PassOn) -> Tensor:
+    if passed.seen is None:
+        raise CalibrationError("the model's forward does not use its output head, so there is nothing to tune by")
+    return passed.seen
 
 
 class _PassOn(nn.Module):

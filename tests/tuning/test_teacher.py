@@ -1,0 +1,60 @@
+"""What a Teacher calls the divergence of a model from the dense one, against the models' own logits."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+)
+
+from hf_shrink.progress import quiet
+from hf_shrink.tuning.teacher import Teacher
+
+SIZES = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+SIZES |= {"num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.3}
+SIZES |= {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+MODELS = {
+    "divided": lambda: GraniteForCausalLM(GraniteConfig(**SIZES, logits_scaling=8.0)),
+    "multiplied": lambda: CohereForCausalLM(CohereConfig(**SIZES, logit_scale=0.25)),
+    "with a bias": lambda: PhiForCausalLM(PhiConfig(**SIZES)),
+    # So high that it does next to nothing: a lower one is left out, which is documented.
+    "capped": lambda: Gemma2ForCausalLM(Gemma2Config(**SIZES, head_dim=8, final_logit_softcapping=300.0)),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_is_the_divergence_of_the_logits(name: str, dtype: torch.dtype) -> None:
+    dense: Any = MODELS[name]().eval()
+    with torch.no_grad():
+        for path, parameter in dense.named_parameters():
+            if path.endswith("bias"):
+                parameter.normal_()
+    dense = dense.to(dtype)
+    changed = copy.deepcopy(dense)
+    with torch.no_grad():
+        for parameter in changed.model.layers.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    ids = torch.randint(3, 128, (3, 20))
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    batch = {"input_ids": ids, "attention_mask": mask}
+    teacher = Teacher(dense, [batch], quiet)
+    with torch.no_grad():
+        found = teacher.loss(changed, 0)
+        true, own = (m(**batch).logits[mask.bool()].double().log_softmax(-1) for m in (dense, changed))
+    expected = F.kl_div(own, true, reduction="batchmean", log_target=True)
+    assert expected > 0.01
+    torch.testing.assert_close(found.double(), expected, rtol=0.1 if dtype == torch.bfloat16 else 2e-2, atol=0)
