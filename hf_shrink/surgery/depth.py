@@ -138,6 +138,6 @@ def stack_configs(model: nn.Module, stack: BoundStack) -> list[PretrainedConfig]
 
 def layer_types(model: nn.Module, stack: BoundStack) -> list[Any]:
     """What kind of layer each block is by the config, such as "sliding_attention"; None where it does not say."""
-    types = getattr(stack_configs(model, stack)[0], "layer_types", None)
+    types: Any = getattr(stack_configs(model, stack)[0], "layer_types", None)
     known = isinstance(types, list | tuple) and len(types) == len(stack.blocks)
     return list(types) if known else [None] * len(stack.blocks)
