@@ -139,7 +139,10 @@ def load_source_model(source: Source, dtype: torch.dtype | str = "auto", *, chec
 
 
 def model_class(source: Source) -> Any:
-    """The class that the checkpoint was saved from, else an auto class. Raises CheckpointError for remote code."""
+    """The class that the checkpoint was saved from; an auto class where it does not say.
+
+    Raises CheckpointError for remote code, and for a class that is not one of transformers'.
+    """
     model_type = source.config["model_type"]
     if model_type not in transformers.CONFIG_MAPPING:
         raise CheckpointError(
@@ -150,6 +153,11 @@ def model_class(source: Source) -> Any:
         found = getattr(transformers, str(architecture), None)
         if isinstance(found, type) and issubclass(found, PreTrainedModel):
             return found
+    if named := source.config.get("architectures"):
+        raise CheckpointError(
+            f"{source.name} was saved from {named[0]}, which is no class of this transformers, so weights of its own "
+            "would be lost; load it yourself and call hf_shrink.shrink(model, ...)"
+        )
     return AutoModelForCausalLM if model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else AutoModel
 
 

@@ -75,6 +75,13 @@ def test_the_class_is_the_one_that_was_saved(tmp_path: Path) -> None:
     assert type(load_source_model(open_source(tmp_path))) is BertForMaskedLM
 
 
+def test_a_class_that_transformers_does_not_have_is_refused(copied: Path) -> None:
+    """Its own head would be dropped without a word."""
+    change_config(copied, architectures=["LlamaForRewardModel"])
+    with pytest.raises(CheckpointError, match=r"LlamaForRewardModel.*hf_shrink.shrink\(model"):
+        load_source_model(open_source(copied))
+
+
 def test_without_architectures_the_usual_class(copied: Path) -> None:
     change_config(copied, architectures=None)
     assert type(load_source_model(open_source(copied))).__name__ == "LlamaForCausalLM"
