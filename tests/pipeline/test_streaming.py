@@ -13,12 +13,14 @@ from typing import Any
 import pytest
 import torch
 from conformance.cases_mixtures import MIXTURES, data
+from safetensors.torch import load_file
 from tiny import tiny_llama, tiny_tokenizer
 from tiny_readers import tiny_bert_mlm
 from transformers import BertForMaskedLM, PreTrainedModel, T5Config, T5ForConditionalGeneration
 
 from hf_shrink import shrink, shrink_checkpoint
 from hf_shrink.checkpoint import journal as journal_module
+from hf_shrink.checkpoint import streamed
 from hf_shrink.checkpoint.source import load_source_model, open_source
 from hf_shrink.errors import CheckpointError
 from hf_shrink.pipeline import checkpointing
@@ -142,6 +144,26 @@ def test_the_same_bytes_as_in_memory(name: str, tmp_path: Path) -> None:
     assert found[0]["plan"] == found[1]["plan"] == json.loads(model.shrink_record.plan.to_json())
     assert found[0]["report"]["notes"] == found[1]["report"]["notes"]
     assert found[0]["report"]["block_errors"] == model.shrink_report.block_errors
+
+
+def test_dense_experts_are_taken_apart_a_block_at_a_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers joins experts while loading; saving would copy all of them, most of the model, at once."""
+    source = saved(MIXTURES["mixtral"], tmp_path / "source")
+    blocks: list[set[str]] = []  # of every conversion that made something
+    real = streamed.revert_weight_conversion
+
+    def watched(model: Any, tensors: dict[str, torch.Tensor]) -> Any:
+        made = real(model, tensors)
+        if any(".experts." in name and tensor.device.type != "meta" for name, tensor in made.items()):
+            blocks.append({".".join(name.split(".")[:3]) for name in tensors})
+        return made
+
+    monkeypatch.setattr(streamed, "revert_weight_conversion", watched)
+    recipe = quantized(method="rtn", targets=["re:.*self_attn.*"])
+    shrink_checkpoint(source, tmp_path / "out", {**recipe, "portable": False}, max_memory=0, progress=False)
+    assert blocks == [{f"model.layers.{i}"} for i in range(MIXTURES["mixtral"]().config.num_hidden_layers)]
+    experts = {name for name in load_file(tmp_path / "out" / "model.safetensors") if ".experts." in name}
+    assert experts == {name for file in source.glob("*.safetensors") for name in load_file(file) if ".experts." in name}
 
 
 class Killed(BaseException):
