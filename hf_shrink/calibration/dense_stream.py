@@ -33,6 +33,8 @@ class DenseStream:
         model, blocks, batches: as of the compressed walk, when that is made.
         shared: the compressed walk's; None: as `sharding.share` says.
         tokens: in all batches.
+        widest: inputs of the blocks' matrix with the most, which says how many batches are followed. None: of these
+            blocks. A run that goes on has packed ones, which no longer say it.
         everything: follow all batches. Otherwise those held out and at most half of the others, fewer where `ENOUGH`
             tokens come together sooner: so many are enough to measure how far inputs have drifted.
         measure_all: measure it on all batches that are followed.
@@ -46,6 +48,7 @@ class DenseStream:
         *,
         shared: Share | None = None,
         tokens: int,
+        widest: int | None = None,
         everything: bool,
         measure_all: bool = False,
         **settings: Any,
@@ -54,7 +57,7 @@ class DenseStream:
         shared = share(count) if shared is None else shared
         held = -(-count // HELD_OUT) if count > 1 else 0
         held_out = range(count - held, count)
-        sparing = max(2, tokens // (ENOUGH * _widest(blocks)))
+        sparing = max(2, tokens // (ENOUGH * (widest or widest_inputs(blocks))))
         measured = {*held_out, *range(0, count - held, 1 if measure_all else sparing)}
         followed = range(count) if everything else sorted(measured)
         among = shared.among(followed)
@@ -123,7 +126,7 @@ class Follower:
         return batch in self._stream.held_out
 
 
-def _widest(blocks: Sequence[nn.Module]) -> int:
+def widest_inputs(blocks: Sequence[nn.Module]) -> int:
     """The inputs of the matrix with the most."""
     widths = (weight.shape[-1] for block in blocks for weight in block.parameters() if weight.dim() > 1)
     return max(widths, default=1)

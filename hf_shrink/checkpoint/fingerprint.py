@@ -7,16 +7,19 @@ from pathlib import Path
 
 from transformers.utils import CONFIG_NAME
 
-from hf_shrink.checkpoint.folder import SIDE_FILES
 from hf_shrink.checkpoint.shards import find_shards
+from hf_shrink.checkpoint.side_files import side_files
 from hf_shrink.checkpoint.source import Source
 
 
 def fingerprint(source: Source) -> dict[str, str]:
-    """SHA-256 of every file of a source that decides a result, by name. Its weights must be here."""
+    """SHA-256 of every file of a source that decides a result or is copied, by name. Its weights must be here.
+
+    Of a Hub id what is copied at the end is fetched now, so that a run that goes on finds the same files.
+    """
     shards = source.shards or find_shards(source.name, source.folder)
-    others = [path for name in (CONFIG_NAME, *SIDE_FILES) if (path := source.folder / name).is_file()]
-    return {path.name: digest(path) for path in (*shards, *others)}
+    files = [*((shard.name, shard) for shard in shards), (CONFIG_NAME, source.folder / CONFIG_NAME)]
+    return {name: digest(path) for name, path in (*files, *side_files(source))}
 
 
 def digest(path: Path) -> str:

@@ -8,24 +8,10 @@ import tempfile
 from pathlib import Path
 from types import TracebackType
 
-from transformers.utils import CONFIG_NAME, GENERATION_CONFIG_NAME
-from transformers.utils.hub import CHAT_TEMPLATE_FILE
+from transformers.utils import CONFIG_NAME
 
-from hf_shrink.checkpoint.record import CARD_NAME, RECORD_NAME
-from hf_shrink.checkpoint.source import PROCESSOR_FILES, TOKENIZER_FILES, Source, side_file
+from hf_shrink.checkpoint.record import RECORD_NAME
 from hf_shrink.errors import CheckpointError
-
-# Files that hold tokens or their ids.
-TOKEN_FILES = (
-    *TOKENIZER_FILES,
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "merges.txt",
-    "normalizer.json",
-    GENERATION_CONFIG_NAME,
-)
-SIDE_FILES = (*PROCESSOR_FILES, *TOKEN_FILES, CHAT_TEMPLATE_FILE, "chat_template.json")
-CHAT_TEMPLATES = "additional_chat_templates"
 
 
 class OutputFolder:
@@ -49,6 +35,12 @@ class OutputFolder:
         self.path = Path(os.path.realpath(Path(path).expanduser()))
         self._overwrite = overwrite
         self._partial: Path | None = None
+
+    def check_apart(self, source: Path) -> None:
+        """Raises CheckpointError where putting the target into its place would remove a model that is read."""
+        own = Path(os.path.realpath(source))
+        if own == self.path or self.path in own.parents:
+            raise CheckpointError(f"{source} would be overwritten by its own result; give another output folder")
 
     def check(self) -> None:
         """Raises CheckpointError when the target may not be written, before anything is."""
@@ -108,6 +100,8 @@ def _flush(folder: Path) -> None:
 
 def _put(partial: Path, target: Path) -> None:
     """Rename into place; what was there is moved aside first and removed last."""
+    for old in target.parent.glob(f".{target.name}.replaced-*"):  # of a process that was cut off here
+        shutil.rmtree(old)
     if not target.is_dir() or not any(target.iterdir()):
         os.replace(partial, target)
         return
@@ -119,22 +113,3 @@ def _put(partial: Path, target: Path) -> None:
         os.replace(aside, target)
         raise
     shutil.rmtree(aside)
-
-
-def copy_side_files(source: Source, folder: Path, *, tokens: bool = True) -> str | None:
-    """Copy tokenizer, processor, generation config and chat templates beside the new weights.
-
-    Args:
-        tokens: whether the model has the source's tokens; else what holds tokens or their ids is not copied.
-
-    Returns:
-        The text of the source's README.md, which is not copied: the new card is made from it. None without one.
-    """
-    for name in SIDE_FILES if tokens else (name for name in SIDE_FILES if name not in TOKEN_FILES):
-        path = side_file(source, name)
-        if path is not None:
-            shutil.copyfile(path, folder / name)
-    if (source.folder / CHAT_TEMPLATES).is_dir():
-        shutil.copytree(source.folder / CHAT_TEMPLATES, folder / CHAT_TEMPLATES, dirs_exist_ok=True)
-    card = side_file(source, CARD_NAME)
-    return card.read_text(encoding="utf-8") if card is not None else None

@@ -76,14 +76,18 @@ class Journal:
     def _added(self, entries: Mapping[str, Any]) -> dict[str, Any]:
         added: dict[str, Any] = json.loads(json.dumps(entries))
         self.entries.update(added)
-        partial = self.path.with_name(f"{NAME}.partial")
-        with partial.open("w", encoding="utf-8") as file:
-            json.dump({"format": FORMAT, "key": self.key, "entries": self.entries}, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, self.path)
-        flush_folder(self.path.parent)
+        _write(self.path, {"format": FORMAT, "key": self.key, "entries": self.entries})
         return added
+
+
+def _write(path: Path, data: Mapping[str, Any]) -> None:
+    partial = path.with_name(f"{NAME}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        json.dump(data, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(partial, path)
+    flush_folder(path.parent)
 
 
 def written(folder: Path) -> bool:
@@ -92,6 +96,14 @@ def written(folder: Path) -> bool:
         return bool(json.loads((folder / NAME).read_text(encoding="utf-8"))["entries"].get(WRITTEN))
     except (OSError, ValueError, KeyError, TypeError):
         return False
+
+
+def write_again(folder: Path) -> None:
+    """Take back that the output was whole: it is made anew, and until then it is not."""
+    if written(folder):
+        data = json.loads((folder / NAME).read_text(encoding="utf-8"))
+        data["entries"].pop(WRITTEN)
+        _write(folder / NAME, data)
 
 
 def differences(old: Any, new: Any, name: str = "") -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from hf_shrink.checkpoint.folder import OutputFolder
-from hf_shrink.checkpoint.journal import NAME, WRITTEN, Journal, written
+from hf_shrink.checkpoint.journal import NAME, WRITTEN, Journal, write_again, written
 from hf_shrink.checkpoint.record import RECORD_NAME
 from hf_shrink.errors import CheckpointError
 from hf_shrink.sharding import ProcessLost, ranks
@@ -35,12 +35,23 @@ class RunFolder:
         path, overwrite: as of `OutputFolder`.
         resume: go on from an earlier run; else what is left of it is deleted.
 
+        source: the folder of a model that is read.
+
     Raises:
-        CheckpointError: on entry as `OutputFolder`, and while another process works on the same output.
+        CheckpointError: where the source lies in the output; on entry as `OutputFolder`, and while another process
+            works on the same output.
     """
 
-    def __init__(self, path: str | os.PathLike[str], overwrite: bool = False, resume: bool = True) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        overwrite: bool = False,
+        resume: bool = True,
+        source: Path | None = None,
+    ) -> None:
         self._target = OutputFolder(path, overwrite)
+        if source is not None:
+            self._target.check_apart(source)
         self._resume = resume
         place = self._target.path
         self.folder = place.parent / f".{place.name}.partial-run"
@@ -74,6 +85,7 @@ class RunFolder:
             return True
         if not self._resume or not (self.folder / NAME).is_file():
             shutil.rmtree(self.folder, ignore_errors=True)
+        write_again(self.folder)
         for old in (self.output, self.scratch.parent):
             shutil.rmtree(old, ignore_errors=True)
         for new in (self.output, self.finished):

@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,10 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.device import chosen_device, settle
 from hf_shrink.checkpoint.fingerprint import digest, fingerprint
-from hf_shrink.checkpoint.folder import copy_side_files
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, current_versions, read_record
 from hf_shrink.checkpoint.run_folder import RunFolder
 from hf_shrink.checkpoint.save import bind as bind_save
+from hf_shrink.checkpoint.side_files import copy_side_files
 from hf_shrink.checkpoint.source import Source, load_processing, open_source
 from hf_shrink.checkpoint.streamed import load_streamed
 from hf_shrink.evaluation import stored_bytes
@@ -50,6 +50,7 @@ def shrink_checkpoint(
     *,
     tokenizer: Any = None,
     calibration: Any = None,
+    evaluation: EvaluationSpec | None = None,
     seed: int = 0,
     overwrite: bool = False,
     resume: bool = True,
@@ -72,6 +73,7 @@ def shrink_checkpoint(
         source: folder or Hub id of a dense model in safetensors.
         output_dir: must not exist, or be empty, unless `overwrite`.
         recipe, calibration, seed: as in `shrink`.
+        evaluation: in place of the recipe's; a plan has none of its own, and is measured as `EvaluationSpec()` says.
         progress: show progress bars, or the path of a file that gets a line now and then instead.
         tokenizer: in place of the source's own tokenizer or processor; rewritten in place where the recipe prunes the
             vocabulary.
@@ -89,14 +91,21 @@ def shrink_checkpoint(
     """
     since = time.perf_counter()
     asked = recipe if isinstance(recipe, Plan) else load_recipe(recipe)
-    spec = EvaluationSpec() if isinstance(asked, Plan) else asked.evaluation
+    if evaluation is not None and isinstance(asked, Recipe):
+        asked = replace(asked, evaluation=evaluation)
+    spec = asked.evaluation if isinstance(asked, Recipe) else evaluation or EvaluationSpec()
     memory = bytes_of(max_memory)
     found = open_source(source)
-    with together(), RunFolder(output_dir, overwrite, resume) as run, silence(), showing(progress) as show:
+    with (
+        together(),
+        RunFolder(output_dir, overwrite, resume, found.folder) as run,
+        silence(),
+        showing(progress) as show,
+    ):
         processing = tokenizer if tokenizer is not None else load_processing(found)
         model = None if found.shards else load_streamed(found, run.scratch, memory)  # of the Hub: fetched first
         where = chosen_device(device)
-        key = ranks().on_first(lambda: _key(found, asked, tokenizer, calibration, seed, where))
+        key = ranks().on_first(lambda: _key(found, asked, spec, tokenizer, calibration, seed, where))
         journal = run.journal({**key, "processes": ranks().size})
         if run.whole:
             return ranks().on_first(lambda: read_record(run.target / RECORD_NAME).report)
@@ -159,12 +168,19 @@ def open_checkpoint(
 
 
 def _key(
-    found: Source, asked: Recipe | Plan, tokenizer: Any, calibration: Any, seed: int, device: torch.device
+    found: Source,
+    asked: Recipe | Plan,
+    spec: EvaluationSpec,
+    tokenizer: Any,
+    calibration: Any,
+    seed: int,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What decides a run's result, as JSON values."""
     text = getattr(getattr(tokenizer_of(tokenizer), "backend_tokenizer", None), "to_str", lambda: None)()
     data = asked.calibration.data if calibration is None and isinstance(asked, Recipe) else calibration
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+    measured_on = Path(spec.data) if spec.metrics else None
     return {
         "source": fingerprint(found),
         "recipe": asked.to_dict() if isinstance(asked, Recipe) else {"plan": asked.to_json()},
@@ -172,6 +188,8 @@ def _key(
         "tokenizer": text,
         "calibration": name,
         "calibration file": digest(Path(name)) if name is not None and Path(name).is_file() else None,
+        "evaluation": asdict(spec),
+        "evaluation file": digest(measured_on) if measured_on is not None and measured_on.is_file() else None,
         "versions": current_versions(),
         "threads": torch.get_num_threads(),
         "device": device.type,

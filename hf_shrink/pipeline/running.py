@@ -14,7 +14,7 @@ from hf_shrink.architectures.binding import bind
 from hf_shrink.architectures.bound import BoundBlock, BoundStack
 from hf_shrink.architectures.linears import is_matrix, matrix
 from hf_shrink.calibration.before import statistics_before
-from hf_shrink.calibration.dense_stream import DenseStream
+from hf_shrink.calibration.dense_stream import DenseStream, widest_inputs
 from hf_shrink.calibration.experts import starved_note
 from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.precision import in_float32
@@ -106,6 +106,7 @@ class Run:
         stack, notes = cut_tied_heads(self.model, stack)
         self.report.notes += notes
         blocks = stack.stack.blocks
+        widest = widest_inputs([block.module for block in blocks])
         done = self.keeper.restore(self, stack)
         scales = bool(self.scaler.scalings) and stack.stack.spec is not None
         if (solves or refits or scales) and (done < len(blocks) or (heads and solves)):
@@ -121,7 +122,12 @@ class Run:
                 self.walk = StackWalk(self.model, modules, given, **settings)
                 if refits or (solves and (self.learning is not None or self.follows)):
                     everything = self.learning is not None or refits
-                    settings |= {"tokens": self.walk.tokens, "everything": everything, "measure_all": refits}
+                    settings |= {
+                        "tokens": self.walk.tokens,
+                        "widest": widest,
+                        "everything": everything,
+                        "measure_all": refits,
+                    }
                     self.dense = DenseStream(self.model, modules, given, **settings)
         walks = {"walk": self.walk, "dense": None if self.dense is None else self.dense.walk}
         self.keeper.resume(stack, **walks)

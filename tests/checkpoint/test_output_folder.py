@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
 from hf_shrink.checkpoint import folder as folder_module
-from hf_shrink.checkpoint.folder import OutputFolder, copy_side_files
-from hf_shrink.checkpoint.source import load_processing, open_source
+from hf_shrink.checkpoint.fingerprint import fingerprint
+from hf_shrink.checkpoint.folder import OutputFolder
+from hf_shrink.checkpoint.side_files import copy_side_files
+from hf_shrink.checkpoint.source import Source, load_processing, open_source
 from hf_shrink.errors import CheckpointError
 
 
@@ -154,6 +157,47 @@ def test_side_files_come_along(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(out)
     assert load_processing(open_source(out)).get_vocab() == tokenizer.get_vocab()
     assert json.loads((out / "generation_config.json").read_text())
+
+
+def test_what_embeddings_and_rare_tokenizers_need_comes_along(tmp_path: Path) -> None:
+    """Pooling that is lost would be replaced by another one, without an error."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    out.mkdir()
+    tiny_llama().save_pretrained(source)
+    kept = ("spm.model", "source.spm", "bpe.codes", "sentence_bert_config.json", "1_Pooling/config.json")
+    for name in (*kept, "2_Dense/model.safetensors", "2_Dense/notes.txt", "0_Transformer/config.json"):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(name)
+    modules = [(".", "models.Transformer"), ("1_Pooling", "models.Pooling"), ("2_Dense", "models.Dense")]
+    modules += [("0_Transformer", "models.Transformer"), ("../elsewhere", "models.Normalize")]
+    (source / "modules.json").write_text(json.dumps([{"path": path, "type": kind} for path, kind in modules]))
+    copy_side_files(open_source(source), out)
+    copied = {name for name, text in contents(out).items() if name == text}
+    assert copied == {*kept, "2_Dense/model.safetensors"}
+    assert "modules.json" in contents(out)
+    assert {*kept, "2_Dense/model.safetensors"} <= set(fingerprint(open_source(source)))
+    (source / "modules.json").write_text("{}]")
+    with pytest.raises(CheckpointError, match="modules"):
+        copy_side_files(open_source(source), out)
+
+
+def test_of_a_hub_id_all_that_will_be_copied_counts_from_the_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not fetched yet is, so that a run that goes on knows its source again."""
+    snapshot = tmp_path / "snapshot"
+    tiny_llama().save_pretrained(snapshot)
+    source = replace(open_source(snapshot), shards=())
+
+    def fetched(_: Source, name: str) -> Path | None:
+        if name == "vocab.json":
+            (snapshot / name).write_text("{}")
+        return snapshot / name if (snapshot / name).is_file() else None
+
+    monkeypatch.setattr("hf_shrink.checkpoint.side_files.side_file", fetched)
+    first = fingerprint(source)
+    assert "vocab.json" in first
+    assert fingerprint(source) == first
 
 
 def test_a_source_without_a_card(tmp_path: Path) -> None:

@@ -14,9 +14,10 @@ from transformers import PreTrainedModel
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.checkpoint.adapters import ADAPTER, has_adapter
 from hf_shrink.checkpoint.device import chosen_device
-from hf_shrink.checkpoint.folder import OutputFolder, copy_side_files
+from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.checkpoint.measured import Measured, fewer_tokens, load_measured
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
+from hf_shrink.checkpoint.side_files import copy_side_files
 from hf_shrink.checkpoint.source import load_processing
 from hf_shrink.errors import CheckpointError, RecipeError
 from hf_shrink.pipeline.measuring import measure
