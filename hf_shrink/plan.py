@@ -17,6 +17,7 @@ from hf_shrink.tokens import VocabularyPlan
 
 __all__ = [
     "BITS",
+    "DTYPES",
     "FORMATS",
     "KINDS",
     "PLAN_FORMAT",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 PLAN_FORMAT = 1
+DTYPES = ("keep", "float32", "bfloat16", "float16")
 # Formats of other libraries, and the bits that they take for a weight.
 FORMATS: Mapping[str, int] = {"NF4": 4, "FP4": 4, "LLM.int8": 8}
 TransformSpec = str | Mapping[str, Mapping[str, Any]]  # a name, or {name: options}
@@ -91,6 +93,7 @@ class Plan:
         weights: which matrices get zeros, and how many; None: none.
         hidden: to what the residual stream is cut; None: it stays.
         repair: whether the blocks left are refitted to the dense model's residual stream after depth pruning.
+        dtype: of what is not quantized, one of `DTYPES`; "keep": as the source has it.
         search: what a search for a budget says of the plan (limits, what it takes of them, predicted and measured KL
             divergence), to be shown; empty: there was none.
     """
@@ -111,6 +114,7 @@ class Plan:
     weights: WeightsPlan | None = None
     hidden: HiddenPlan | None = None
     repair: bool = False
+    dtype: str = "keep"
     search: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -156,6 +160,8 @@ class Plan:
             hidden = None if hidden is None else HiddenPlan(**hidden)
             for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
                 raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
+            if (dtype := data.get("dtype", "keep")) not in DTYPES:
+                raise RecipeError(f"the plan has a dtype {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")
             return cls(stacks=stacks, schemes=schemes, transforms=transforms, weights=weights, hidden=hidden, **data)
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error

@@ -95,13 +95,21 @@ def recipe_of(options: argparse.Namespace) -> Any:
             raise RecipeError(f"--effort is about quantization, and the recipe {recipe.name} has no quantize step")
         recipe = recipe.with_overrides([f"quantize.effort={options.effort}"])
     recipe = recipe.with_overrides(options.set)
-    evaluation = getattr(options, "evaluation", None)
-    if evaluation == "none":
-        recipe = replace(recipe, evaluation=replace(recipe.evaluation, metrics=()))
-    elif evaluation is not None:
-        recipe = replace(recipe, evaluation=replace(recipe.evaluation, data=evaluation))
     check_methods(recipe)
     return recipe
+
+
+def evaluation_of(recipe: Any, wanted: str | None) -> Any:
+    """What to measure of a recipe or a plan. `wanted`: None, `none`, or where the data is."""
+    from dataclasses import replace
+
+    from hf_shrink.plan import Plan
+    from hf_shrink.recipe import EvaluationSpec
+
+    spec = EvaluationSpec() if isinstance(recipe, Plan) else recipe.evaluation
+    if wanted is None:
+        return spec
+    return replace(spec, metrics=()) if wanted == "none" else replace(spec, data=wanted)
 
 
 def _from_json(file: Path, point: str) -> Any:

@@ -14,6 +14,7 @@ from hf_shrink.cli.options import (
     add_recipe,
     add_source,
     check_folder,
+    evaluation_of,
     one_line,
     recipe_of,
 )
@@ -81,6 +82,7 @@ def command(options: argparse.Namespace) -> None:
         options.output,
         recipe,
         calibration=options.calibration,
+        evaluation=evaluation_of(recipe, options.evaluation),
         seed=options.seed,
         overwrite=options.overwrite,
         resume=options.resume,

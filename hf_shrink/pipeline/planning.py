@@ -148,6 +148,7 @@ def plan_recipe(
         damage=damage,
         vocabulary=tokens.plan if tokens else None,
         hidden=narrower_stream,
+        dtype=recipe.dtype,
     )
     zeroing = recipe.prune("weights")
     if zeroing:

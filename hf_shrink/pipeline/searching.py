@@ -162,6 +162,7 @@ class Searching:
             effort=step.effort,
             refit=True,
             repair=True,
+            dtype="keep" if self.dtype is None else str(self.dtype).removeprefix("torch."),
         )
         made = make_problem(
             self.model,

@@ -249,8 +249,8 @@ class Job:
         report.notes += planned.notes
         self.keeper.begin(model, planned.plan, data.batches)
         data, tokenizer = self._with_fewer_tokens(planned.plan, data)
-        if self.recipe is not None and self.recipe.dtype != "keep":
-            cast(model, getattr(torch, self.recipe.dtype))
+        if planned.plan.dtype != "keep":
+            cast(model, getattr(torch, planned.plan.dtype))
         tuning = Tuning.from_options(planned.plan.tune)
         teacher = None
         if tuning is not None:

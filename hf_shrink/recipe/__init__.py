@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from hf_shrink.errors import RecipeError
-from hf_shrink.plan import Scheme
+from hf_shrink.plan import DTYPES, Scheme
 from hf_shrink.recipe.budget import Budget
 from hf_shrink.recipe.effort import expand
 from hf_shrink.recipe.formats import GRID_KEYS, check_formats
@@ -34,7 +34,6 @@ __all__ = [
     "Step",
 ]
 
-DTYPES = ("keep", "float32", "bfloat16", "float16")
 KEYS = ("name", "portable", "dtype", "calibration", "steps", "budget", "search", "evaluation")
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from stock import Stock
 from tiny import TEXT, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
@@ -98,6 +99,23 @@ def test_plan_prints_and_writes_what_run_takes(
     assert main([*run, "--evaluation=none"]) == 0
     config = json.loads((out / "config.json").read_text())
     assert config["num_hidden_layers"] == 2 and config["quantization_config"]["hf_shrink"] == 1
+
+
+def test_a_plan_keeps_the_dtype_and_is_measured_as_asked(source: Path, tmp_path: Path) -> None:
+    path, text = tmp_path / "plan.json", tmp_path / "text.txt"
+    text.write_text(TEXT * 8)
+    own = ["--set=dtype=bfloat16", "--set=quantize.effort=fast", "--set=quantize.method=rtn", "--quiet"]
+    assert main(["plan", str(source), "--recipe", "w4a16", "--json", str(path), *SMALL, *own]) == 0
+    run = ["run", str(source), "--recipe", str(path), "--quiet", "--output"]
+    assert main([*run, str(tmp_path / "unmeasured"), "--evaluation=none"]) == 0
+    assert main([*run, str(tmp_path / "measured"), f"--evaluation={text}"]) == 0
+    assert main([*run, str(tmp_path / "wrong"), "--evaluation=no-such-file.txt"]) == 2
+    assert not (tmp_path / "wrong").exists()
+    dtypes = {tensor.dtype for tensor in load_file(tmp_path / "unmeasured" / "model.safetensors").values()}
+    assert torch.bfloat16 in dtypes and torch.float32 not in dtypes
+    found = [json.loads((tmp_path / name / "shrink.json").read_text()) for name in ("unmeasured", "measured")]
+    assert not found[0]["report"]["evaluation"]
+    assert text.name in json.dumps(found[1]["report"]["evaluation"])
 
 
 def test_inspect(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
