@@ -41,6 +41,7 @@ MODEL_NAMES = (
 )
 # ... and these, which are or hide in ordinary words, only as a whole string literal, as a model_type is.
 MODEL_TYPES = {"phi", "phi3", "opt", "mpt", "vit", "clip", "bart", "bloom", "falcon", "t5"}
+FILES = {"sentence_bert_config.json"}  # that libraries call so, whatever model there is
 METHOD_ROOMS = ("quantization", "transforms", "pruning")
 MAX_LINES = 300
 
@@ -173,6 +174,8 @@ def model_names_in(tree: ast.Module) -> set[str]:
     for node in ast.walk(tree):
         for text, literal in words_of(node, skip):
             lower = text.lower()
+            if lower in FILES:
+                continue
             found.update(name for name in MODEL_NAMES if name in lower)
             if literal and lower in MODEL_TYPES:
                 found.add(lower)

@@ -26,8 +26,8 @@ class Teacher:
 
     With an output head (a matrix over the vocabulary) the targets are the head's inputs, a hundredth of the logits:
     the logits are made again, some rows at a time. Where the model multiplies its logits by a constant, so do we; a
-    cap on logits is left out on both sides. Without a head the targets are the model's class
-    logits, or its hidden states or embeddings.
+    cap on logits is left out on both sides. Without a head the targets are the model's class logits, or its hidden
+    states or embeddings.
 
     Attributes:
         batches: how many there are.
