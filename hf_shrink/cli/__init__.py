@@ -75,8 +75,8 @@ def _outcome(options: argparse.Namespace, here: Ranks) -> tuple[int, str]:
             "ended by the launcher: another process failed, or the launcher was stopped; what is finished is kept, and "
             "a run goes on when it is started again"
         )
-    except KeyboardInterrupt:
-        return 1, "interrupted; nothing was left half-written, and a run goes on when it is started again"
+    except KeyboardInterrupt as error:
+        return 1, str(error) or "interrupted; nothing was left half-written, and a run goes on when it is started again"
     except ProcessLost as error:
         return 1, one_line(error)
     except (OSError, RuntimeError, MemoryError) as error:

@@ -125,20 +125,32 @@ def _check_recovery(recipe: Any, minutes: float, processes: int) -> None:
 
 
 def _recovered(recover: Any, options: argparse.Namespace) -> Any:
-    """The report of the output folder after it was recovered, in its place."""
+    """The report of the output folder after it was recovered, in its place.
+
+    Raises KeyboardInterrupt or ShrinkError that say how to do this part again: the compressed model is whole by now.
+    """
     from hf_shrink.checkpoint.record import RECORD_NAME, read_record
 
-    recover(
-        options.output,
-        options.output,
-        baseline=options.source,
-        data=options.calibration or "self",
-        overwrite=True,
-        seed=options.seed,
-        progress=not options.quiet,
-        device=options.device,
-        minutes=options.recover,
-    )
+    data = options.calibration or "self"
+    words = ["hf-shrink", "recover", options.output, "--output", options.output, "--overwrite"]
+    words += ["--baseline", options.source, "--data", data, "--minutes", f"{options.recover:g}"]
+    later = f"{options.output} is whole, but not recovered; go on with: {shlex.join(map(str, words))}"
+    try:
+        recover(
+            options.output,
+            options.output,
+            baseline=options.source,
+            data=data,
+            overwrite=True,
+            seed=options.seed,
+            progress=not options.quiet,
+            device=options.device,
+            minutes=options.recover,
+        )
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(f"interrupted; {later}") from None
+    except ShrinkError as error:
+        raise ShrinkError(f"{error} ({later})") from error
     return read_record(Path(options.output) / RECORD_NAME).report
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from hf_shrink import LoadingConfig
 from hf_shrink.cli import main
+from hf_shrink.errors import CalibrationError
 from hf_shrink.recipe import Recipe
 
 SMALL = [
@@ -116,6 +118,27 @@ def test_a_plan_keeps_the_dtype_and_is_measured_as_asked(source: Path, tmp_path:
     found = [json.loads((tmp_path / name / "shrink.json").read_text()) for name in ("unmeasured", "measured")]
     assert not found[0]["report"]["evaluation"]
     assert text.name in json.dumps(found[1]["report"]["evaluation"])
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), CalibrationError("too little data")])
+def test_a_recovery_that_was_cut_off_says_how_to_do_it_again(
+    error: BaseException,
+    source: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def dies(*given: Any, **named: Any) -> None:
+        raise error
+
+    out = tmp_path / "with space"
+    monkeypatch.setattr("hf_shrink.cli.run.recovering", lambda: dies)
+    arguments = ["--set=quantize.method=rtn", "--set=quantize.effort=fast", "--evaluation=none", "--quiet"]
+    assert main(["run", str(source), "--output", str(out), "--recover", "2", *arguments]) in (1, 2)
+    said = capsys.readouterr().err
+    assert (str(error) or "interrupted") in said
+    assert f"hf-shrink recover '{out}' --output '{out}' --overwrite --baseline {source} --data self --minutes 2" in said
+    assert (out / "model.safetensors").is_file()
 
 
 def test_inspect(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
