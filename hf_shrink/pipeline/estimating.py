@@ -32,6 +32,7 @@ class Needs:
         disk: of everything beside the source, while the run goes on.
         memory: at the most.
         seconds: of calibrating and solving, on this machine as it is now.
+        tunes: whether something is tuned afterwards, for as long as the recipe lets it.
         whole: which step has the whole model in memory at once; None: one block at a time, all along.
     """
 
@@ -40,13 +41,16 @@ class Needs:
     memory: int
     seconds: float
     whole: str | None = None
+    tunes: bool = False
 
     def summary(self) -> str:
         """One line."""
         whole = "" if self.whole is None else f" ({self.whole} has the whole model in memory)"
+        besides = ", tuning besides" if self.tunes else ""
         return (
             f"about {_size(self.output)} of weights; at most {_size(self.disk)} of disk while it runs and "
-            f"{_size(self.memory)} of memory{whole}; roughly {_duration(self.seconds)} here"
+            f"{_size(self.memory)} of memory{whole}; roughly {_duration(self.seconds)} of calibrating and solving "
+            f"here{besides}"
         )
 
     def check_disk(self, folder: Path) -> None:
@@ -64,11 +68,13 @@ def estimate(model: nn.Module, plan: Plan, tokens: int, max_memory: int) -> Need
     blocks = [block.module for stack in (*bind(model).towers, *bind(model).stacks) for block in stack.blocks]
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
-    output = sum(p.nbytes for p in model.parameters()) - sum(
-        weight.nbytes - _packed(weight, plan.bits[path])
+    # By identity: an embedding that a head shares is one weight, stored once.
+    saved = {
+        id(weight): weight.nbytes - _packed(weight, plan.bits[path])
         for path, weight in _weights(model).items()
         if path in plan.bits
-    )
+    }
+    output = sum(p.nbytes for p in model.parameters()) - sum(saved.values())
     solvers = plan_method(plan), plan_weights_method(plan), *plan_transforms(plan)
     walks = plan.refit or any(s is not None and s.needs_statistics for s in solvers)
     tokens = tokens if walks else 0
@@ -88,6 +94,7 @@ def estimate(model: nn.Module, plan: Plan, tokens: int, max_memory: int) -> Need
         memory=INTERPRETER + outside + 2 * largest + moments + max_memory,
         seconds=work / _rate() if walks else 0.0,
         whole=whole,
+        tunes=bool(plan.tune),
     )
 
 
