@@ -64,8 +64,9 @@ class Scheme:
             raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(self.strategy, STRATEGIES)}")
         if (self.strategy == "group") != (self.group_size is not None):
             raise RecipeError(f"group_size goes with strategy 'group' only (strategy {self.strategy!r})")
-        if self.group_size is not None and self.group_size < 1:
-            raise RecipeError(f"group_size must be at least 1, not {self.group_size}")
+        size: object = self.group_size
+        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+            raise RecipeError(f"group_size must be a whole number of at least 1, not {size!r}")
         kind = Kind(self.bits, self.type, self.activation_bits)
         if kind not in KINDS.values():
             raise RecipeError(

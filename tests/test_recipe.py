@@ -71,7 +71,13 @@ def test_bad_recipes_say_what_is_valid(change: dict[str, object], message: str) 
 
 def test_set_changes_every_step_of_the_kind_and_sections() -> None:
     recipe = Recipe.from_dict(FULL).with_overrides(
-        ["quantize.group_size=64", "calibration.samples=9", "prune.ratio=0.5", "portable=true"]
+        [
+            "quantize.group_size=64",
+            "calibration.samples=9",
+            "prune.depth.ratio=0.5",
+            "prune.width.ratio=0.25",
+            "portable=true",
+        ]
     )
     assert recipe.quantize is not None
     assert recipe.quantize.group_size == 64
@@ -79,10 +85,42 @@ def test_set_changes_every_step_of_the_kind_and_sections() -> None:
     assert recipe.portable
     depth, width = recipe.prune("depth"), recipe.prune("width")
     assert depth is not None and width is not None
-    assert (depth.ratio, depth.blocks, width.ratio) == (0.5, None, 0.5)
+    assert (depth.ratio, depth.blocks, width.ratio) == (0.5, None, 0.25)
     depth, width = (recipe.with_overrides(["prune.blocks=1"]).prune(kind) for kind in ("depth", "width"))
     assert depth is not None and width is not None  # an amount goes to the steps that take it
-    assert (depth.ratio, depth.blocks, width.ratio, width.blocks) == (None, 1, 0.5, None)
+    assert (depth.ratio, depth.blocks, width.ratio, width.blocks) == (None, 1, 0.25, None)
+    depth, width = (recipe.with_overrides(["prune.refit=false"]).prune(kind) for kind in ("depth", "width"))
+    assert depth is not None and width is not None and not depth.refit and not width.refit
+
+
+def test_an_amount_that_several_steps_take_names_one() -> None:
+    recipe = Recipe.from_dict(FULL)
+    with pytest.raises(RecipeError, match=r"prune\.depth\.ratio or prune\.width\.ratio"):
+        recipe.with_overrides(["prune.ratio=0.5"])
+    with pytest.raises(RecipeError, match="no prune step with what: experts"):
+        recipe.with_overrides(["prune.experts.ratio=0.5"])
+
+
+@pytest.mark.parametrize(
+    ("assignment", "message"),
+    [
+        ("quantize.symmetric=maybe", "true or false"),
+        ("quantize.group_size=5.5", "whole number"),
+        ("quantize.group_size=abc", "whole number"),
+        ("quantize.overrides=abc", "mapping"),
+        ("quantize.targets=5", "list"),
+        ("quantize.ignore=true", "list"),
+        ("quantize.method=[1]", "a name"),
+        ("quantize.effort=[1]", "effort"),
+        ("prune.refit=maybe", "true or false"),
+        ("calibration.samples=true", "whole number"),
+        ("evaluation.metrics=perplexity", "list"),
+        ("evaluation.metrics=5", "list"),
+    ],
+)
+def test_values_of_the_wrong_kind_are_refused(assignment: str, message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_dict(FULL).with_overrides([assignment])
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,8 @@ class Recipe:
     def with_overrides(self, assignments: Iterable[str]) -> Recipe:
         """Apply `--set` assignments such as "quantize.group_size=64" or "calibration.samples=16".
 
-        `prune.` and `quantize.` change that key in every step of the kind; `budget.latency.decode=60%` goes one deeper.
+        `prune.` and `quantize.` change that key in every step of the kind, `prune.depth.ratio` only in those of what is
+        named, which is needed where the amounts of several would change; `budget.latency.decode=60%` goes one deeper.
         Values are read as YAML; null takes a budget away.
         """
         data = copy.deepcopy(self.to_dict())
@@ -175,10 +176,16 @@ class Recipe:
                 _put(data[section], leaf, value)
             elif section in ("prune", "quantize"):
                 bodies = [s[section] for s in data.get("steps", ()) if section in s]
+                what, _, inner = leaf.partition(".")
+                if section == "prune" and inner and what in AMOUNTS:
+                    bodies, leaf = [body for body in bodies if body["what"] == what], inner
                 if not bodies:
-                    raise RecipeError(f"--set {assignment!r}: the recipe has no {section} step")
+                    step = f"{section} step{f' with what: {what}' if leaf == inner else ''}"
+                    raise RecipeError(f"--set {assignment!r}: the recipe has no {step}")
                 if section == "prune" and leaf in AMOUNT_KEYS:
                     bodies = _give_way(bodies, leaf)
+                    if len(kinds := [f"prune.{body['what']}.{leaf}" for body in bodies]) > 1:
+                        raise RecipeError(f"--set {assignment!r}: several steps take it; say {' or '.join(kinds)}")
                 for body in bodies:
                     if section == "quantize" and leaf == "effort":
                         _forget_expansion(body)
@@ -252,7 +259,8 @@ def _step(data: Any) -> Step:
     if kind == "prune":
         for key in ("what", "method"):
             if key not in body:
-                hint = did_you_mean(next(iter(options)), own) if options else f"for example {key}: depth"
+                example = {"what": "depth", "method": "kl_greedy"}[key]
+                hint = did_you_mean(next(iter(options)), own) if options else f"for example {key}: {example}"
                 raise RecipeError(f"a prune step needs {key!r}; {hint}")
     step: Step = cls(**body, options=options)
     return step

@@ -27,7 +27,7 @@ def expand(step: Mapping[str, Any]) -> dict[str, Any]:
     effort = step.get("effort")
     if effort is None:
         return dict(step)
-    if effort not in EFFORTS:
+    if not isinstance(effort, str) or effort not in EFFORTS:
         raise RecipeError(f"unknown effort {effort!r}; {did_you_mean(str(effort), EFFORTS)}")
     chosen = _for_scheme(EFFORTS[effort], str(step.get("scheme")).upper())
     for key in CHOICES:

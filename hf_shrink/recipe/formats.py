@@ -31,6 +31,8 @@ def check_formats(step: Mapping[str, Any]) -> None:
     """
     method, scheme = step.get("method"), step.get("scheme")
     overrides = step.get("overrides") or {}
+    if not isinstance(overrides, Mapping):
+        raise RecipeError(f"quantize.overrides is a mapping of modules to keys, not {overrides!r}")
     schemes = [scheme, *(o.get("scheme") for o in overrides.values() if isinstance(o, Mapping))]
     if method != FORMAT_METHOD:
         for name in filter(None, map(format_of, schemes)):

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.recipe.values import as_list, check_switch
 from hf_shrink.registry import did_you_mean
 from hf_shrink.sparsity import Amount
 
@@ -74,6 +75,7 @@ class PruneStep:
             raise RecipeError("prune.parts any takes out things of different sizes: give ratio instead of blocks")
         self._check_amounts()
         self._check_weights()
+        check_switch(self.refit, "prune.refit")
         for key in COUNTS:
             value = getattr(self, key)
             if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
@@ -100,10 +102,8 @@ class PruneStep:
             value = getattr(self, key)
             if value is not None and self.what != "weights":
                 raise RecipeError(f"prune.{key} goes with what: weights; for {self.what} leave it out")
-            if isinstance(value, str | Mapping):
-                raise RecipeError(f"prune.{key} is a list, for example [{value}]")
             if value is not None:
-                object.__setattr__(self, key, tuple(value))
+                object.__setattr__(self, key, as_list(value, f"prune.{key}"))
         if self.what == "weights":
             if isinstance(self.pattern, int):  # YAML 1.1 reads 2:4 without quotes as minutes and seconds
                 object.__setattr__(self, "pattern", ":".join(map(str, divmod(self.pattern, 60))))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.recipe.values import as_list
 from hf_shrink.registry import did_you_mean
 from hf_shrink.resources import metric_names
 
@@ -29,7 +30,7 @@ class CalibrationSpec:
 
     def __post_init__(self) -> None:
         for name, value in (("samples", self.samples), ("length", self.length), ("batch_size", self.batch_size)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"calibration.{name} must be a whole number of at least 1, not {value!r}")
 
 
@@ -54,7 +55,7 @@ class EvaluationSpec:
     stride: int | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "metrics", tuple(self.metrics))
+        object.__setattr__(self, "metrics", as_list(self.metrics, "evaluation.metrics"))
         known = metric_names()
         for metric in self.metrics:
             if metric not in known:
@@ -64,5 +65,5 @@ class EvaluationSpec:
                 f"evaluation.stride must be a whole number from 1 to length ({self.length}), not {self.stride!r}"
             )
         for name, value in (("samples", self.samples), ("length", self.length), ("batch_size", self.batch_size)):
-            if not isinstance(value, int) or value < 1:
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"evaluation.{name} must be a whole number of at least 1, not {value!r}")

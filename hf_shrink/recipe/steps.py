@@ -10,6 +10,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.plan import STRATEGIES, Scheme, Strategy, TransformSpec, split_transform
 from hf_shrink.recipe.formats import FORMAT_METHOD, check_formats, format_of
 from hf_shrink.recipe.pruning import PruneStep
+from hf_shrink.recipe.values import as_list, check_switch
 from hf_shrink.registry import did_you_mean
 
 STARVED = ("error", "rtn")
@@ -62,12 +63,14 @@ class QuantizeStep:
     def __post_init__(self) -> None:
         if not isinstance(self.tune, Mapping):
             raise RecipeError(f"quantize.tune must be a mapping such as {{steps: 100}}, not {self.tune!r}")
-        for name in ("targets", "ignore", "transforms"):
+        for name, missing in (("targets", None), ("ignore", None), ("transforms", ())):
             value = getattr(self, name)
-            if isinstance(value, str | Mapping):
-                raise RecipeError(f"quantize.{name} is a list, for example [{value}]")
-            if value is not None:
-                object.__setattr__(self, name, tuple(value))
+            found = missing if value is None else as_list(value, f"quantize.{name}")
+            object.__setattr__(self, name, found)
+        for name in ("symmetric", "symmetric_inputs"):
+            check_switch(getattr(self, name), f"quantize.{name}")
+        if not isinstance(self.method, str):
+            raise RecipeError(f"quantize.method is a name such as gptq, not {self.method!r}")
         for transform in self.transforms:
             split_transform(transform)
         if self.starved_experts not in STARVED:
@@ -125,7 +128,8 @@ class QuantizeStep:
             inputs = kind.activation_bits < 16 and bool(override.get("symmetric_inputs", self.symmetric_inputs))
             return Scheme(kind.bits, True, "channel", None, kind.type, kind.activation_bits, inputs)
         strategy = form["strategy"]
-        return Scheme(kind.bits, bool(form["symmetric"]), strategy, form["group_size"] if strategy == "group" else None)
+        check_switch(form["symmetric"], "symmetric")
+        return Scheme(kind.bits, form["symmetric"], strategy, form["group_size"] if strategy == "group" else None)
 
 
 def _check_by_channel(name: str, form: Mapping[str, Any], group_sizes: tuple[int | None, ...]) -> None:
