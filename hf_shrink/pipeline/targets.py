@@ -113,7 +113,7 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
     Raises:
         RecipeError: none is left, or a pattern is not valid or matches nothing.
     """
-    _check_patterns(model, step)
+    unmatched = _check_patterns(model, step)
     # Subclasses of Embedding compute something of their own (a scale, positions), which a packed one would lose.
     candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
     if binding is not None and binding.towers and isinstance(model, PreTrainedModel):
@@ -139,7 +139,7 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         chosen[path] = override
         if named or any(t != class_of(module) and matches(path, module, t) for t in step.targets or ()):
             by_name.add(path)
-    notes = keep_ties(model, chosen, by_name) + _unknown_experts(binding, step)
+    notes = unmatched + keep_ties(model, chosen, by_name) + _unknown_experts(binding, step)
     if left := [p for p in before_text & spared if any(matches(p, candidates[p], t) for t in step.targets or ())]:
         notes.append(
             f"{min(left)} and what else of the image side the targets match stays as it is, because they mean the text "
@@ -156,8 +156,12 @@ def _width(module: nn.Module) -> int:
     return module.nx if isinstance(module, Conv1D) else int(module.in_features)  # type: ignore[arg-type]
 
 
-def _check_patterns(model: nn.Module, step: QuantizeStep) -> None:
-    """Every pattern must be a valid regex; targets and overrides must match something."""
+def _check_patterns(model: nn.Module, step: QuantizeStep) -> list[str]:
+    """Every pattern must be a valid regex; targets and overrides must match something.
+
+    Returns notes: an `ignore` that matches nothing may be meant for other models, or be misspelt.
+    """
+    notes = []
     modules = {p: m for p, m in model.named_modules() if p}
     names = set(modules) | {class_of(m) for m in modules.values()}
     for where, patterns in (
@@ -170,8 +174,13 @@ def _check_patterns(model: nn.Module, step: QuantizeStep) -> None:
                 found = any(matches(p, m, pattern) for p, m in modules.items())
             except re.error as error:
                 raise RecipeError(f"quantize.{where}: {pattern!r} is not a valid regex: {error}") from error
-            if not found and where != "ignore":
-                raise RecipeError(f"quantize.{where}: {pattern!r} matches no module; {did_you_mean(pattern, names)}")
+            if found:
+                continue
+            said = f"quantize.{where}: {pattern!r} matches no module"
+            if where != "ignore":
+                raise RecipeError(f"{said}; {did_you_mean(pattern, names)}")
+            notes.append(f"{said}, so nothing is left out by it")
+    return notes
 
 
 def _override(path: str, module: nn.Module, overrides: Mapping[str, object]) -> str | None:

@@ -37,6 +37,13 @@ def test_class_target_still_spares_head_and_ties_unless_ignore_is_empty() -> Non
     assert full["lm_head"] == full["model.embed_tokens"]
 
 
+def test_an_ignore_that_matches_nothing_is_noted() -> None:
+    """It may be meant for other models, or be misspelt: then what was to stay is rounded."""
+    found = resolve(tiny_llama(), ignore=["lm_head", "model.layers.0.mlp.down_porj"])
+    assert "quantize.ignore: 'model.layers.0.mlp.down_porj' matches no module" in " ".join(found.notes)
+    assert "'lm_head'" not in " ".join(found.notes)
+
+
 def test_most_specific_override_wins_and_names_its_module() -> None:
     schemes = resolve(
         tiny_llama(),
