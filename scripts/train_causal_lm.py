@@ -87,7 +87,7 @@ def main(words: list[str] | None = None) -> dict[str, float]:
             data_collator=default_data_collator,
             compute_metrics=perplexity,
             preprocess_logits_for_metrics=losses_of,
-            callbacks=[ShrinkCallback(arguments.recipe, start=arguments.start)],
+            callbacks=[ShrinkCallback(arguments.recipe, start=arguments.start, end=max(arguments.start, 0.7))],
         )
         trainer.log_metrics("dense", trainer.evaluate())
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)

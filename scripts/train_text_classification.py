@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from hf_shrink import ShrinkCallback
+from hf_shrink.evaluation import metric_path
 
 
 @dataclass
@@ -44,7 +45,8 @@ class DataArguments:
     label_column: str = field(default="label")
     max_length: int = field(default=256, metadata={"help": "tokens; what is longer is cut"})
     metrics: list[str] = field(
-        default_factory=lambda: ["accuracy"], metadata={"help": "names or files that evaluate.load takes"}
+        default_factory=lambda: [str(metric_path("accuracy"))],  # a file of ours, which needs no connection
+        metadata={"help": "names or files that evaluate.load takes"},
     )
 
 
