@@ -94,6 +94,7 @@ class Plan:
         hidden: to what the residual stream is cut; None: it stays.
         repair: whether the blocks left are refitted to the dense model's residual stream after depth pruning.
         dtype: of what is not quantized, one of `DTYPES`; "keep": as the source has it.
+        calibration: which data statistics come from, in the form of a recipe's `calibration`; empty: its defaults.
         search: what a search for a budget says of the plan (limits, what it takes of them, predicted and measured KL
             divergence), to be shown; empty: there was none.
     """
@@ -115,6 +116,7 @@ class Plan:
     hidden: HiddenPlan | None = None
     repair: bool = False
     dtype: str = "keep"
+    calibration: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
 
     @property

@@ -14,15 +14,19 @@ from filelock import FileLock, Timeout
 from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.checkpoint.journal import NAME, WRITTEN, Journal, write_again, written
 from hf_shrink.checkpoint.record import RECORD_NAME
-from hf_shrink.errors import CheckpointError
+from hf_shrink.errors import CheckpointError, ShrinkError
 from hf_shrink.sharding import ProcessLost, ranks
+
+WORK = {"plan", "blocks"}  # what a journal holds that took work
 
 
 class RunFolder:
     """A temporary sibling of the output folder, which appears, or is replaced, when everything is written.
 
     When the body raises, the sibling is removed, unless its journal says that something is finished: then it stays,
-    and the next run with the same output goes on from there. Of several processes the first one does all this.
+    and the next run with the same output goes on from there. Where something was asked for that cannot be (a
+    `ShrinkError`), only a plan and blocks count, so that a run that is asked for otherwise does not find it. Of
+    several processes the first one does all this.
 
     Attributes:
         folder: the sibling.
@@ -34,7 +38,6 @@ class RunFolder:
     Args:
         path, overwrite: as of `OutputFolder`.
         resume: go on from an earlier run; else what is left of it is deleted.
-
         source: the folder of a model that is read.
 
     Raises:
@@ -102,21 +105,22 @@ class RunFolder:
         self._journal = Journal.open(self.folder, key)
         return self._journal
 
-    @property
-    def _worth_keeping(self) -> bool:
-        left = (self.folder / NAME).is_file()
-        return left and (self._journal is None or bool(self._journal.entries))
+    def _worth_keeping(self, kind: type[BaseException]) -> bool:
+        if not (self.folder / NAME).is_file() or self._journal is None:
+            return (self.folder / NAME).is_file()
+        entries = self._journal.entries.keys()
+        return bool(entries & WORK if issubclass(kind, ShrinkError) else entries)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         if kind is not None:
-            self._leave()
+            self._leave(kind)
             return
         try:
             ranks().wait()
         except ProcessLost:
-            self._leave()
+            self._leave(ProcessLost)
             raise
         ranks().on_first(self._put)
 
@@ -131,12 +135,12 @@ class RunFolder:
         finally:
             self._unlock()
 
-    def _leave(self) -> None:
+    def _leave(self, kind: type[BaseException]) -> None:
         """Something went wrong, in this process at least: the others may be gone."""
         if not ranks().first:
             return
         try:
-            if not self._worth_keeping:
+            if not self._worth_keeping(kind):
                 shutil.rmtree(self.folder, ignore_errors=True)
         finally:
             self._unlock()

@@ -90,10 +90,16 @@ def _asked(options: argparse.Namespace) -> tuple[Any, Any]:
     from dataclasses import fields, replace
 
     from hf_shrink.errors import RecipeError
-    from hf_shrink.evaluation.recipes import evaluation_spec
+    from hf_shrink.evaluation.recipes import evaluation_spec, recipe_names
     from hf_shrink.recipe import EvaluationSpec
+    from hf_shrink.registry import did_you_mean
 
     source = options.data or "self"
+    named = options.recipe is not None and not options.recipe.endswith((".yaml", ".yml"))
+    if named and options.recipe not in recipe_names():
+        raise RecipeError(
+            f"unknown evaluation recipe {options.recipe!r}; {did_you_mean(options.recipe, recipe_names())}"
+        )
     spec = evaluation_spec(options.recipe or source)
     changes = {key: value for key in CHANGES if (value := getattr(options, key)) is not None}
     for key in changes:

@@ -54,9 +54,9 @@ def command(options: argparse.Namespace) -> None:
 def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[str, Any]) -> None:
     from hf_shrink.pipeline.estimating import estimate
     from hf_shrink.pipeline.planning import Planned, find_binding
+    from hf_shrink.pipeline.recipes import calibration_of
     from hf_shrink.pipeline.shrinking import planned
     from hf_shrink.plan import Plan
-    from hf_shrink.recipe import CalibrationSpec
     from hf_shrink.reporting.plan_chart import write_plan_map
     from hf_shrink.reporting.plan_table import print_plan
     from hf_shrink.residence import bytes_of
@@ -73,7 +73,7 @@ def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[st
     print("\n".join(line for line in plan.summary().splitlines() if binding is None or not line.startswith("  ")))
     for note in found.notes:
         print(f"note: {note}")
-    spec = CalibrationSpec() if isinstance(recipe, Plan) else recipe.calibration
+    spec = calibration_of(plan)
     print(estimate(model, plan, spec.samples * spec.length, bytes_of(options.max_memory)).summary())
     if options.json:
         plan.to_json(options.json)

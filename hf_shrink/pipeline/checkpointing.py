@@ -29,7 +29,7 @@ from hf_shrink.evaluation import stored_bytes
 from hf_shrink.pipeline.keeping import JournalKeeper, Keeper
 from hf_shrink.pipeline.measuring import measure
 from hf_shrink.pipeline.recalled import Recalled
-from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, load_recipe
+from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, calibration_of, load_recipe
 from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.plan import Plan
 from hf_shrink.recall import recalling
@@ -178,7 +178,7 @@ def _key(
 ) -> dict[str, Any]:
     """What decides a run's result, as JSON values."""
     text = getattr(getattr(tokenizer_of(tokenizer), "backend_tokenizer", None), "to_str", lambda: None)()
-    data = asked.calibration.data if calibration is None and isinstance(asked, Recipe) else calibration
+    data = calibration_of(asked).data if calibration is None else calibration
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else None
     measured_on = Path(spec.data) if spec.metrics else None
     return {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from torch import nn
@@ -149,6 +149,7 @@ def plan_recipe(
         vocabulary=tokens.plan if tokens else None,
         hidden=narrower_stream,
         dtype=recipe.dtype,
+        calibration=asdict(recipe.calibration),
     )
     zeroing = recipe.prune("weights")
     if zeroing:

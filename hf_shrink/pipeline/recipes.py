@@ -25,7 +25,7 @@ from hf_shrink.pruning.base import (
     WidthMethod,
 )
 from hf_shrink.quantization.base import METHODS, Method, ModelMethod
-from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
+from hf_shrink.recipe import CalibrationSpec, PruneStep, QuantizeStep, Recipe
 from hf_shrink.registry import did_you_mean
 from hf_shrink.resources import recipes_folder
 from hf_shrink.transforms import Transform, build_transforms
@@ -65,6 +65,16 @@ def read_recipe(recipe: RecipeLike) -> Recipe:
     elif not path.is_file():
         raise RecipeError(f"unknown recipe {str(recipe)!r}: no such file, and {did_you_mean(str(recipe), known)}")
     return Recipe.from_yaml(path)
+
+
+def calibration_of(asked: Recipe | Plan) -> CalibrationSpec:
+    """Which data statistics come from. Raises RecipeError where a plan says it wrong."""
+    if isinstance(asked, Recipe):
+        return asked.calibration
+    try:
+        return CalibrationSpec(**asked.calibration)
+    except TypeError as error:
+        raise RecipeError(f"not a plan: calibration: {error}") from error
 
 
 def check_methods(recipe: Recipe) -> None:

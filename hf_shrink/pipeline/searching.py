@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,7 @@ class Searching:
             refit=True,
             repair=True,
             dtype="keep" if self.dtype is None else str(self.dtype).removeprefix("torch."),
+            calibration=asdict(self.recipe.calibration),
         )
         made = make_problem(
             self.model,

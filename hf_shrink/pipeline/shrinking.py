@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any, TypeVar
 
 import torch
@@ -33,6 +33,7 @@ from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
 from hf_shrink.pipeline.recipes import (
     DEFAULT_RECIPE,
     RecipeLike,
+    calibration_of,
     load_recipe,
     needs_calibration,
     plan_method,
@@ -44,7 +45,7 @@ from hf_shrink.pipeline.targets import check_inputs
 from hf_shrink.pipeline.vocabulary import apply_vocabulary
 from hf_shrink.pipeline.whole_tuning import teacher_of, tune_whole
 from hf_shrink.plan import Plan
-from hf_shrink.recipe import CalibrationSpec, Recipe
+from hf_shrink.recipe import Recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.layout import layout_of
 from hf_shrink.reporting.progress import Progress, silence
@@ -164,11 +165,13 @@ class Job:
     keeper: Keeper = NOTHING_KEPT
 
     def __post_init__(self) -> None:
-        self.recipe: Recipe | None = None if isinstance(self.asked, Plan) else load_recipe(self.asked)
-        if self.recipe is not None and isinstance(self.calibration, str | os.PathLike):
-            spec = replace(self.recipe.calibration, data=os.fspath(self.calibration))
-            self.recipe, self.calibration = replace(self.recipe, calibration=spec), None
+        asked = self.asked if isinstance(self.asked, Plan) else load_recipe(self.asked)
+        self.spec = calibration_of(asked)
+        if isinstance(self.calibration, str | os.PathLike):
+            self.spec, self.calibration = replace(self.spec, data=os.fspath(self.calibration)), None
+        self.recipe = replace(asked, calibration=self.spec) if isinstance(asked, Recipe) else None
         if isinstance(self.asked, Plan):
+            self.asked = replace(self.asked, calibration=asdict(self.spec))
             plan_method(self.asked)
             plan_transforms(self.asked)
             plan_weights_method(self.asked)
@@ -188,11 +191,10 @@ class Job:
     def data(self) -> CalibrationData:
         """Calibration batches; none when no step needs them."""
         if self.recipe is not None:
-            needed, spec = needs_calibration(self.recipe), self.recipe.calibration
+            needed = needs_calibration(self.recipe)
         else:
             assert isinstance(self.asked, Plan)
-            method, spec = plan_method(self.asked), CalibrationSpec()
-            solvers = method, plan_weights_method(self.asked), *plan_transforms(self.asked)
+            solvers = plan_method(self.asked), plan_weights_method(self.asked), *plan_transforms(self.asked)
             needed = any(s is not None and s.needs_statistics for s in solvers) or bool(self.asked.tune)
             needed = needed or self.asked.hidden is not None
             needed = needed or (self.asked.prunes and (self.asked.refit or self.asked.repair))
@@ -205,7 +207,7 @@ class Job:
             )
         make = functools.partial(
             calibration_batches,
-            spec,
+            self.spec,
             source=self.calibration,
             model=self.model,
             tokenizer=self.tokenizer,

@@ -24,6 +24,12 @@ SMALL = [
     "--set=evaluation.samples=4",
     "--set=evaluation.length=24",
 ]
+GPTQ = """
+portable: true
+steps: [{quantize: {scheme: W4A16, group_size: 16, method: gptq}}]
+calibration: {samples: 8, length: 24}
+evaluation: {metrics: [], length: 24}
+"""
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +126,33 @@ def test_a_plan_keeps_the_dtype_and_is_measured_as_asked(source: Path, tmp_path:
     assert text.name in json.dumps(found[1]["report"]["evaluation"])
 
 
+def test_a_plan_calibrates_as_its_recipe_would_have(source: Path, tmp_path: Path) -> None:
+    """Its file of text too; and what its card says does the same once more."""
+    path, text, recipe = tmp_path / "plan.json", tmp_path / "text.txt", tmp_path / "gptq.yaml"
+    text.write_text(TEXT * 8)
+    recipe.write_text(GPTQ)
+    own = ["--recipe", str(recipe), "--calibration", str(text), "--set=calibration.samples=6", "--quiet"]
+    assert main(["run", str(source), "--output", str(tmp_path / "recipe"), *own]) == 0
+    assert main(["plan", str(source), "--json", str(path), *own]) == 0
+    again = ["run", str(source), "--evaluation=none", "--quiet", "--recipe"]
+    assert main([*again, str(path), "--output", str(tmp_path / "plan")]) == 0
+    assert main([*again, str(tmp_path / "plan" / "shrink.json"), "--output", str(tmp_path / "again")]) == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("recipe", "plan", "again")]
+    assert weights[0] == weights[1] == weights[2]
+
+
+def test_what_was_asked_for_wrongly_does_not_stand_in_the_way(source: Path, tmp_path: Path) -> None:
+    """Text to measure on is written before the calibration's file is missed."""
+    text, recipe = tmp_path / "text.txt", tmp_path / "gptq.yaml"
+    recipe.write_text(GPTQ)
+    run = ["run", str(source), "--output", str(tmp_path / "out"), "--quiet", "--recipe", str(recipe)]
+    run += ["--set=evaluation.metrics=[perplexity]", "--set=evaluation.samples=2"]
+    assert main([*run, "--calibration", str(tmp_path / "txet.txt")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["gptq.yaml"]
+    text.write_text(TEXT * 8)
+    assert main([*run, "--calibration", str(text)]) == 0
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), CalibrationError("too little data")])
 def test_a_recovery_that_was_cut_off_says_how_to_do_it_again(
     error: BaseException,
@@ -155,6 +188,12 @@ def test_evaluate(source: Path, output: Path, tmp_path: Path, capsys: pytest.Cap
     figures = json.loads(path.read_text())
     assert 0 < figures["model"]["kl_divergence"]["value"] < 1
     assert "top1_agreement" in capsys.readouterr().out
+
+
+def test_a_misspelt_evaluation_recipe_is_refused(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On data of one's own it would be measured in another way, without a word."""
+    assert main(["evaluate", str(output), "--recipe", "clasification", "--data", "rows.jsonl"]) == 2
+    assert "did you mean 'classification'" in capsys.readouterr().err
 
 
 def test_evaluate_a_recipe_on_rows_of_ones_own(

@@ -31,7 +31,7 @@ def check_names(names: Iterable[str]) -> None:
 
 
 def metric_path(name: str) -> Path:
-    """The file of a metric: what `evaluate.load` and `evaluate.combine` take. Raises RecipeError."""
+    """The file of a metric: as a str what `evaluate.load` and `evaluate.combine` take. Raises RecipeError."""
     check_names([name])
     return Path(__file__).parent / f"{name}.py"
 
