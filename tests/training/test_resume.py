@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import tiny_llama
 from torch import Tensor
-from training.trained import language, trainer, weights, width
+from training.trained import language, quantize, trainer, weights, width
 from transformers import TrainerCallback
 
-from hf_shrink import CheckpointError, ShrinkCallback, prune_weights
+from hf_shrink import CheckpointError, ShrinkCallback, ShrinkError, prune_weights
 
 RECIPES: dict[str, Any] = {
     "width by movement": width(0.4, "movement"),
@@ -66,3 +66,50 @@ def test_a_checkpoint_without_or_with_another_recipe_is_refused(tmp_path: Path) 
     (tmp_path / "checkpoint-3" / "hf_shrink_state.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         train(RECIPES["2:4 by taylor"], tmp_path, resume=True)
+
+
+def resumed(recipe: Any, folder: Path, steps: int, **schedule: Any) -> tuple[Any, Any]:
+    """A training of 8 steps that was `stopped`, resumed for another number of steps."""
+    chosen = {"start": 0.1, "end": 0.5} | schedule
+    callbacks = [ShrinkCallback(recipe, **chosen)]
+    run = trainer(tiny_llama(num_hidden_layers=1), language, folder, callbacks, max_steps=steps)
+    run.train(resume_from_checkpoint=True)
+    return run.model, [entry for entry in run.state.log_history if "loss" in entry]
+
+
+def stopped(recipe: Any, folder: Path, stop: int) -> None:
+    callbacks = [ShrinkCallback(recipe, start=0.1, end=0.5), StopAt(stop)]
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": stop}
+    trainer(tiny_llama(num_hidden_layers=1), language, folder, callbacks, **settings).train()
+
+
+@pytest.mark.parametrize("name", ["2:4 by taylor", "width by magnitude", "few bits"])
+def test_resumed_for_other_steps_it_goes_on_with_the_schedule_as_it_began(name: str, tmp_path: Path) -> None:
+    recipe = quantize() if name == "few bits" else RECIPES[name]
+    stopped(recipe, tmp_path, stop=2)  # of steps 1 to 4
+    for steps in (5, 20):
+        model, logged = resumed(recipe, tmp_path, steps)
+        assert any("between steps 1 and 4" in note for note in model.shrink_report.notes)
+        figures = [(e["step"], e.get("shrink_sparsity", e.get("shrink_effective_bits"))) for e in logged]
+        assert all(figure == figures[-1][1] for step, figure in figures if step >= 4)
+        if name == "few bits":
+            assert len(model.model.layers[0].mlp.up_proj.weight.unique()) > 16
+        else:
+            assert figures[-1][1] == pytest.approx(0.5 if "taylor" in name else 0.4, abs=0.02)
+
+
+def test_another_schedule_or_too_few_steps_are_refused(tmp_path: Path) -> None:
+    recipe = RECIPES["width by magnitude"]
+    stopped(recipe, tmp_path, stop=2)
+    with pytest.raises(CheckpointError, match=r"trained with start=0.1, end=0.5 and every=None, not .*every=3"):
+        resumed(recipe, tmp_path, 8, end=0.7, every=3)
+    with pytest.raises(CheckpointError, match="ends at step 4, and this one ends at step 3"):
+        resumed(recipe, tmp_path, 3)
+
+
+def test_scales_that_never_began_are_not_packed(tmp_path: Path) -> None:
+    callback = ShrinkCallback(quantize(), start=0.0)
+    run = trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, [callback], max_steps=1)
+    callback.parts[0].after_step = lambda step: None  # type: ignore[method-assign]
+    with pytest.raises(ShrinkError, match="rounding was to begin at step 0"):
+        run.train()

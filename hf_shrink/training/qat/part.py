@@ -13,7 +13,7 @@ from hf_shrink.architectures.bound import Cuts
 from hf_shrink.calibration.data import calibration_batches
 from hf_shrink.checkpoint.packed import packed_schemes
 from hf_shrink.checkpoint.record import ShrinkRecord
-from hf_shrink.errors import CalibrationError
+from hf_shrink.errors import CalibrationError, ShrinkError
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import Recipe
 from hf_shrink.training.models import is_sharded, whole, without_adapters
@@ -100,6 +100,13 @@ class QuantizationTraining:
             self._begin_rounding()
 
     def finish(self, model: PreTrainedModel, record: ShrinkRecord) -> None:
+        """Raises ShrinkError where rounding has not begun, so that there are no scales to pack with."""
+        waiting = [path for path, quantizer in self._quantizers.items() if not quantizer.active]
+        if waiting:
+            raise ShrinkError(
+                f"{waiting[0]} was not trained for few bits: rounding was to begin at step {self._start} and did not; "
+                "start the training anew in another output_dir"
+            )
         plan, cuts = self._plan, self._cuts()
         for path, quantizer in owned_quantizers(model, plan.schemes).items():
             quantizer.cut(cuts.get((path, "out")))
