@@ -27,6 +27,8 @@ from hf_shrink.training.qat.size import effective_bits
 from hf_shrink.training.qat.start import solving_method, start_of, start_on_data, without_data
 from hf_shrink.training.schedule import Window
 
+MOVED = "moved_weight"  # beside the names of a quantizer's own tensors
+
 
 class QuantizationTraining:
     """A `Part`: `quantize`, with learned step sizes (LSQ, Esser et al., arXiv 1902.08153).
@@ -78,6 +80,7 @@ class QuantizationTraining:
 
     def begin(self, model: PreTrainedModel, window: Window) -> None:
         self._start = self.settled(window)
+        self._moved: set[str] = set()  # whose weights the start changed, which a checkpoint of adapters does not have
         for quantizer in self._quantizers.values():
             quantizer.reset()
         check_shapes(model, self._modules.values())
@@ -123,12 +126,16 @@ class QuantizationTraining:
         if not self._layers:
             return {}  # a checkpoint of the model has them
         states = {path: quantizer.state_dict() for path, quantizer in self._quantizers.items()}
-        return {f"{path}.{name}": tensor for path, state in states.items() for name, tensor in state.items()}
+        found = {f"{path}.{name}": tensor for path, state in states.items() for name, tensor in state.items()}
+        return found | {f"{path}.{MOVED}": _weight(self._modules[path]) for path in self._moved}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for path, quantizer in self._quantizers.items():
             if self._layers:
                 quantizer.load_state_dict({name: tensors[f"{path}.{name}"] for name in quantizer.state_dict()})
+            if f"{path}.{MOVED}" in tensors:
+                self._moved.add(path)
+                _weight(self._modules[path]).copy_(tensors[f"{path}.{MOVED}"])
             quantizer.active = quantizer.begun
         if all(quantizer.active for quantizer in self._quantizers.values()):
             self._keep_inputs(self._quantizers)
@@ -163,9 +170,15 @@ class QuantizationTraining:
             quantizer.begin(start)
             if start.correction is not None:
                 add_whole(module, start.correction)
+                self._moved.add(path)
 
     def _keep_inputs(self, quantizers: Mapping[str, WeightQuantizer]) -> None:
         """Let matrices make groups of the inputs that they will have left."""
         cuts = self._cuts()
         for path in self._losing & quantizers.keys():
             quantizers[path].keep(cuts[path, "in"])
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, nn.Parameter)
+    return module.weight.detach()
