@@ -167,8 +167,7 @@ class ShrinkCallback(TrainerCallback):
             for part in self.parts:
                 part.after_step(0)
         else:
-            for part, tensors in zip(self.parts, saved.tensors, strict=True):
-                part.load(tensors)
+            self._load(saved)
         self._steps = state.global_step, time.perf_counter()
         self._forget_best(state)
 
@@ -228,6 +227,9 @@ class ShrinkCallback(TrainerCallback):
             )
             return
         model, inner = bare(kwargs["model"]), unwrapped(kwargs["model"])
+        if is_peft(inner) and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer has loaded the best adapters, and they are all that it finds there.
+            self._load(self._saved(Path(state.best_model_checkpoint)))
         record = self._record(model, state, args.seed)
         if is_sharded(kwargs["model"]):
             vars(model)["save_pretrained"] = SaveWhole(model, self.parts, lambda: self._record(model, state, args.seed))
@@ -242,6 +244,10 @@ class ShrinkCallback(TrainerCallback):
 
     def _saved(self, folder: Path) -> Saved:
         return read_state(folder, self._described(), self.schedule, len(self.parts))
+
+    def _load(self, saved: Saved) -> None:
+        for part, tensors in zip(self.parts, saved.tensors, strict=True):
+            part.load(tensors)
 
     def _check_room(self, steps: int) -> None:
         """Raises CheckpointError where a training that is resumed would end before its schedule does."""

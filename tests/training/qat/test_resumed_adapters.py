@@ -50,3 +50,25 @@ def test_weights_that_a_calibrated_start_moved_are_those_of_an_unbroken_run(tmp_
         found = base_of(resumed).state_dict()
         for name, tensor in base_of(unbroken).state_dict().items():
             assert torch.equal(tensor, found[name]), (checkpoint, name)
+
+
+class FourthIsBest(TrainerCallback):
+    """Keeps what was measured, and lets the Trainer believe that step 4 was the best."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        self.losses[state.global_step] = metrics["eval_loss"]
+        metrics["eval_loss"] = abs(state.global_step - 4.0)
+
+
+def test_the_best_adapters_are_packed_with_their_own_scales(tmp_path: Path) -> None:
+    best = FourthIsBest()
+    settings = {"eval_strategy": "steps", "eval_steps": 1, "load_best_model_at_end": True, "learning_rate": 0.03}
+    run = adapted(tmp_path, quantize(), best, **settings)
+    run.train()
+    assert run.state.best_global_step == 4
+    run.remove_callback(best)
+    assert run.evaluate()["eval_loss"] == pytest.approx(best.losses[4], rel=1e-5)
+    assert best.losses[4] != pytest.approx(best.losses[8], rel=1e-2)
