@@ -104,6 +104,9 @@ def test_what_cannot_be_cached(teacher, tmp_path):
         cache_teacher(teacher, examples(), tmp_path / "no", k=321)
     with pytest.raises(CalibrationError, match="empty"):
         cache_teacher(teacher, [], tmp_path / "no")
+    unlabelled = [{**example, "labels": torch.full_like(example["labels"], -100)} for example in examples()]
+    with pytest.raises(CalibrationError, match="no prediction of the batch counts"):
+        cache_teacher(teacher, unlabelled, tmp_path / "no")
     assert not list(tmp_path.iterdir())  # nothing half written
     with pytest.raises(CheckpointError, match="cache_teacher"):
         CachedTeacher(tmp_path)

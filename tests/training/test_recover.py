@@ -259,6 +259,9 @@ def test_what_does_not_work_is_said_before_there_is_data(dense: Any, pruned: Any
         asked(steps=3, method="scales")
     with pytest.raises(CalibrationError, match="at least 2 batches"):
         asked(steps=3, data=[{"input_ids": batches(1)[0]["input_ids"][:1]}])
+    unlabelled = [{**batch, "labels": torch.full_like(batch["input_ids"], -100)} for batch in batches(4)]
+    with pytest.raises(CalibrationError, match="no prediction of the batch counts"):
+        asked(copy.deepcopy(pruned), steps=3, data=unlabelled)
     with pytest.raises(ArchitectureError, match="'scales', or 'lora'"):
         asked(packed, steps=3, method="full", data=batches())
     with pytest.raises(CalibrationError, match="no labels"):

@@ -22,7 +22,7 @@ from hf_shrink.calibration.targets import kind_of, model_inputs
 from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.errors import CalibrationError, CheckpointError
 from hf_shrink.progress import ProgressCallback, quiet
-from hf_shrink.training.distillation.counted import Counted, chooses_several, counted
+from hf_shrink.training.distillation.counted import Counted, chooses_several, counted, some
 from hf_shrink.tuning.divergence import Largest, largest
 
 INDEX_NAME = "teacher.json"
@@ -79,7 +79,7 @@ def cache_teacher(
         temperature: of the training that is to come.
 
     Raises:
-        CalibrationError: the teacher puts out no logits, or k is not a number of classes.
+        CalibrationError: the teacher puts out no logits, k is not a number of classes, or nothing counts in a batch.
         CheckpointError: the folder cannot be written.
     """
     if k < 1 or temperature <= 0:
@@ -93,7 +93,7 @@ def cache_teacher(
                 numbers = range(first, min(first + batch_size, len(dataset)))
                 batch = dict(data_collator([dataset[number] for number in numbers]))
                 batch = {key: v.to(teacher.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-                rows = counted(kind, batch, teacher(**model_inputs(kind, batch)))
+                rows = some(counted(kind, batch, teacher(**model_inputs(kind, batch))))
                 if writer is None:
                     _check_cacheable(teacher, rows, batch, k)
                     writer = _Writer(partial, rows.values.shape[1], k, temperature)

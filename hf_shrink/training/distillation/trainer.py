@@ -38,8 +38,9 @@ class DistillationTrainer(Trainer):
         trainer.train()
 
     Works for all heads: next, masked and decoded tokens, classes of a sequence or of tokens, spans of an answer,
-    numbers; labels of -100 never count. Under gradient accumulation and over several processes every prediction counts
-    the same, as for Trainer's own loss. `distillation_loss` and `task_loss` are logged beside `loss`.
+    numbers; labels of -100 never count, and a batch of nothing else adds nothing. Under gradient accumulation and over
+    several processes every prediction counts the same, as for Trainer's own loss. `distillation_loss` and `task_loss`
+    are logged beside `loss`.
 
     A teacher in memory runs on its own device, whole in every process (FSDP shards the student only). A cached one
     teaches on `train_dataset` only; evaluation gives the task's loss then.
@@ -172,6 +173,8 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         """The weighted parts of the loss that a teacher gives, a mean over the predictions that count."""
         parts = self.distillation
+        if not len(rows.values):
+            return rows.values.sum()  # 0, with the gradients that other processes wait for
         if isinstance(self.teacher, CachedTeacher):
             assert numbers is not None
             target = self.teacher.read(numbers.tolist(), rows, fingerprints(self._student, batch))
@@ -214,6 +217,8 @@ class DistillationTrainer(Trainer):
 
     def _share(self, rows: Counted, items: Tensor | int | None) -> Any:
         """What a mean over this batch counts for in the step, as Trainer weighs its own loss."""
+        if not len(rows.values):
+            return 0.0  # and the whole step may have none
         if items is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
             return 1.0
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
