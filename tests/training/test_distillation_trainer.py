@@ -128,7 +128,7 @@ def test_every_token_counts_the_same_under_accumulation(tmp_path):
     for number, example in enumerate(data):
         example["labels"] = example["input_ids"].clone()
         example["labels"][: number + 1] = -100
-    teacher, found = tiny_llama(2, num_hidden_layers=1), []
+    teacher, found, logged = tiny_llama(2, num_hidden_layers=1), [], []
     for size in (4, 1):
         student = tiny_llama(1, num_hidden_layers=1)
         arguments = TrainingArguments(
@@ -142,15 +142,21 @@ def test_every_token_counts_the_same_under_accumulation(tmp_path):
             optim="sgd",
             learning_rate=1.0,
             max_grad_norm=0.0,
+            logging_steps=1,
         )
-        DistillationTrainer(
-            student, arguments, train_dataset=data, teacher=teacher, distillation={"logits": 1.0, "hidden": 0.0}
-        ).train()
+        parts = {"logits": 1.0, "hidden": 0.0, "task": 0.5}
+        trainer = DistillationTrainer(student, arguments, train_dataset=data, teacher=teacher, distillation=parts)
+        trainer.train()
+        logged.append(trainer.state.log_history[0])
         found.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
     assert (
         found[0] - torch.cat([p.detach().flatten() for p in tiny_llama(1, num_hidden_layers=1).parameters()])
     ).norm() > 0.1
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
+    for entry in logged:
+        assert entry["loss"] == pytest.approx(entry["distillation_loss"] + 0.5 * entry["task_loss"], abs=1e-4)
+    assert logged[1]["task_loss"] == pytest.approx(logged[0]["task_loss"], rel=1e-4)
+    assert logged[1]["distillation_loss"] == pytest.approx(logged[0]["distillation_loss"], rel=1e-4)
 
 
 def test_a_batch_without_labels_is_zero_with_gradients(tmp_path):
