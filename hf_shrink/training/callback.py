@@ -25,7 +25,7 @@ from hf_shrink.training.models import bare, is_peft, is_sharded, unwrapped
 from hf_shrink.training.part import Part
 from hf_shrink.training.parts import build_parts
 from hf_shrink.training.schedule import Schedule, Window
-from hf_shrink.training.state import Saved, checkpoint_folder, read_state, write_state
+from hf_shrink.training.state import Saved, check_same_training, checkpoint_folder, read_state, write_state
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -158,7 +158,11 @@ class ShrinkCallback(TrainerCallback):
             check_sharded(kwargs["model"])
         if any(part.adds_parameters for part in self.parts):
             check_one_device(args)
-        saved = self._saved(checkpoint_folder(args, state)) if state.global_step else None
+        saved = None
+        if state.global_step:
+            folder = checkpoint_folder(args, state)
+            saved = self._saved(folder)
+            check_same_training(folder, saved, state)
         self._window = self.schedule.window(state.max_steps) if saved is None else saved.window
         self._check_room(state.max_steps)
         for part in self.parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -9,10 +10,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import TrainerState, TrainingArguments
+from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_shrink.errors import CheckpointError
@@ -34,16 +36,18 @@ class Saved:
     Attributes:
         tensors: each part's, on the CPU.
         window: the one that the training began with.
+        history: of what the training had logged, a digest.
     """
 
     tensors: list[dict[str, Tensor]]
     window: Window
+    history: str
 
 
 def write_state(
     folder: Path, parts: Sequence[Mapping[str, Tensor]], recipe: Mapping[str, Any], schedule: Schedule, window: Window
 ) -> None:
-    """Write the parts' tensors, or the old file stays.
+    """Write the parts' tensors into a checkpoint that the Trainer has written, or the old file stays.
 
     Args:
         recipe, schedule: what they came from, checked when they are read.
@@ -56,6 +60,7 @@ def write_state(
         "recipe": json.dumps(recipe, sort_keys=True),
         "schedule": json.dumps(asdict(schedule)),
         "window": json.dumps(asdict(window)),
+        "history": _digest(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))),
     }
     new = folder / f".{STATE_NAME}.new"
     save_file(flat, new, metadata=metadata)
@@ -78,7 +83,7 @@ def read_state(folder: Path, recipe: Mapping[str, Any], schedule: Schedule, part
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             flat = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-    except (OSError, RuntimeError, ValueError) as error:
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:
         raise CheckpointError(f"cannot read {path}: {error}; resume from another checkpoint") from error
     if metadata.get("hf_shrink_format") != FORMAT:
         raise CheckpointError(f"{path} is of another version of hf_shrink; resume with the version that wrote it")
@@ -97,4 +102,20 @@ def read_state(folder: Path, recipe: Mapping[str, Any], schedule: Schedule, part
     for name, tensor in flat.items():
         number, _, own = name.partition(".")
         found[int(number)][own] = tensor
-    return Saved(found, Window(**json.loads(metadata["window"])))
+    return Saved(found, Window(**json.loads(metadata["window"])), metadata["history"])
+
+
+def check_same_training(folder: Path, saved: Saved, state: TrainerState) -> None:
+    """Raises CheckpointError where the Trainer goes on from a checkpoint in another folder, as a digest of what was
+    logged until then shows: it does not tell callbacks where that is."""
+    if saved.history != _digest(state):
+        raise CheckpointError(
+            f"{folder} is of another training than the checkpoint that is resumed, and it is there that masks and "
+            "scores are looked for; set output_dir to the folder that holds this checkpoint, or resume from one in "
+            "output_dir"
+        )
+
+
+def _digest(state: TrainerState) -> str:
+    """Of what was logged, the same before and after it was in trainer_state.json."""
+    return hashlib.sha256(json.dumps(state.log_history, sort_keys=True).encode()).hexdigest()

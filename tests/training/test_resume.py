@@ -10,7 +10,7 @@ import torch
 from tiny import tiny_llama
 from torch import Tensor
 from training.trained import language, quantize, trainer, weights, width
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
 
 from hf_shrink import CheckpointError, ShrinkCallback, ShrinkError, prune_weights
 
@@ -105,6 +105,37 @@ def test_another_schedule_or_too_few_steps_are_refused(tmp_path: Path) -> None:
         resumed(recipe, tmp_path, 8, end=0.7, every=3)
     with pytest.raises(CheckpointError, match="ends at step 4, and this one ends at step 3"):
         resumed(recipe, tmp_path, 3)
+
+
+class NotFinite(TrainerCallback):
+    """Logs what JSON has no word for, and a number with all its digits."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history[-1].update({"nan": float("nan"), "infinite": -float("inf"), "third": 1 / 3})
+
+
+def test_the_state_is_that_of_the_checkpoint_that_is_resumed(tmp_path: Path) -> None:
+    def run(folder: Path, **settings: Any) -> Trainer:
+        callbacks = [ShrinkCallback(RECIPES["width by magnitude"]), NotFinite(), StopAt(3)]
+        settings = {"save_strategy": "steps", "save_steps": 3, **settings}
+        return trainer(tiny_llama(num_hidden_layers=1), language, folder, callbacks, **settings)
+
+    run(tmp_path / "one").train()
+    run(tmp_path / "other", learning_rate=0.1).train()
+    with pytest.raises(CheckpointError, match=r"another training .* set output_dir"):
+        run(tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-3"))
+    (tmp_path / "one").rename(tmp_path / "moved")
+    resumed = run(tmp_path / "moved")
+    resumed.train(resume_from_checkpoint=True)
+    assert hasattr(resumed.model, "shrink_record")
+
+
+def test_a_damaged_state_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    stopped(RECIPES["width by magnitude"], tmp_path, stop=2)
+    path = tmp_path / "checkpoint-2" / "hf_shrink_state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="another checkpoint"):
+        resumed(RECIPES["width by magnitude"], tmp_path, 8)
 
 
 def test_scales_that_never_began_are_not_packed(tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, default_data_collator
@@ -115,7 +115,7 @@ class CachedTeacher:
         index: what the cache says of itself.
 
     Raises:
-        CheckpointError: the folder holds no such cache.
+        CheckpointError: the folder holds no such cache, or a file of it is missing or damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -131,7 +131,18 @@ class CachedTeacher:
             ) from error
         if self.index.format != FORMAT:
             raise CheckpointError(f"{path} has the format {self.index.format}, not {FORMAT}; run cache_teacher() again")
+        self._check_shards()
         self._open: dict[int, Any] = {}
+
+    def _check_shards(self) -> None:
+        for name, _ in self.index.shards:
+            try:
+                with safe_open(self.folder / name, framework="pt"):
+                    pass  # its header says how long it must be
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"cannot read {self.folder / name}: {error}; run cache_teacher() again"
+                ) from error
 
     def __len__(self) -> int:
         return self.index.examples
