@@ -95,8 +95,8 @@ def read_state(folder: Path, recipe: Mapping[str, Any], schedule: Schedule, part
     if began != schedule:
         raise CheckpointError(
             f"{folder} was trained with start={began.start}, end={began.end} and every={began.every}, not with "
-            f"start={schedule.start}, end={schedule.end} and every={schedule.every}; give ShrinkCallback the first, or "
-            "start anew in another output_dir"
+            f"start={schedule.start}, end={schedule.end} and every={schedule.every}; give ShrinkCallback what "
+            "it was trained with, or start anew in another output_dir"
         )
     found: list[dict[str, Tensor]] = [{} for _ in range(parts)]
     for name, tensor in flat.items():
