@@ -144,3 +144,31 @@ def test_scales_that_never_began_are_not_packed(tmp_path: Path) -> None:
     callback.parts[0].after_step = lambda step: None  # type: ignore[method-assign]
     with pytest.raises(ShrinkError, match="rounding was to begin at step 0"):
         run.train()
+
+
+class InterruptAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_scales_of_a_training_that_was_given_up_do_not_begin_the_next(tmp_path: Path) -> None:
+    def run(*others: TrainerCallback) -> Trainer:
+        callbacks = [ShrinkCallback(quantize(), start=0.5), *others]
+        settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+        return trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, callbacks, **settings)
+
+    interrupt = InterruptAt(5)
+    first = run(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    interrupt.step = 3
+    with pytest.raises(KeyboardInterrupt):
+        first.train()  # the same model, from the start
+    resumed = run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    bits = {e["step"]: e["shrink_effective_bits"] for e in resumed.state.log_history if "shrink_effective_bits" in e}
+    assert bits[3] == 32 and bits[4] < 32

@@ -99,6 +99,9 @@ class QuantizationTraining:
                 quantizer.step.grad = None  # a zero, with which an optimizer's averages would begin
 
     def after_step(self, step: int) -> None:
+        if step == 0:
+            for quantizer in self._quantizers.values():
+                quantizer.forget()
         if step == self._start:
             self._begin_rounding()
 
