@@ -5,26 +5,27 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.state import AcceleratorState
 from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
 from hf_shrink.checkpoint.record import ShrinkRecord
-from hf_shrink.errors import ShrinkError
+from hf_shrink.errors import CheckpointError, ShrinkError
 from hf_shrink.pipeline.recipes import RecipeLike, read_recipe
 from hf_shrink.plan import Plan
 from hf_shrink.report import ShrinkReport
 from hf_shrink.training.card import keep_card
+from hf_shrink.training.checks import check_deepspeed, check_one_device, check_sharded
 from hf_shrink.training.finishing import SaveWhole, make_real
 from hf_shrink.training.models import bare, is_peft, is_sharded, unwrapped
 from hf_shrink.training.part import Part
 from hf_shrink.training.parts import build_parts
 from hf_shrink.training.schedule import Schedule, Window
-from hf_shrink.training.state import checkpoint_folder, read_state, write_state
+from hf_shrink.training.state import Saved, check_same_training, checkpoint_folder, read_state, write_state
 
 if TYPE_CHECKING:
     from transformers import Trainer
@@ -44,7 +45,8 @@ class ShrinkCallback(TrainerCallback):
     Heads and channels are masked during training, more and more of them on a cubic schedule (Zhu & Gupta, arXiv
     1710.01878), and cut when it ends; single weights are zero from when they go. Nothing is made real if training stops
     before the schedule ends: resume it. A checkpoint of the training holds the uncut model, and its scores and masks in
-    hf_shrink_state.safetensors; resuming needs no flag.
+    hf_shrink_state.safetensors; resuming needs no flag, and goes on with the schedule in steps as it began, also to
+    another number of steps.
 
     Under a quantize step the model computes with its weights as they will be stored, from `start` on (with a prune
     step in front of it from `end` on), and learns their scales with them (LSQ, Esser et al., arXiv 1902.08153). What
@@ -130,7 +132,7 @@ class ShrinkCallback(TrainerCallback):
             )
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        _check_deepspeed(args)
+        check_deepspeed(args)
         if kwargs.get("optimizer") is not None:
             self._refuse_late()
         self._attach(kwargs["model"])
@@ -138,7 +140,7 @@ class ShrinkCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        _check_deepspeed(args)
+        check_deepspeed(args)
         model = bare(kwargs["model"])
         sharded = is_sharded(kwargs["model"])
         if self._model is not model:  # added late, or made anew by `model_init`
@@ -153,23 +155,23 @@ class ShrinkCallback(TrainerCallback):
                 "make a new Trainer to train it further"
             )
         if sharded:
-            _check_sharded(kwargs["model"])
-        if args.n_gpu > 1 and any(part.adds_parameters for part in self.parts):
-            raise ShrinkError(
-                "torch.nn.DataParallel, which Trainer takes for several GPUs in one process, copies modules for every "
-                "forward pass, and what is learned for them does not follow; start with torchrun or accelerate launch, "
-                "or show one GPU (CUDA_VISIBLE_DEVICES=0)"
-            )
-        self._window = self.schedule.window(state.max_steps)
+            check_sharded(kwargs["model"])
+        if any(part.adds_parameters for part in self.parts):
+            check_one_device(args)
+        saved = None
+        if state.global_step:
+            folder = checkpoint_folder(args, state)
+            saved = self._saved(folder)
+            check_same_training(folder, saved, state)
+        self._window = self.schedule.window(state.max_steps) if saved is None else saved.window
+        self._check_room(state.max_steps)
         for part in self.parts:
             part.begin(model, self._window)
-        if state.global_step:
-            found = read_state(checkpoint_folder(args, state), self._described(), len(self.parts))
-            for part, tensors in zip(self.parts, found, strict=True):
-                part.load(tensors)
-        else:
+        if saved is None:
             for part in self.parts:
                 part.after_step(0)
+        else:
+            self._load(saved)
         self._steps = state.global_step, time.perf_counter()
         self._forget_best(state)
 
@@ -205,7 +207,9 @@ class ShrinkCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         folder = checkpoint_folder(args, state)
         if args.should_save and folder.is_dir():
-            write_state(folder, [part.tensors() for part in self.parts], self._described())
+            assert self._window is not None
+            tensors = [part.tensors() for part in self.parts]
+            write_state(folder, tensors, self._described(), self.schedule, self._window)
         self._forget_best(state)
 
     def on_push_begin(
@@ -222,10 +226,14 @@ class ShrinkCallback(TrainerCallback):
         if state.global_step < settled:
             logger.warning(
                 f"training stopped at step {state.global_step}, before the schedule of ShrinkCallback ends (step "
-                f"{settled}): nothing was made smaller. Resume from the last checkpoint, or give it an earlier end."
+                f"{settled}): nothing was made smaller. Resume from the last checkpoint and train to that step at "
+                "least, or start anew with an earlier start and end."
             )
             return
         model, inner = bare(kwargs["model"]), unwrapped(kwargs["model"])
+        if is_peft(inner) and args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            # The Trainer has loaded the best adapters, and they are all that it finds there.
+            self._load(self._saved(Path(state.best_model_checkpoint)))
         record = self._record(model, state, args.seed)
         if is_sharded(kwargs["model"]):
             vars(model)["save_pretrained"] = SaveWhole(model, self.parts, lambda: self._record(model, state, args.seed))
@@ -237,6 +245,22 @@ class ShrinkCallback(TrainerCallback):
                 vars(inner).update(save_pretrained=model.save_pretrained, push_to_hub=model.push_to_hub)
             _recompile(args)
         self._finished = True
+
+    def _saved(self, folder: Path) -> Saved:
+        return read_state(folder, self._described(), self.schedule, len(self.parts))
+
+    def _load(self, saved: Saved) -> None:
+        for part, tensors in zip(self.parts, saved.tensors, strict=True):
+            part.load(tensors)
+
+    def _check_room(self, steps: int) -> None:
+        """Raises CheckpointError where a training that is resumed would end before its schedule does."""
+        if self._settled() > steps:
+            raise CheckpointError(
+                f"the training that is resumed began with a schedule that ends at step {self._settled()}, and this one "
+                f"ends at step {steps}, so that nothing would be made smaller; train to step {self._settled()} at "
+                "least (max_steps, num_train_epochs), or start anew in another output_dir"
+            )
 
     def _settled(self) -> int:
         """The step from which on the model is what it will be, but for its weights."""
@@ -270,24 +294,3 @@ def _recompile(args: TrainingArguments) -> None:
     """Forget what `torch.compile` made of the model as it was."""
     if args.torch_compile:
         torch.compiler.reset()
-
-
-def _check_deepspeed(args: TrainingArguments) -> None:
-    """Raises ShrinkError: its engine keeps weights, gradients and scales where only it finds them."""
-    if args.deepspeed is not None:
-        raise ShrinkError("ShrinkCallback does not work with DeepSpeed; train with DDP, or with FSDP")
-
-
-def _check_sharded(model: nn.Module) -> None:
-    """Raises ShrinkError where FSDP leaves no way to a whole model."""
-    if is_peft(unwrapped(model)):
-        raise ShrinkError(
-            "adapters under FSDP cannot be merged into a model whose weights are spread; train with DDP, or without "
-            "adapters"
-        )
-    plugin = AcceleratorState().fsdp_plugin
-    if plugin is not None and "FULL" not in str(plugin.state_dict_type):
-        raise ShrinkError(
-            "trainer.save_model() writes no whole model with FSDP's state_dict_type "
-            f"{plugin.state_dict_type}; set state_dict_type: FULL_STATE_DICT in fsdp_config"
-        )

@@ -77,7 +77,7 @@ class Part(Protocol):
         ...
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Go on from what `tensors` gave; follows `begin`."""
+        """Go on from what `tensors` gave; follows `begin`, or the last step, where an earlier one was the best."""
         ...
 
     def figures(self) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,19 @@ def test_what_cannot_be_cached(teacher, tmp_path):
         cache_teacher(teacher, examples(), tmp_path / "no", k=321)
     with pytest.raises(CalibrationError, match="empty"):
         cache_teacher(teacher, [], tmp_path / "no")
+    unlabelled = [{**example, "labels": torch.full_like(example["labels"], -100)} for example in examples()]
+    with pytest.raises(CalibrationError, match="no prediction of the batch counts"):
+        cache_teacher(teacher, unlabelled, tmp_path / "no")
     assert not list(tmp_path.iterdir())  # nothing half written
     with pytest.raises(CheckpointError, match="cache_teacher"):
         CachedTeacher(tmp_path)
+
+
+def test_a_damaged_or_missing_file_is_found_at_once(cached, tmp_path):
+    for change in (lambda path: path.write_bytes(path.read_bytes()[:-1]), Path.unlink):
+        folder = tmp_path / "copy"
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(cached.folder, folder)
+        change(folder / cached.index.shards[-1][0])
+        with pytest.raises(CheckpointError, match=rf"{cached.index.shards[-1][0]}.*cache_teacher\(\) again"):
+            CachedTeacher(folder)

@@ -129,6 +129,22 @@ def test_single_weights_go_gradually_and_stay_zero(method: str, amount: Any, zer
     assert set(model.shrink_record.plan.weights.amounts) == set(matrices)
 
 
+def test_frozen_matrices_are_no_matter_of_gradients_and_their_zeros_count(tmp_path: Path) -> None:
+    def frozen(recipe: Any) -> Any:
+        model = tiny_llama(num_hidden_layers=2)
+        model.model.layers[0].requires_grad_(False)
+        trainer(model, language, tmp_path, [ShrinkCallback(recipe)]).train()
+        return model
+
+    with pytest.raises(RecipeError, match=r"layers\.0\.self_attn\.q_proj\.weight has none .* or use magnitude"):
+        frozen(weights("taylor", sparsity=0.5))
+    others = frozen(weights("taylor", sparsity=0.5, ignore=[r"re:.*layers\.0\.", "lm_head"]))
+    assert len(others.shrink_record.plan.weights.amounts) == 7
+    model = frozen(weights(sparsity=0.5))
+    assert all(float((p == 0).float().mean()) == 0.5 for n, p in model.named_parameters() if "_proj" in n)
+    assert "50.00% of the weights in 14 matrices are zero" in model.shrink_report.notes
+
+
 def test_zeros_that_are_there_stay_and_are_saved(tmp_path: Path) -> None:
     model = tiny_llama(num_hidden_layers=2)
     with pytest.raises(RecipeError, match="no zeros"):

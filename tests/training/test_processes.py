@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_llama
+from training.distillation_child import logged
 from training.trained import language, outputs, quantize, trainer, width
 
 from hf_shrink import LoadingConfig, ShrinkCallback
@@ -79,3 +80,13 @@ def test_two_processes_train_for_few_bits_as_one(tmp_path: Path) -> None:
     torch.testing.assert_close(
         outputs(loaded, language)["logits"], outputs(model, language)["logits"], rtol=0, atol=2e-2
     )
+
+
+@pytest.mark.slow
+def test_two_processes_log_the_parts_of_a_distillation_as_one(tmp_path: Path) -> None:
+    alone = logged(tmp_path, gradient_accumulation_steps=8)
+    run_child(CHILD.with_name("distillation_child.py"), [str(tmp_path / "logged.json")], 2)
+    both = json.loads((tmp_path / "logged.json").read_text())
+    for name in ("loss", "distillation_loss", "task_loss"):
+        assert both[name] == pytest.approx(alone[name], rel=1e-4)
+    assert alone["loss"] == pytest.approx(alone["distillation_loss"] + 0.5 * alone["task_loss"], rel=1e-4)

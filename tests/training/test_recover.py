@@ -211,6 +211,16 @@ def test_half_precision_and_no_teacher(dense: Any) -> None:
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_both_losses_are_of_the_model_as_it_is_stored(dtype: torch.dtype, dense: Any, pruned: Any) -> None:
+    model = copy.deepcopy(pruned).to(dtype)
+    before = state(model)
+    options = {**FEW, "steps": 1, "learning_rate": 1e-12}  # too little for any weight of the dtype
+    found = recover(model, teacher=dense, data=batches(8), method="full", progress=False, **options)
+    assert found.before == found.after and not found.adopted
+    assert_same(state(model), before)
+
+
 def test_a_classifier_learns_from_its_teacher() -> None:
     torch.manual_seed(1)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3, "intermediate_size": 40}
@@ -259,6 +269,9 @@ def test_what_does_not_work_is_said_before_there_is_data(dense: Any, pruned: Any
         asked(steps=3, method="scales")
     with pytest.raises(CalibrationError, match="at least 2 batches"):
         asked(steps=3, data=[{"input_ids": batches(1)[0]["input_ids"][:1]}])
+    unlabelled = [{**batch, "labels": torch.full_like(batch["input_ids"], -100)} for batch in batches(4)]
+    with pytest.raises(CalibrationError, match="no prediction of the batch counts"):
+        asked(copy.deepcopy(pruned), steps=3, data=unlabelled)
     with pytest.raises(ArchitectureError, match="'scales', or 'lora'"):
         asked(packed, steps=3, method="full", data=batches())
     with pytest.raises(CalibrationError, match="no labels"):

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import tiny_llama
 from torch import Tensor
-from training.trained import language, trainer, weights, width
-from transformers import TrainerCallback
+from training.trained import language, quantize, trainer, weights, width
+from transformers import Trainer, TrainerCallback
 
-from hf_shrink import CheckpointError, ShrinkCallback, prune_weights
+from hf_shrink import CheckpointError, ShrinkCallback, ShrinkError, prune_weights
 
 RECIPES: dict[str, Any] = {
     "width by movement": width(0.4, "movement"),
@@ -66,3 +66,109 @@ def test_a_checkpoint_without_or_with_another_recipe_is_refused(tmp_path: Path) 
     (tmp_path / "checkpoint-3" / "hf_shrink_state.safetensors").unlink()
     with pytest.raises(CheckpointError, match="is missing"):
         train(RECIPES["2:4 by taylor"], tmp_path, resume=True)
+
+
+def resumed(recipe: Any, folder: Path, steps: int, **schedule: Any) -> tuple[Any, Any]:
+    """A training of 8 steps that was `stopped`, resumed for another number of steps."""
+    chosen = {"start": 0.1, "end": 0.5} | schedule
+    callbacks = [ShrinkCallback(recipe, **chosen)]
+    run = trainer(tiny_llama(num_hidden_layers=1), language, folder, callbacks, max_steps=steps)
+    run.train(resume_from_checkpoint=True)
+    return run.model, [entry for entry in run.state.log_history if "loss" in entry]
+
+
+def stopped(recipe: Any, folder: Path, stop: int) -> None:
+    callbacks = [ShrinkCallback(recipe, start=0.1, end=0.5), StopAt(stop)]
+    settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": stop}
+    trainer(tiny_llama(num_hidden_layers=1), language, folder, callbacks, **settings).train()
+
+
+@pytest.mark.parametrize("name", ["2:4 by taylor", "width by magnitude", "few bits"])
+def test_resumed_for_other_steps_it_goes_on_with_the_schedule_as_it_began(name: str, tmp_path: Path) -> None:
+    recipe = quantize() if name == "few bits" else RECIPES[name]
+    stopped(recipe, tmp_path, stop=2)  # of steps 1 to 4
+    for steps in (5, 20):
+        model, logged = resumed(recipe, tmp_path, steps)
+        assert any("between steps 1 and 4" in note for note in model.shrink_report.notes)
+        figures = [(e["step"], e.get("shrink_sparsity", e.get("shrink_effective_bits"))) for e in logged]
+        assert all(figure == figures[-1][1] for step, figure in figures if step >= 4)
+        if name == "few bits":
+            assert len(model.model.layers[0].mlp.up_proj.weight.unique()) > 16
+        else:
+            assert figures[-1][1] == pytest.approx(0.5 if "taylor" in name else 0.4, abs=0.02)
+
+
+def test_another_schedule_or_too_few_steps_are_refused(tmp_path: Path) -> None:
+    recipe = RECIPES["width by magnitude"]
+    stopped(recipe, tmp_path, stop=2)
+    with pytest.raises(CheckpointError, match=r"trained with start=0.1, end=0.5 and every=None, not .*every=3"):
+        resumed(recipe, tmp_path, 8, end=0.7, every=3)
+    with pytest.raises(CheckpointError, match="ends at step 4, and this one ends at step 3"):
+        resumed(recipe, tmp_path, 3)
+
+
+class NotFinite(TrainerCallback):
+    """Logs what JSON has no word for, and a number with all its digits."""
+
+    def on_log(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        state.log_history[-1].update({"nan": float("nan"), "infinite": -float("inf"), "third": 1 / 3})
+
+
+def test_the_state_is_that_of_the_checkpoint_that_is_resumed(tmp_path: Path) -> None:
+    def run(folder: Path, **settings: Any) -> Trainer:
+        callbacks = [ShrinkCallback(RECIPES["width by magnitude"]), NotFinite(), StopAt(3)]
+        settings = {"save_strategy": "steps", "save_steps": 3, **settings}
+        return trainer(tiny_llama(num_hidden_layers=1), language, folder, callbacks, **settings)
+
+    run(tmp_path / "one").train()
+    run(tmp_path / "other", learning_rate=0.1).train()
+    with pytest.raises(CheckpointError, match=r"another training .* set output_dir"):
+        run(tmp_path / "other").train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-3"))
+    (tmp_path / "one").rename(tmp_path / "moved")
+    resumed = run(tmp_path / "moved")
+    resumed.train(resume_from_checkpoint=True)
+    assert hasattr(resumed.model, "shrink_record")
+
+
+def test_a_damaged_state_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    stopped(RECIPES["width by magnitude"], tmp_path, stop=2)
+    path = tmp_path / "checkpoint-2" / "hf_shrink_state.safetensors"
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(CheckpointError, match="another checkpoint"):
+        resumed(RECIPES["width by magnitude"], tmp_path, 8)
+
+
+def test_scales_that_never_began_are_not_packed(tmp_path: Path) -> None:
+    callback = ShrinkCallback(quantize(), start=0.0)
+    run = trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, [callback], max_steps=1)
+    callback.parts[0].after_step = lambda step: None  # type: ignore[method-assign]
+    with pytest.raises(ShrinkError, match="rounding was to begin at step 0"):
+        run.train()
+
+
+class InterruptAt(TrainerCallback):
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+def test_scales_of_a_training_that_was_given_up_do_not_begin_the_next(tmp_path: Path) -> None:
+    def run(*others: TrainerCallback) -> Trainer:
+        callbacks = [ShrinkCallback(quantize(), start=0.5), *others]
+        settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+        return trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, callbacks, **settings)
+
+    interrupt = InterruptAt(5)
+    first = run(interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        first.train()
+    interrupt.step = 3
+    with pytest.raises(KeyboardInterrupt):
+        first.train()  # the same model, from the start
+    resumed = run()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    bits = {e["step"]: e["shrink_effective_bits"] for e in resumed.state.log_history if "shrink_effective_bits" in e}
+    assert bits[3] == 32 and bits[4] < 32

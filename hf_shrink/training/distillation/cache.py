@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, default_data_collator
@@ -22,7 +22,7 @@ from hf_shrink.calibration.targets import kind_of, model_inputs
 from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.errors import CalibrationError, CheckpointError
 from hf_shrink.progress import ProgressCallback, quiet
-from hf_shrink.training.distillation.counted import Counted, chooses_several, counted
+from hf_shrink.training.distillation.counted import Counted, chooses_several, counted, some
 from hf_shrink.tuning.divergence import Largest, largest
 
 INDEX_NAME = "teacher.json"
@@ -79,7 +79,7 @@ def cache_teacher(
         temperature: of the training that is to come.
 
     Raises:
-        CalibrationError: the teacher puts out no logits, or k is not a number of classes.
+        CalibrationError: the teacher puts out no logits, k is not a number of classes, or nothing counts in a batch.
         CheckpointError: the folder cannot be written.
     """
     if k < 1 or temperature <= 0:
@@ -93,7 +93,7 @@ def cache_teacher(
                 numbers = range(first, min(first + batch_size, len(dataset)))
                 batch = dict(data_collator([dataset[number] for number in numbers]))
                 batch = {key: v.to(teacher.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-                rows = counted(kind, batch, teacher(**model_inputs(kind, batch)))
+                rows = some(counted(kind, batch, teacher(**model_inputs(kind, batch))))
                 if writer is None:
                     _check_cacheable(teacher, rows, batch, k)
                     writer = _Writer(partial, rows.values.shape[1], k, temperature)
@@ -115,7 +115,7 @@ class CachedTeacher:
         index: what the cache says of itself.
 
     Raises:
-        CheckpointError: the folder holds no such cache.
+        CheckpointError: the folder holds no such cache, or a file of it is missing or damaged.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -131,7 +131,18 @@ class CachedTeacher:
             ) from error
         if self.index.format != FORMAT:
             raise CheckpointError(f"{path} has the format {self.index.format}, not {FORMAT}; run cache_teacher() again")
+        self._check_shards()
         self._open: dict[int, Any] = {}
+
+    def _check_shards(self) -> None:
+        for name, _ in self.index.shards:
+            try:
+                with safe_open(self.folder / name, framework="pt"):
+                    pass  # its header says how long it must be
+            except (OSError, SafetensorError) as error:
+                raise CheckpointError(
+                    f"cannot read {self.folder / name}: {error}; run cache_teacher() again"
+                ) from error
 
     def __len__(self) -> int:
         return self.index.examples

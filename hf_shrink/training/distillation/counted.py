@@ -37,7 +37,7 @@ def counted(kind: Kind, batch: Batch, outputs: Any) -> Counted:
         batch: with what the model was called, labels included.
 
     Raises:
-        CalibrationError: there is nothing in the outputs to compare, or no row of the batch counts.
+        CalibrationError: there is nothing in the outputs to compare.
     """
     if kind == "causal" and "input_ids" not in batch:
         raise CalibrationError(
@@ -88,8 +88,12 @@ def several_labels(rows: Counted) -> Counted:
     return Counted(pairs, True, tuple(count * classes for count in rows.examples))
 
 
-def _rows(values: Tensor, positions: Tensor, distribution: bool) -> Counted:
-    examples = tuple(positions.flatten(1).sum(1).tolist())
-    if not sum(examples):
+def some(rows: Counted) -> Counted:
+    """The rows. Raises CalibrationError where there are none, for data that is there to be compared."""
+    if not len(rows.values):
         raise CalibrationError("no prediction of the batch counts: every label is -100 or every token is padding")
-    return Counted(values[positions], distribution, examples)
+    return rows
+
+
+def _rows(values: Tensor, positions: Tensor, distribution: bool) -> Counted:
+    return Counted(values[positions], distribution, tuple(positions.flatten(1).sum(1).tolist()))

@@ -38,8 +38,9 @@ class DistillationTrainer(Trainer):
         trainer.train()
 
     Works for all heads: next, masked and decoded tokens, classes of a sequence or of tokens, spans of an answer,
-    numbers; labels of -100 never count. Under gradient accumulation and over several processes every prediction counts
-    the same, as for Trainer's own loss. `distillation_loss` and `task_loss` are logged beside `loss`.
+    numbers; labels of -100 never count, and a batch of nothing else adds nothing. Under gradient accumulation and over
+    several processes every prediction counts the same, as for Trainer's own loss. `distillation_loss` and `task_loss`
+    are logged beside `loss`, means over the same predictions of all processes.
 
     A teacher in memory runs on its own device, whole in every process (FSDP shards the student only). A cached one
     teaches on `train_dataset` only; evaluation gives the task's loss then.
@@ -76,7 +77,7 @@ class DistillationTrainer(Trainer):
         self._several = chooses_several(self._student)
         self._check()
         self._pairs: tuple[StackPair, ...] = ()
-        self._logged: dict[str, list[Tensor]] = {}
+        self._logged: dict[str, tuple[Tensor, float]] = {}  # sums of parts of the loss, and of how many steps
         if isinstance(self.teacher, CachedTeacher):
             numbered = Numbered(self.train_dataset)
             if len(self.teacher) != len(numbered):
@@ -147,9 +148,9 @@ class DistillationTrainer(Trainer):
             distance = self._distance(batch, numbers, rows, outputs, own)
             scaled = distance * self._share(rows, num_items_in_batch)
             loss = scaled if loss is None else loss + scaled
-            self._note("distillation_loss", distance)
+            self._note("distillation_loss", scaled, num_items_in_batch)
         if task is not None and teaches:
-            self._note("task_loss", task)
+            self._note("task_loss", task, num_items_in_batch)
         outputs = _without_attention(outputs) if parts.attention else outputs
         return (loss, outputs) if return_outputs else loss
 
@@ -172,6 +173,8 @@ class DistillationTrainer(Trainer):
     ) -> Tensor:
         """The weighted parts of the loss that a teacher gives, a mean over the predictions that count."""
         parts = self.distillation
+        if not len(rows.values):
+            return rows.values.sum()  # 0, with the gradients that other processes wait for
         if isinstance(self.teacher, CachedTeacher):
             assert numbers is not None
             target = self.teacher.read(numbers.tolist(), rows, fingerprints(self._student, batch))
@@ -214,20 +217,32 @@ class DistillationTrainer(Trainer):
 
     def _share(self, rows: Counted, items: Tensor | int | None) -> Any:
         """What a mean over this batch counts for in the step, as Trainer weighs its own loss."""
-        if items is None or not (self.model_accepts_loss_kwargs or self.compute_loss_func is not None):
+        if not len(rows.values):
+            return 0.0  # and the whole step may have none
+        if items is None or not self._of_step(items):
             return 1.0
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
         return len(rows.values) * processes / items
 
-    def _note(self, name: str, value: Tensor) -> None:
-        if self.model is not None and self.model.training:
-            self._logged.setdefault(name, []).append(value.detach())
+    def _of_step(self, items: Tensor | int | None) -> bool:
+        """Whether a batch's loss is its share of the step's, to be added up, and no mean of its own."""
+        return items is not None and (self.model_accepts_loss_kwargs or self.compute_loss_func is not None)
+
+    def _note(self, name: str, value: Tensor, items: Tensor | int | None) -> None:
+        """Count a part of a batch's loss as the step counts it."""
+        if self.model is None or not self.model.training:
+            return
+        batches = getattr(self, "current_gradient_accumulation_steps", 1)  # is there as long as Trainer trains
+        total, steps = self._logged.get(name, (torch.zeros((), device=value.device), 0.0))
+        found = value.detach().float() / (1 if self._of_step(items) else batches)
+        self._logged[name] = total + found, steps + 1 / batches
 
     def log(self, logs: dict[str, float], *arguments: Any, **keywords: Any) -> None:
         """See Trainer. Beside a training loss go the parts that it was made of, means since the last time."""
         if "loss" in logs:
-            for name, values in self._logged.items():
-                logs[name] = round(float(torch.stack(values).float().mean()), 6)
+            for name, (total, steps) in self._logged.items():
+                mean: Any = self.accelerator.reduce(total / steps, reduction="mean")
+                logs[name] = round(float(mean), 6)
             self._logged = {}
         super().log(logs, *arguments, **keywords)
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import bind
-from hf_shrink.architectures.weights import weight_refs
+from hf_shrink.architectures.weights import WeightRef, weight_refs
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.ops.masks import pruned, smallest, whole
@@ -67,6 +67,8 @@ class GradualWeights:
 
     def begin(self, model: PreTrainedModel, window: Window) -> None:
         check_whole(model)
+        if self._score is not None:
+            _check_trained(self._step.method, self._refs)
         self._window = window
         self._changed = 0.0
         self._paths = {id(ref.parameter): path for path, ref in self._refs.items()}
@@ -135,8 +137,7 @@ class GradualWeights:
     def figures(self) -> dict[str, float]:
         """The fraction of the chosen weights that is zero, how many of the model's parameters are not one of these
         zeros, and the fraction of the chosen weights that the last change of the masks took."""
-        assert self._keeper is not None
-        zeros = sum(int((~kept).sum()) for path, kept in self._keeper.kept.items() if path in self._refs)
+        zeros = sum(int((ref.parameter == 0).sum()) for ref in self._refs.values())
         total = sum(ref.parameter.numel() for ref in self._refs.values())
         parameters = sum(parameter.numel() for parameter in self._model.parameters())
         return {"sparsity": zeros / total, "parameters": float(parameters - zeros), "mask_churn": self._changed}
@@ -172,6 +173,16 @@ class GradualWeights:
         score = self._scores.get(path)
         costs = torch.zeros_like(parameter) if score is None else self._score.costs(score)
         return costs.masked_fill(parameter.detach() == 0, -torch.inf)
+
+
+def _check_trained(method: str, refs: Mapping[str, WeightRef]) -> None:
+    """Raises RecipeError for a matrix without gradients, of which a score of training would know nothing."""
+    frozen = next((path for path, ref in refs.items() if not ref.parameter.requires_grad), None)
+    if frozen is not None:
+        raise RecipeError(
+            f"{method} looks at gradients, and {frozen} has none (requires_grad is False); let it be trained, leave "
+            "frozen modules out of the step (ignore or targets), or use magnitude"
+        )
 
 
 def _least(saliency: Tensor, chosen: Tensor, fraction: float) -> Tensor:

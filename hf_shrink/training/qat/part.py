@@ -13,7 +13,7 @@ from hf_shrink.architectures.bound import Cuts
 from hf_shrink.calibration.data import calibration_batches
 from hf_shrink.checkpoint.packed import packed_schemes
 from hf_shrink.checkpoint.record import ShrinkRecord
-from hf_shrink.errors import CalibrationError
+from hf_shrink.errors import CalibrationError, ShrinkError
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import Recipe
 from hf_shrink.training.models import is_sharded, whole, without_adapters
@@ -26,6 +26,8 @@ from hf_shrink.training.qat.sharded import add_whole, check_shapes
 from hf_shrink.training.qat.size import effective_bits
 from hf_shrink.training.qat.start import solving_method, start_of, start_on_data, without_data
 from hf_shrink.training.schedule import Window
+
+MOVED = "moved_weight"  # beside the names of a quantizer's own tensors
 
 
 class QuantizationTraining:
@@ -78,6 +80,7 @@ class QuantizationTraining:
 
     def begin(self, model: PreTrainedModel, window: Window) -> None:
         self._start = self.settled(window)
+        self._moved: set[str] = set()  # whose weights the start changed, which a checkpoint of adapters does not have
         for quantizer in self._quantizers.values():
             quantizer.reset()
         check_shapes(model, self._modules.values())
@@ -96,10 +99,20 @@ class QuantizationTraining:
                 quantizer.step.grad = None  # a zero, with which an optimizer's averages would begin
 
     def after_step(self, step: int) -> None:
+        if step == 0:
+            for quantizer in self._quantizers.values():
+                quantizer.forget()
         if step == self._start:
             self._begin_rounding()
 
     def finish(self, model: PreTrainedModel, record: ShrinkRecord) -> None:
+        """Raises ShrinkError where rounding has not begun, so that there are no scales to pack with."""
+        waiting = [path for path, quantizer in self._quantizers.items() if not quantizer.active]
+        if waiting:
+            raise ShrinkError(
+                f"{waiting[0]} was not trained for few bits: rounding was to begin at step {self._start} and did not; "
+                "start the training anew in another output_dir"
+            )
         plan, cuts = self._plan, self._cuts()
         for path, quantizer in owned_quantizers(model, plan.schemes).items():
             quantizer.cut(cuts.get((path, "out")))
@@ -116,12 +129,16 @@ class QuantizationTraining:
         if not self._layers:
             return {}  # a checkpoint of the model has them
         states = {path: quantizer.state_dict() for path, quantizer in self._quantizers.items()}
-        return {f"{path}.{name}": tensor for path, state in states.items() for name, tensor in state.items()}
+        found = {f"{path}.{name}": tensor for path, state in states.items() for name, tensor in state.items()}
+        return found | {f"{path}.{MOVED}": _weight(self._modules[path]) for path in self._moved}
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
         for path, quantizer in self._quantizers.items():
             if self._layers:
                 quantizer.load_state_dict({name: tensors[f"{path}.{name}"] for name in quantizer.state_dict()})
+            if f"{path}.{MOVED}" in tensors:
+                self._moved.add(path)
+                _weight(self._modules[path]).copy_(tensors[f"{path}.{MOVED}"])
             quantizer.active = quantizer.begun
         if all(quantizer.active for quantizer in self._quantizers.values()):
             self._keep_inputs(self._quantizers)
@@ -156,9 +173,15 @@ class QuantizationTraining:
             quantizer.begin(start)
             if start.correction is not None:
                 add_whole(module, start.correction)
+                self._moved.add(path)
 
     def _keep_inputs(self, quantizers: Mapping[str, WeightQuantizer]) -> None:
         """Let matrices make groups of the inputs that they will have left."""
         cuts = self._cuts()
         for path in self._losing & quantizers.keys():
             quantizers[path].keep(cuts[path, "in"])
+
+
+def _weight(module: nn.Module) -> Tensor:
+    assert isinstance(module.weight, nn.Parameter)
+    return module.weight.detach()

@@ -105,6 +105,10 @@ class WeightQuantizer(nn.Module):
         self.active = False
         self.scheme, self.kept = self._whole, None
 
+    def forget(self) -> None:
+        """There is no grid, not of an earlier training of this model that was given up either."""
+        self.unit.zero_()
+
     def keep(self, inputs: Tensor) -> None:
         """Make groups of these inputs alone, ascending, from before `begin` on; the others will be cut.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
 import torch
@@ -20,6 +22,9 @@ class Change(Protocol):
     """
 
     trained: nn.Module
+
+    def untrained(self) -> AbstractContextManager[nn.Module]:
+        """The model as it was stored, to evaluate before it is trained."""
 
     def finish(self) -> Any:
         """The model as it will be stored: what to evaluate, and to go on with."""
@@ -44,6 +49,17 @@ class Full:
             if parameter.is_floating_point():
                 parameter.data = parameter.data.to(torch.float32, copy=True)
             parameter.requires_grad_(parameter.is_floating_point())
+
+    @contextmanager
+    def untrained(self) -> Iterator[nn.Module]:
+        copies = [parameter.data for parameter, _, _ in self._before]
+        for (parameter, before, _), copy in zip(self._before, copies, strict=True):
+            parameter.data = before.to(copy.device)
+        try:
+            yield self.trained
+        finally:
+            for (parameter, _, _), copy in zip(self._before, copies, strict=True):
+                parameter.data = copy
 
     def finish(self) -> PreTrainedModel:
         for parameter, before, wanted in self._before:

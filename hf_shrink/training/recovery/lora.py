@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -43,6 +44,10 @@ class Lora:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             self.trained: Any = get_peft_model(model, config)
+
+    def untrained(self) -> AbstractContextManager[nn.Module]:
+        """With adapters that add nothing yet."""
+        return nullcontext(self.trained)
 
     def finish(self) -> PreTrainedModel | PeftModel:
         """The model with the adapters in its weights; where these are packed, the model with adapters around it."""

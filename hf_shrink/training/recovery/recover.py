@@ -235,7 +235,8 @@ def _by_training(
             seed,
         )
         clock = time.monotonic()
-        before = session.loss(change.trained)
+        with change.untrained() as stored:
+            before = session.loss(stored)
         measuring = time.monotonic() - clock
         seconds = None if until is None else until - time.monotonic() - measuring  # it is measured once more
         session.train(Allowance(recovery.steps, seconds), progress)

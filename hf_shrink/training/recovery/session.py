@@ -27,6 +27,7 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.zeros import ZeroKeeper
 from hf_shrink.sharding import ranks, share
 from hf_shrink.training.distillation import Distillation, DistillationTrainer
+from hf_shrink.training.distillation.counted import Counted, some
 from hf_shrink.training.recovery.spread import Stand, spreads
 from hf_shrink.tuning.allowance import Allowance
 
@@ -48,9 +49,12 @@ class Batches(Dataset[Batch]):
 
 
 class _Trainer(DistillationTrainer):
-    """Lets an allowance say how fast it learns."""
+    """Lets an allowance say how fast it learns, of batches that all have something to learn from."""
 
     allowance: Allowance
+
+    def _counted(self, batch: dict[str, Any], outputs: Any) -> Counted:
+        return some(super()._counted(batch, outputs))
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         made: Any = optimizer or self.optimizer
