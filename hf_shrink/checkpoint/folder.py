@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
@@ -100,16 +101,15 @@ def _flush(folder: Path) -> None:
 
 def _put(partial: Path, target: Path) -> None:
     """Rename into place; what was there is moved aside first and removed last."""
-    for old in target.parent.glob(f".{target.name}.replaced-*"):  # of a process that was cut off here
-        shutil.rmtree(old)
     if not target.is_dir() or not any(target.iterdir()):
         os.replace(partial, target)
-        return
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
-    os.replace(target, aside)
-    try:
-        os.replace(partial, target)
-    except OSError:
-        os.replace(aside, target)
-        raise
-    shutil.rmtree(aside)
+    else:
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.replaced-", dir=target.parent))
+        os.replace(target, aside)
+        try:
+            os.replace(partial, target)
+        except OSError:
+            os.replace(aside, target)
+            raise
+    for old in target.parent.glob(f".{glob.escape(target.name)}.replaced-*"):  # of processes that were cut off here too
+        shutil.rmtree(old)

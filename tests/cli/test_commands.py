@@ -153,7 +153,9 @@ def test_what_was_asked_for_wrongly_does_not_stand_in_the_way(source: Path, tmp_
     assert main([*run, "--calibration", str(text)]) == 0
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), CalibrationError("too little data")])
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), pytest.param(CalibrationError("too little data"), marks=pytest.mark.slow)]
+)
 def test_a_recovery_that_was_cut_off_says_how_to_do_it_again(
     error: BaseException,
     source: Path,
