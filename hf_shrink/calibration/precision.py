@@ -43,23 +43,7 @@ def _tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, torch.Tensor]]:
 
 @contextmanager
 def float32_for_now(block: nn.Module) -> Iterator[None]:
-    """The block in float32 while it computes; afterwards its own tensors are back, untouched."""
-    with at_work(block):
-        everything = (*block.parameters(), *block.buffers())
-        tensors = [t for t in everything if t.is_floating_point() and t.dtype != torch.float32]
-        stored = [t.data for t in tensors]
-        for tensor in tensors:
-            tensor.data = tensor.data.float()
-        try:
-            yield
-        finally:
-            for tensor, data in zip(tensors, stored, strict=True):
-                tensor.data = data
-
-
-@contextmanager
-def float32_copies(block: nn.Module) -> Iterator[None]:
-    """The block with float32 copies in the place of its half-precision tensors, themselves untouched.
+    """The block with float32 copies in the place of its half-precision tensors, which are back afterwards, untouched.
 
     What autograd saves of a forward pass stays float32 afterwards, and gradients go on to the block's own tensors.
     """

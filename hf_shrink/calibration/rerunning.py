@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from hf_shrink.calibration.precision import HALF, float32_copies
+from hf_shrink.calibration.precision import HALF, float32_for_now
 from hf_shrink.calibration.routing import routed
 
 
@@ -40,7 +40,7 @@ def _is_half(block: nn.Module) -> bool:
 
 def _in_float32(block: nn.Module, real: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     stored = next(p.dtype for p in block.parameters() if p.is_floating_point())
-    with float32_copies(block):
+    with float32_for_now(block):
         return _cast(real(*_cast(args, torch.float32), **_cast(kwargs, torch.float32)), stored)
 
 

@@ -4,7 +4,7 @@
 
 A job: model (folder), calibration and held_out (text files), samples, held_out_samples, length, bits (the average, with
 scales and zero points), iterations, threads. The scheme is searched on the first SEARCHED of the windows that the
-weights are learned on: AutoScheme's own default, and more take hours on a laptop.
+weights are learned on: AutoScheme's own default. Half of the search on all 128 took 33 minutes on two busy cores.
 """
 
 from __future__ import annotations

@@ -123,6 +123,23 @@ def test_next_tokens_temperature_and_the_task(tmp_path):
     torch.testing.assert_close(found.detach().double(), wanted, rtol=1e-4, atol=1e-6)
 
 
+def one_step(folder, size, accumulate):
+    """Of plain gradient descent."""
+    return TrainingArguments(
+        output_dir=str(folder),
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        per_device_train_batch_size=size,
+        gradient_accumulation_steps=accumulate,
+        max_steps=1,
+        optim="sgd",
+        learning_rate=1.0,
+        max_grad_norm=0.0,
+        logging_steps=1,
+    )
+
+
 def test_every_token_counts_the_same_under_accumulation(tmp_path):
     data = [{"input_ids": torch.randint(3, 320, (6,))} for _ in range(4)]
     for number, example in enumerate(data):
@@ -131,19 +148,7 @@ def test_every_token_counts_the_same_under_accumulation(tmp_path):
     teacher, found, logged = tiny_llama(2, num_hidden_layers=1), [], []
     for size in (4, 1):
         student = tiny_llama(1, num_hidden_layers=1)
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            per_device_train_batch_size=size,
-            gradient_accumulation_steps=4 // size,
-            max_steps=1,
-            optim="sgd",
-            learning_rate=1.0,
-            max_grad_norm=0.0,
-            logging_steps=1,
-        )
+        arguments = one_step(tmp_path, size, 4 // size)
         parts = {"logits": 1.0, "hidden": 0.0, "task": 0.5}
         trainer = DistillationTrainer(student, arguments, train_dataset=data, teacher=teacher, distillation=parts)
         trainer.train()
@@ -168,17 +173,7 @@ def test_a_batch_without_labels_is_zero_with_gradients(tmp_path):
     moved = []
     for rows in (data, data[:1] + data[2:]):
         student = tiny_llama(1, num_hidden_layers=1)
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path),
-            use_cpu=True,
-            report_to=[],
-            save_strategy="no",
-            per_device_train_batch_size=1,
-            gradient_accumulation_steps=len(rows),
-            max_steps=1,
-            optim="sgd",
-            learning_rate=1.0,
-        )
+        arguments = one_step(tmp_path, 1, len(rows))
         trainer = DistillationTrainer(student, arguments, train_dataset=rows, teacher=dense, distillation=parts)
         trainer.train()
         moved.append(torch.cat([p.detach().flatten() for p in student.parameters()]))
