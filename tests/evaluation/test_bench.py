@@ -123,11 +123,15 @@ def test_a_dense_model_that_does_not_fit_is_left_out(small: Path, monkeypatch: p
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells")
-def test_memory_is_that_of_a_process_of_its_own(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_memory_is_that_of_a_process_of_its_own(small: Path) -> None:
     ballast = bytearray(b"x" * 300_000_000)  # of this process, not of the measured one
     taken = measure_memory(Load(str(small)))
     assert len(ballast) > taken.peak >= taken.used > 0
     assert taken.peak >= taken.loading_peak >= taken.loaded > 0
+
+
+def test_a_process_that_ends_early_says_why(small: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for end, reason in (("raise SystemExit('it broke')", "it broke"), ("os.kill(os.getpid(), 9)", "too little memory")):
         monkeypatch.setattr(memory, "_CHILD", f"import os; {end}")
         with pytest.raises(CheckpointError, match=reason):

@@ -149,6 +149,7 @@ def test_a_sweep_is_over_one_resource() -> None:
         make_front(tiny_llama(), "w4a16", ["30%"], calibration=data(), progress=False)
 
 
+@pytest.mark.slow
 def test_a_rehearsed_search_takes_the_best_of_what_it_carried_out(dense_bytes: int) -> None:
     """On a copy: the model is the same before and after, and the budget holds."""
     model = tiny_llama()

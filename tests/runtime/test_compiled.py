@@ -63,6 +63,7 @@ def test_a_decode_step_is_one_graph_and_says_the_same(head: str, scheme: str) ->
     assert all(map(torch.equal, near, logits))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_rounded_inputs_are_scaled_alike_where_a_compiler_fuses_them(symmetric: bool) -> None:
     """inductor has patterns of its own for int8 products."""

@@ -68,7 +68,14 @@ def test_one_writes_and_speaks(whole: Path) -> None:
     assert said(whole.parent / "log", 1) == ""
 
 
-@pytest.mark.parametrize(("how", "dies"), [(signal.SIGKILL, 1), (signal.SIGTERM, 1), (signal.SIGKILL, 0)])
+@pytest.mark.parametrize(
+    ("how", "dies"),
+    [
+        (signal.SIGKILL, 1),
+        pytest.param(signal.SIGTERM, 1, marks=pytest.mark.slow),
+        pytest.param(signal.SIGKILL, 0, marks=pytest.mark.slow),
+    ],
+)
 def test_when_one_dies_all_end_and_the_run_goes_on_later(
     how: signal.Signals, dies: int, source: Path, whole: Path, tmp_path: Path
 ) -> None:

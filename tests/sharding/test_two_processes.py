@@ -60,6 +60,8 @@ RUNS: dict[str, tuple[Callable[[], Any], dict[str, Any]]] = {
     "channels-of-experts": (lambda: MIXTURES["mixtral"](), pruned({"what": "width", "method": "obs", "ratio": 0.2})),
     "budget": (lambda: two_blocks(), BUDGET),
 }
+QUICK = ("gptq", "width", "gradients", "weights")
+CASES = [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RUNS]
 
 
 def two_blocks() -> Any:
@@ -108,7 +110,6 @@ def job(rank: int) -> dict[str, Any]:
     dense = tiny_llama()
     small = shrink(tiny_llama(), quantized(method="rtn"), progress=False)
     return {
-        **{name: run(name) for name in RUNS},
         "statistics": statistics(),
         "evaluation": evaluate_model(small, batches(5), baseline=dense),
         "spread": spread(["a", "b", "c"], lambda item: (item, rank, torch.full((2,), rank))),
@@ -133,16 +134,12 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("name", RUNS)
-def test_all_hold_the_same_bits(both: list[dict[str, Any]], name: str) -> None:
-    first, second = (found[name] for found in both)
-    for key in first:
-        assert equal(first[key], second[key]), key
-
-
-@pytest.mark.parametrize("name", RUNS)
-def test_they_come_to_what_one_process_comes_to(both: list[dict[str, Any]], name: str) -> None:
-    alone, together = run(name), both[0][name]
+@pytest.mark.parametrize("name", CASES)
+def test_all_hold_the_same_bits_and_come_to_what_one_process_comes_to(name: str, tmp_path: Path) -> None:
+    together, other = in_two(lambda rank: run(name), tmp_path)
+    for key in together:
+        assert equal(together[key], other[key]), key
+    alone = run(name)
     assert together["state"].keys() == alone["state"].keys()
     if name != "budget":
         assert together["plan"] == alone["plan"]
