@@ -6,7 +6,9 @@ Runs alternate, each in fresh processes; seconds are of the phases "calibrate" a
 seconds, of the whole `shrink` and the busiest process, say what a busy machine hides, but not what waiting costs.
 Statistics are second moments of the dense model's inputs in its first, middle and last block, compared by their
 relative Frobenius distance. The processes are started by torchrun, which is what `accelerate launch` runs on machines
-with GPUs. Results: results/sharded.json.
+with GPUs. What two cores have to give is measured too: two runs of one process each, at the same time, which share
+nothing, do how many times the work of one (`ceiling`; cores that are threads of one core stay far below 2).
+Results: results/sharded.json.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -104,9 +107,19 @@ def run(job: dict[str, Any], processes: int) -> tuple[dict[str, Any], dict[str, 
         return json.loads(Path(folder, "found.json").read_text()), torch.load(Path(folder, "moments.pt"))
 
 
+def at_once(job: dict[str, Any]) -> dict[str, Any]:
+    """What the slower of two runs of one process each came to that had the machine at the same time."""
+    with ThreadPoolExecutor(2) as pool:
+        return max((found for found, _ in pool.map(lambda _: run(job, 1), range(2))), key=worked)
+
+
+def worked(found: dict[str, Any]) -> float:
+    return float(sum(found["seconds"].values()))
+
+
 def compared(one: list[dict[str, Any]], two: list[dict[str, Any]], distances: dict[str, float]) -> dict[str, Any]:
     """The figures that are asked for, from the rounds of each."""
-    seconds = [statistics.median(sum(found["seconds"].values()) for found in rounds) for rounds in (one, two)]
+    seconds = [statistics.median(map(worked, rounds)) for rounds in (one, two)]
     cpu = [min(max(found["cpu_seconds"]) for found in rounds) for rounds in (one, two)]
     perplexities = [rounds[0]["perplexity"] for rounds in (one, two)]
     return {
@@ -136,6 +149,7 @@ def main() -> None:
     parser.add_argument("--held-out-samples", type=int, default=20)
     parser.add_argument("--walked", type=int, default=4, help="batches on which statistics are compared")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--ceiling", action=argparse.BooleanOptionalAction, default=True)
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
 
@@ -164,11 +178,16 @@ def main() -> None:
         path: float((moments[2][path] - own).double().norm() / own.double().norm()) for path, own in moments[1].items()
     }
     result = compared(rounds[1], rounds[2], distances)
+    pairs = [at_once(job)] if options.ceiling else []
+    for pair in pairs:
+        ceiling = 2 * statistics.median(map(worked, rounds[1])) / worked(pair)
+        result |= {"ceiling": round(ceiling, 3), "of_the_ceiling": round(result["speedup"] / ceiling, 3)}
     print(json.dumps(result, indent=1))
     settings = {key: value for key, value in job.items() if key not in ("model", "calibration", "held_out", "recipe")}
     names = {key: Path(job[key]).name for key in ("model", "calibration", "held_out")}
     content = {**names, **settings, "recipe": options.recipe, "set": options.set, **result}
-    write_results("sharded", {**content, "rounds": {str(n): found for n, found in rounds.items()}}, options.output)
+    every = {**{str(n): found for n, found in rounds.items()}, "two at once": pairs}
+    write_results("sharded", {**content, "rounds": every}, options.output)
 
 
 if __name__ == "__main__":
