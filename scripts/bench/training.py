@@ -7,8 +7,9 @@
 
 Protocol: `plays` is all-MiniLM-L6-v2 fine-tuned to tell comedies from tragedies and histories in passages of six
 spoken lines, split by play; `digits` a small ViT trained on scikit-learn's digits. Variants have the same steps, data
-and start, and differ by the callback alone; `after` prunes the trained dense model with no training behind it. Half of
-the blocks' parameters go. Every run has a process of its own; the results file is written after each.
+and start, and differ by the callback alone; `gradual-distilled` learns from the trained dense model too, which `after`
+prunes with no training behind it. Half of the blocks' parameters go. Every run has a process of its own; the results
+file is written after each.
 """
 
 from __future__ import annotations
@@ -44,10 +45,12 @@ def half(method: str, **more: Any) -> dict[str, Any]:
 VARIANTS: dict[str, tuple[dict[str, Any] | None, bool]] = {
     "dense": (None, False),
     "gradual": (half("taylor"), True),
+    "gradual-distilled": (half("taylor"), True),
     "gradual-movement": (half("movement"), True),
     "gradual-fisher": (half("fisher"), True),
     "after": (half("taylor", refit=False), False),
 }
+DISTILLED = {"gradual-distilled": {"logits": 0.5, "task": 0.5, "temperature": 2.0}}  # from the dense model of the seed
 
 
 def arguments(words: Sequence[str] | None = None) -> argparse.Namespace:
@@ -83,7 +86,8 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
     """Train one variant and measure it. In a process of its own: everything heavy is imported here."""
     from training_run import trained
 
-    with trained(job, *VARIANTS[job["variant_name"]], CACHE, WINDOW) as found:
+    name = job["variant_name"]
+    with trained(job, *VARIANTS[name], CACHE, WINDOW, DISTILLED.get(name)) as found:
         named = list(found.model.named_parameters())
         batch = found.trainer.data_collator(found.held_out[:BATCH])
         return {

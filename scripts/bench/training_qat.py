@@ -27,7 +27,7 @@ from common import RESULTS, ROOT, about, folder_bytes, run_fresh
 from store import OtherProtocol, Store
 
 TASKS = ("plays", "digits")
-CACHE = ROOT / ".cache" / "bench" / "training_qat"
+CACHE = ROOT / ".cache" / "bench" / "training"  # the dense models are those of training.py
 GROUP = 64
 START = 0.1
 

@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from common import stopwatch
 from training_tasks import TASKS, AccuracyAndF1, Rows, Task
 from transformers import Trainer, TrainingArguments
 
-from hf_shrink import ShrinkCallback, shrink
+from hf_shrink import DistillationTrainer, ShrinkCallback, shrink
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,16 @@ def trained(
     while_training: bool,
     cache: Path,
     window: Mapping[str, float],
+    distillation: Mapping[str, float] | None = None,
     **options: Any,
 ) -> Iterator[Trained]:
     """Train, compress and measure the job's task.
 
     Args:
-        recipe: None for the dense model, which is kept in `cache` for those that are compressed after training.
+        recipe: None for the dense model. It is kept in `cache`, taken from there the next time, and compressed after
+            training from there; it teaches too.
         window: of the callback.
+        distillation: what is learned from the dense model while training; None: from labels alone.
         options: of `shrink`, after training.
     """
     torch.set_num_threads(job["threads"])
@@ -55,11 +59,19 @@ def trained(
     train, held_out = task.rows()
     dense = cache / f"{job['task']}-{job['seed']}"
     metric = AccuracyAndF1(keep_in_memory=True)
-    trains = recipe is None or while_training
+    kept = (dense / "config.json").is_file()
+    trains = while_training if recipe is not None else not kept
+    wanted = distillation is not None or (recipe is not None and not while_training)
+    if wanted and not kept:
+        raise FileNotFoundError(f"{dense} holds no dense model; run {job['task']}:dense:{job['seed']} first")
     with tempfile.TemporaryDirectory() as folder:
         with stopwatch() as took:
             model = task.model(job["seed"]) if trains else type(task.model(0)).from_pretrained(dense)
-            trainer = Trainer(
+            kind: Any = Trainer
+            if distillation is not None:
+                teacher = type(model).from_pretrained(dense)
+                kind = partial(DistillationTrainer, teacher=teacher, distillation=distillation)
+            trainer = kind(
                 model=model,
                 args=TrainingArguments(
                     output_dir=folder,
@@ -71,17 +83,17 @@ def trained(
                     disable_tqdm=True,
                     **task.settings,
                 ),
-                train_dataset=train,  # type: ignore[arg-type]
-                eval_dataset=held_out,  # type: ignore[arg-type]
+                train_dataset=train,
+                eval_dataset=held_out,
                 callbacks=[ShrinkCallback(recipe, **window)] if recipe is not None and while_training else [],
                 compute_metrics=lambda p: metric.compute(predictions=p.predictions.argmax(-1), references=p.label_ids),
             )
             if trains:
                 trainer.train()
-            else:
+            elif recipe is not None:
                 batches = [trainer.data_collator(train[i : i + 32]) for i in range(0, 512, 32)]
                 shrink(model, recipe, calibration=batches, seed=job["seed"], progress=False, **options)
-            if recipe is None:
+            if recipe is None and trains:
                 model.save_pretrained(dense)
             measured = trainer.evaluate()
         figures = {
