@@ -3,8 +3,9 @@
     ~/.peers/autoround/bin/python scripts/bench/autoscheme.py JOB
 
 A job: model (folder), calibration and held_out (text files), samples, held_out_samples, length, bits (the average, with
-scales and zero points), iterations, threads. The scheme is searched on the first SEARCHED of the windows that the
-weights are learned on: AutoScheme's own default. Half of the search on all 128 took 33 minutes on two busy cores.
+scales and zero points), iterations, threads, output (folder, for a float32 model of the rounded weights). The scheme is
+searched on the first SEARCHED of the windows that the weights are learned on: AutoScheme's own default. Half of the
+search on all 128 took 33 minutes on two busy cores.
 """
 
 from __future__ import annotations
@@ -74,6 +75,8 @@ def measure(job: dict[str, Any]) -> dict[str, Any]:
             rounding.quantize_and_save(str(out), format="auto_round")
         saved = next(out.rglob("config.json")).parent
         small = dense(job["model"], saved)
+        small.save_pretrained(job["output"])
+        tokenizer.save_pretrained(job["output"])
         return {
             "seconds_with_loading": times["seconds"],
             "peak_mb": peak_memory_mb(),

@@ -11,7 +11,7 @@ tokens of emma.txt to calibrate, 40 x 512 held out of mansfieldpark.txt and of S
 - uniform: the most bits, alike for all blocks, that fit with the embedding in at least as many; the same quantizer;
 - pruned: heads and channels pruned by obs as far as everything in 8 bits fits;
 - autoscheme: AutoRound's search over mixed bits at the average bits that the budget leaves to the blocks. It leaves the
-  embedding in bfloat16, so that its bytes are above the budget.
+  embedding in float32, far above the budget: we round that as in `uniform`, and give its figures without this too.
 Then, once: how well predictions order 30 random plans (predictions), and how long a second budget takes (again).
 Every variant runs in a process of its own, one after the other; nothing else should run on the machine. The results
 file is written after every variant, and a later run does only what is missing or named by --rerun.
@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import sys
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -118,7 +119,9 @@ def variants(shares: Iterable[float], bf16: int, minutes: float, effort: str) ->
         steps = [prune, quantized(8, 8, effort)]
         found.append(Variant("pruned", "rival", point, {**common, "steps": steps}, budget=budget))
         average = 8 * (budget - stored(EMBEDDING, embedding) - 2 * NORMS) / IN_BLOCKS
-        found.append(Variant("autoscheme", "rival", point, bits=round(average, 3), budget=budget))
+        found.append(
+            Variant("autoscheme", "rival", point, bits=round(average, 3), budget=budget, extra={"table": embedding})
+        )
     middle = recipes[sorted(recipes)[len(recipes) // 2]]
     return [*found, Variant("predictions", "job", recipe=middle), Variant("again", "job", recipe=middle)]
 
@@ -182,15 +185,16 @@ def run(a: argparse.Namespace, variant: Variant, held_out: Sequence[Path], bf16:
         "iterations": a.iterations,
         "bf16_bytes": bf16,
     }
-    python, script, described = Path(sys.executable), "ours.py", about()
+    described = about()
     if variant.name == "autoscheme":
-        python, script = a.peers_home.expanduser() / "autoround" / "bin" / "python", "autoscheme.py"
+        python = a.peers_home.expanduser() / "autoround" / "bin" / "python"
         if not python.is_file():
             raise RuntimeError(f"autoscheme is left out: {python} is not installed")
         described["versions"] = installed_versions(python, ["auto-round"])
-    elif variant.kind == "job":
-        script = "budget_job.py"
-    measured = run_fresh([str(python), str(HERE / script), json.dumps(job)], a.threads)
+        measured = autoscheme(a, python, job, variant.extra["table"])
+    else:
+        script = "budget_job.py" if variant.kind == "job" else "ours.py"
+        measured = run_fresh([sys.executable, str(HERE / script), json.dumps(job)], a.threads)
     return {
         "variant": variant.id,
         "kind": variant.kind,
@@ -200,6 +204,24 @@ def run(a: argparse.Namespace, variant: Variant, held_out: Sequence[Path], bf16:
         **variant.extra,
         **measured,
         "about": described,
+    }
+
+
+def autoscheme(a: argparse.Namespace, python: Path, job: Mapping[str, Any], table: int) -> dict[str, Any]:
+    """The peer's blocks, with its dense embedding and with our embedding of so many bits."""
+    form = {"scheme": f"W{table}A16", "group_size": GROUP, "symmetric": table > 2}
+    step = {"quantize": {"effort": a.effort, "targets": ["model.embed_tokens", "lm_head"], "ignore": [], **form}}
+    recipe = {"portable": False, "steps": [step], "calibration": {"samples": a.samples, "length": LENGTH}}
+    with tempfile.TemporaryDirectory() as folder:
+        theirs = run_fresh([str(python), str(HERE / "autoscheme.py"), json.dumps({**job, "output": folder})], a.threads)
+        rounded = {**job, "kind": "ours", "model": folder, "recipe": recipe}
+        small = run_fresh([sys.executable, str(HERE / "ours.py"), json.dumps(rounded)], a.threads)
+    return {
+        **theirs,
+        "folder_bytes": theirs["weight_bytes"],
+        "weight_bytes": int(theirs["weight_bytes"] - 4 * EMBEDDING + stored(EMBEDDING, table)),
+        "perplexity": small["perplexity"],
+        "perplexity_with_a_dense_table": theirs["perplexity"],
     }
 
 

@@ -69,7 +69,10 @@ def summarise(results: Mapping[str, Result]) -> dict[str, Any]:
                 verdicts.append(_verdict(target, results[ours]["weight_bytes"] / results[ours]["budget_bytes"], point))
             else:
                 verdicts += _ratios(target, point, results, found)
-    return {"excess_loss": found, "targets": verdicts}
+    key = "perplexity_with_a_dense_table"
+    alone = {name: {"perplexity": r[key]} for name, r in results.items() if key in r}
+    dense_table = losses({**alone, "dense": results["dense"]}) if alone and "dense" in results else {}
+    return {"excess_loss": found, "excess_loss_with_a_dense_table": dense_table, "targets": verdicts}
 
 
 def _ratios(
