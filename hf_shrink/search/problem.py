@@ -235,8 +235,8 @@ class _Maker:
         """Of a part's size, where all blocks must have the same."""
         if not self.space.portable:
             return ()
-        what = "attention" if isinstance(part, BoundAttention) else "mlp" if isinstance(part, BoundMlp) else "experts"
-        return self.choices.switch(config_key(stack, part), f"{stack.name} {what}: {cut.name or 'all'}")
+        key = config_key(stack, part)  # not the stack's name: encoder and decoder may read the same place
+        return self.choices.switch(key, f"{key}: {cut.name or 'all'}")
 
     def _may_go(self, stack: BoundStack, block: BoundBlock) -> bool:
         """Not the first block, nor the first of its kind where layers with windows have caches of their own."""
