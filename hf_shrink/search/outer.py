@@ -18,7 +18,10 @@ def outer_weights(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     """
     if not isinstance(model, PreTrainedModel):
         return ()
-    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    try:
+        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    except NotImplementedError:  # CLIP: transformers names no embedding of a model with two towers
+        return ()
     fit = [m for m in ends if m is not None and (type(m) is nn.Embedding or is_matrix(m))]
     paths = {path: module for path, module in model.named_modules() if any(module is m for m in fit)}
     groups: dict[int, list[str]] = {}

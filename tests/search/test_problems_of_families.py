@@ -7,16 +7,22 @@ from pathlib import Path
 import pytest
 import torch
 from conformance.cases import CASES
+from conformance.cases_encoders import CASES as ENCODERS
+from conformance.cases_mixtures import MIXTURES, MORE
 from transformers import GPTJConfig, GPTJForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
 
 from hf_shrink import shrink
 from hf_shrink.architectures import bind
 from hf_shrink.evaluation.size import stored_bytes
+from hf_shrink.pipeline.searching import Searching
 from hf_shrink.plan import Plan
+from hf_shrink.progress import quiet
+from hf_shrink.recipe import Recipe
 from hf_shrink.scheme import Scheme
 from hf_shrink.search.blank import blank_sensitivity
 from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Problem
+from hf_shrink.search.outer import outer_weights
 from hf_shrink.search.problem import make_problem
 
 SIZES = {"vocab_size": 1024, "tie_word_embeddings": True}
@@ -26,6 +32,8 @@ TIED = {
     ),
     "gptj": lambda: GPTJForCausalLM(GPTJConfig(**SIZES, n_embd=32, n_layer=2, n_head=4, n_positions=32, rotary_dim=4)),
 }
+
+BUILDS = {**{name: case.build for name, case in {**CASES, **ENCODERS}.items()}, **MIXTURES, **MORE}
 
 
 def problem_of(model: PreTrainedModel) -> Problem:
@@ -64,3 +72,21 @@ def test_the_first_layer_of_each_kind_stays(name: str) -> None:
         if group.stack in ("decoder", "text") and (option.change.dropped or option.change.block.removed)
     }
     assert gone == set(range(text.num_hidden_layers)) - first
+
+
+@pytest.mark.parametrize("name", BUILDS)
+def test_the_dense_model_is_always_allowed(name: str) -> None:
+    """The solver relies on it. Encoders and decoders that read one config key have to agree."""
+    bits = [] if name.startswith("gpt2") else [4]  # its Conv1D are packed in no portable format
+    search = {"bits": bits, "group_size": 16, "effort": "fast"}
+    asked = Recipe.from_dict({"budget": {"bytes": "70%"}, "search": search})
+    with Searching.on(BUILDS[name](), asked, (), 0, quiet) as searching:
+        blank = blank_sensitivity(searching.model, searching.binding, searching.space, searching.quantizable)
+        problem = searching.problem(blank, timed=False)
+    assert problem.allowed((0,) * len(problem.groups))
+    names = [name for switch in problem.switches for name in switch]
+    assert len(names) == len(set(names))
+
+
+def test_a_model_of_two_towers_has_no_ends() -> None:
+    assert outer_weights(ENCODERS["clip"].build()) == ()
