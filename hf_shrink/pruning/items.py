@@ -67,7 +67,7 @@ class Items:
     def _of(self, stack: BoundStack) -> Iterator[Item]:
         for block in stack.blocks:
             if self.parts == "blocks":
-                if not _stays(stack, block.index):
+                if not stays(stack, block.index):
                     yield Item(stack, block, None, block.parameters)
                 continue
             for part in PARTS if self.parts == "any" else _named(self.parts):
@@ -131,7 +131,8 @@ def _attends(stack: BoundStack, index: int) -> bool:
     return block.attention is not None
 
 
-def _stays(stack: BoundStack, index: int) -> bool:
+def stays(stack: BoundStack, index: int) -> bool:
+    """Whether a block cannot go as a whole, whatever is left of it."""
     spec = stack.spec
     return spec is None or spec.depth_fixed is not None or (spec.first_is_special and index == 0)
 
@@ -140,7 +141,7 @@ def _nothing_left(stack: BoundStack, block: BoundBlock, gone: Sequence[str]) -> 
     if "" in gone:
         return True
     had = {part for part in PARTS if getattr(block, part) is not None}
-    return bool(had) and had == set(gone) and block.experts is None and not _stays(stack, block.index)
+    return bool(had) and had == set(gone) and block.experts is None and not stays(stack, block.index)
 
 
 def _parameters(block: BoundBlock, part: str) -> int:

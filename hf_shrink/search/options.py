@@ -101,6 +101,7 @@ class Problem:
             from one config key: options with 1216 channels need "channels 1216".
         base: the plan around the decisions: model type, method, its options, refit, repair.
         depths: how many blocks each stack has, by name.
+        staying: name of the stack and index of blocks that cannot go as a whole, whatever is left of them.
     """
 
     groups: tuple[Group, ...]
@@ -109,6 +110,7 @@ class Problem:
     switches: tuple[tuple[str, ...], ...]
     base: Plan
     depths: Mapping[str, int]
+    staying: frozenset[tuple[str, int]] = frozenset()
 
     @property
     def dense(self) -> Cost:
@@ -176,13 +178,13 @@ class Problem:
         )
 
     def _emptied(self, assignment: Sequence[int]) -> list[tuple[str, int]]:
-        """Blocks whose parts all go, one by one."""
+        """Blocks that go because all of their parts do, one by one."""
         left: dict[tuple[str, int], bool] = {}
         for group, option in zip(self.groups, self.taken(assignment), strict=True):
             if group.stack is not None and group.block is not None:
                 key = group.stack, group.block
                 left[key] = left.get(key, False) or not option.change.block.removed
-        return [key for key, some in left.items() if not some]
+        return [key for key, some in left.items() if not some and key not in self.staying]
 
 
 def _merged(one: BlockPlan, other: BlockPlan) -> BlockPlan:

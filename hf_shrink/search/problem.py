@@ -14,6 +14,7 @@ from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp, BoundStack
 from hf_shrink.architectures.linears import is_matrix, shape
 from hf_shrink.plan import BlockPlan, Plan
+from hf_shrink.pruning.items import stays
 from hf_shrink.pruning.parts import Kind
 from hf_shrink.pruning.prunable import Unitary, config_key
 from hf_shrink.search.choices import Choice, Choices, named, short
@@ -74,6 +75,7 @@ def make_problem(
         switches=maker.choices.switches,
         base=base,
         depths={stack.name: len(stack.blocks) for stack in binding.stacks},
+        staying=frozenset((s.name, b.index) for s in binding.stacks for b in s.blocks if stays(s, b.index)),
     )
 
 

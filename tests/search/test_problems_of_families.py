@@ -9,7 +9,15 @@ import torch
 from conformance.cases import CASES
 from conformance.cases_encoders import CASES as ENCODERS
 from conformance.cases_mixtures import MIXTURES, MORE
-from transformers import GPTJConfig, GPTJForCausalLM, PhiConfig, PhiForCausalLM, PreTrainedModel
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTJConfig,
+    GPTJForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+)
 
 from hf_shrink import shrink
 from hf_shrink.architectures import bind
@@ -20,6 +28,7 @@ from hf_shrink.progress import quiet
 from hf_shrink.recipe import Recipe
 from hf_shrink.scheme import Scheme
 from hf_shrink.search.blank import blank_sensitivity
+from hf_shrink.search.fisher import output_gradients
 from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Problem
 from hf_shrink.search.outer import outer_weights
@@ -90,3 +99,33 @@ def test_the_dense_model_is_always_allowed(name: str) -> None:
 
 def test_a_model_of_two_towers_has_no_ends() -> None:
     assert outer_weights(ENCODERS["clip"].build()) == ()
+
+
+@pytest.mark.parametrize("name", ["falcon_multi_query", "falcon_grouped", "falcon_alibi"])
+def test_gradients_of_outputs_that_the_model_adds_to_in_place(name: str) -> None:
+    """Attention and MLP are added to one residual, so the gradients of what they put out are the same."""
+    model = CASES[name].build()
+    paths = [f"transformer.h.2.{end}" for end in ("self_attention.dense", "mlp.dense_4h_to_h")]
+    matrices = {path: model.get_submodule(path) for path in paths}
+    blocks = [block.module for block in bind(model).blocks]
+    found = output_gradients(model, blocks, matrices, [CASES[name].inputs()], 0, quiet).outputs
+    attention, mlp = (found[path] for path in paths)
+    assert attention.rows.min() > 0
+    assert torch.allclose(attention.rows, mlp.rows) and torch.allclose(attention.tokens[0], mlp.tokens[0])
+
+
+def test_a_block_stays_without_any_part_where_depth_is_fixed(tmp_path: Path) -> None:
+    sizes = {"vocab_size": 300, "n_embd": 48, "n_layer": 3, "n_head": 6, "n_positions": 64}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, scale_attn_by_inverse_layer_idx=True)).eval()
+    problem = problem_of(model)
+    choice = [0] * len(problem.groups)
+    for number, group in enumerate(problem.groups):
+        if group.block == 2:
+            choice[number] = next(i for i, option in enumerate(group.options) if option.change.block.removed)
+    plan = problem.plan(choice)
+    assert plan.stacks["decoder"].kept == (0, 1, 2)
+    assert set(plan.stacks["decoder"].blocks[2].removed or ()) == {"attention", "mlp"}
+    shrink(model, plan, calibration=[CASES["gpt2"].inputs()], progress=False)
+    model.save_pretrained(tmp_path)
+    written = stored_bytes(tmp_path)
+    assert written <= problem.cost(choice).bytes <= 1.01 * written
