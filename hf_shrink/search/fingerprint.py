@@ -72,7 +72,7 @@ def sensitivity_of(
 def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> str:
     """A hexadecimal digest of this version, the model and the data.
 
-    Of each weight shape, dtype and SAMPLED elements count, of the configuration and the data everything.
+    Of each weight shape, dtype and SAMPLED elements count, of the configuration and the data everything, with shapes.
     """
     own = {"class": type(model).__qualname__, "config": _config(model), "hf_shrink": hf_shrink_version()}
     digest = hashlib.sha256(json.dumps({**settings, **own}, sort_keys=True, default=str).encode())
@@ -80,9 +80,13 @@ def fingerprint(model: nn.Module, batches: Sequence[Mapping[str, Any]], settings
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(_bytes(_sampled(tensor.detach().reshape(-1))))
     for batch in batches:
+        digest.update(f"batch of {len(batch)}".encode())
         for name, value in sorted(batch.items()):
-            digest.update(name.encode())
-            digest.update(_bytes(value) if isinstance(value, Tensor) else str(value).encode())
+            if isinstance(value, Tensor):
+                digest.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+                digest.update(_bytes(value))
+            else:
+                digest.update(f"{name} {value}".encode())
     return digest.hexdigest()
 
 

@@ -195,6 +195,11 @@ def test_measurements_are_found_again_by_what_they_are_of(
     model.config.hidden_act = "gelu"  # the same weights compute something else
     sensitivity_of(model, *arguments, tokens(), tmp_path)  # type: ignore[arg-type]
     assert len(asked) == 5
+    shorter = [{"input_ids": batch["input_ids"].view(8, 12)} for batch in tokens()]
+    sensitivity_of(model, *arguments, shorter, tmp_path)  # type: ignore[arg-type]
+    joined = [{"input_ids": torch.cat([batch["input_ids"] for batch in tokens()])}]
+    sensitivity_of(model, *arguments, joined, tmp_path)  # type: ignore[arg-type]
+    assert len(asked) == 7
     for file in tmp_path.iterdir():
         file.write_bytes(file.read_bytes()[:-100])
     with pytest.raises(CheckpointError, match="delete it"):
