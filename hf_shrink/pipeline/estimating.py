@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 import time
 from collections.abc import Mapping
@@ -68,13 +69,7 @@ def estimate(model: nn.Module, plan: Plan, tokens: int, max_memory: int) -> Need
     blocks = [block.module for stack in (*bind(model).towers, *bind(model).stacks) for block in stack.blocks]
     inside = {id(p) for block in blocks for p in block.parameters()}
     outside = sum(p.nbytes for p in model.parameters() if id(p) not in inside)
-    # By identity: an embedding that a head shares is one weight, stored once.
-    saved = {
-        id(weight): weight.nbytes - _packed(weight, plan.bits[path])
-        for path, weight in _weights(model).items()
-        if path in plan.bits
-    }
-    output = sum(p.nbytes for p in model.parameters()) - sum(saved.values())
+    output = plan.search["bytes"] if "bytes" in plan.search else _output(model, plan)
     solvers = plan_method(plan), plan_weights_method(plan), *plan_transforms(plan)
     walks = plan.refit or any(s is not None and s.needs_statistics for s in solvers)
     tokens = tokens if walks else 0
@@ -105,6 +100,29 @@ def whole_model_step(plan: Plan) -> str | None:
     return f"method: {plan.method}" if plan.formats else None
 
 
+def _output(model: nn.Module, plan: Plan) -> int:
+    """Bytes of the new weights, as if everything were kept; what the plan quantizes in its bits."""
+    cast = None if plan.dtype == "keep" else getattr(torch, plan.dtype)
+
+    def stored(tensor: Tensor) -> int:
+        return tensor.numel() * (cast if cast is not None and tensor.is_floating_point() else tensor.dtype).itemsize
+
+    # By identity: an embedding that a head shares is one weight, stored once.
+    weights = _weights(model)
+    saved: dict[int | str, int] = {
+        id(weight): stored(weight) - _packed(weight.numel(), plan.bits[path])
+        for path, weight in weights.items()
+        if path in plan.bits
+    }
+    for experts in (block.experts for block in bind(model).blocks):
+        for path, role in experts.matrices.items() if experts is not None else ():
+            if experts is not None and path in plan.bits and path not in weights:  # a part of a 3D parameter
+                size = math.prod(experts.shapes[role])
+                parameter = next(experts.module.parameters())
+                saved[path] = stored(parameter) * size // parameter.numel() - _packed(size, plan.bits[path])
+    return sum(stored(p) for p in model.parameters()) - sum(saved.values())
+
+
 def _weights(model: nn.Module) -> dict[str, Tensor]:
     return {
         path: module.weight
@@ -113,9 +131,9 @@ def _weights(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-def _packed(weight: Tensor, bits: int) -> int:
-    """Bytes of a weight in so many bits, with a scale of 16 bits for every 32."""
-    return weight.numel() * bits // 8 + weight.numel() // 16
+def _packed(count: int, bits: int) -> int:
+    """Bytes of so many weights in so many bits, with a scale of 16 bits for every 32."""
+    return count * bits // 8 + count // 16
 
 
 def tokens_of(batch: Mapping[str, Any]) -> int:
