@@ -11,17 +11,19 @@ import math
 import os
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.linears import is_matrix, shape
+from hf_shrink.calibration.inputs import longest_text
 from hf_shrink.checkpoint.record import hf_shrink_version
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import Scheme
@@ -82,6 +84,14 @@ class LatencyTable:
             pass  # none yet, or one that cannot be read: it is measured again and written over
         return table
 
+    def beside(self, dtype: torch.dtype) -> LatencyTable:
+        """The table of the same device for another dtype, from the same folder."""
+        if self.path is None:
+            return LatencyTable(dtype, self.device, build=self.build)
+        found = LatencyTable.open(dtype, self.device, self.path.parent)
+        found.build = self.build
+        return found
+
     def matrix(self, rows: int, columns: int, scheme: Scheme | None) -> dict[str, float]:
         """Seconds a token by purpose, of a product with a matrix (rows, columns)."""
         key = f"{rows} x {columns} {_label(scheme)}"
@@ -117,14 +127,8 @@ def _in_turn(modules: Sequence[nn.Module], x: torch.Tensor) -> None:
         module(x)
 
 
-def model_seconds(model: PreTrainedModel) -> dict[str, float]:
-    """Seconds a token of the model as it is, by purpose, the least of several runs at batch 1.
-
-    "decode" of models that generate, with CONTEXT tokens in the KV cache; "prefill" of all.
-
-    Raises:
-        ArchitectureError: an encoder-decoder, a mixture of experts, or a model that does not read tokens.
-    """
+def check_timed(model: PreTrainedModel, purposes: Collection[str] = ()) -> None:
+    """Raises ArchitectureError where the model cannot be timed, or not for one of the purposes."""
     if separate_modules(model):
         raise ArchitectureError(
             f"the latency of {type(model).__name__} cannot be predicted: of a mixture's experts a token takes some; "
@@ -135,15 +139,63 @@ def model_seconds(model: PreTrainedModel) -> dict[str, float]:
             f"the latency of {type(model).__name__} cannot be predicted: only models of one stack that read tokens "
             "have latency budgets; give a budget in bytes"
         )
+    if "decode" not in purposes:
+        return
+    if not model.can_generate():
+        raise ArchitectureError(
+            f"{type(model).__name__} writes no tokens, so that there is no time of decoding to limit; limit that of "
+            "reading: latency: {prefill: 60%} (--budget latency:prefill:60%)"
+        )
+    if _context(model) < 1:
+        raise ArchitectureError(
+            f"{type(model).__name__} has positions for {longest_text(model)} tokens, too few to time decoding; limit "
+            "the time of reading: latency: {prefill: 60%} (--budget latency:prefill:60%)"
+        )
+
+
+def _positions(model: PreTrainedModel) -> int:
+    """Tokens that a prompt is timed with: no more than the model has positions for."""
+    return min(PURPOSES["prefill"], longest_text(model) or PURPOSES["prefill"])
+
+
+def _context(model: PreTrainedModel) -> int:
+    """Tokens in the KV cache before decoding is timed; every run of it adds one."""
+    return min(CONTEXT, _positions(model) - 1 - ROUNDS)
+
+
+def model_seconds(model: PreTrainedModel) -> dict[str, float]:
+    """Seconds a token of the model as it is, by purpose, the least of several runs at batch 1.
+
+    "decode" of models that generate, with CONTEXT tokens in the KV cache; "prefill" of all. Fewer tokens where the
+    model has no positions for them.
+
+    Raises:
+        ArchitectureError: an encoder-decoder, a mixture of experts, or a model that does not read tokens.
+    """
+    check_timed(model)
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, PURPOSES["prefill"]), generator=generator)
+    ids = torch.randint(0, model.config.get_text_config().vocab_size, (1, _positions(model)), generator=generator)
     ids = ids.to(model.device)
     cached = {"use_cache": False} if model.can_generate() else {}
     found = {"prefill": _least(lambda: model(input_ids=ids, **cached), model.device) / ids.shape[1]}
-    if model.can_generate():
-        cache = model(input_ids=ids[:, :CONTEXT], use_cache=True).past_key_values
+    context = _context(model)
+    if model.can_generate() and context > 0:
+        cache = model(input_ids=ids[:, :context], use_cache=True).past_key_values
         found["decode"] = _least(lambda: model(input_ids=ids[:, :1], past_key_values=cache), model.device)
     return found
+
+
+_KNOWN: WeakKeyDictionary[nn.Module, dict[Hashable, dict[str, float]]] = WeakKeyDictionary()
+
+
+def _known_seconds(model: PreTrainedModel) -> dict[str, float]:
+    """`model_seconds`, timed once for a model as it is: a second time would give other limits to the same budget."""
+    shapes = tuple(parameter.shape for parameter in model.parameters())
+    key = model.dtype, model.device, torch.get_num_threads(), shapes
+    known = _KNOWN.setdefault(model, {})
+    if key not in known:
+        known[key] = ranks().on_first(lambda: model_seconds(model))
+    return dict(known[key])
 
 
 def rest_of_blocks(model: nn.Module, blocks: Sequence[nn.Module], table: LatencyTable) -> dict[str, float]:
@@ -153,15 +205,16 @@ def rest_of_blocks(model: nn.Module, blocks: Sequence[nn.Module], table: Latency
         ArchitectureError: as of `model_seconds`.
     """
     assert isinstance(model, PreTrainedModel)
-    left = ranks().on_first(lambda: model_seconds(model))
+    left = _known_seconds(model)
     if model.dtype != table.dtype:
-        table = LatencyTable(model.dtype, table.device, build=table.build)
+        table = table.beside(model.dtype)
     modules = [module for block in blocks for module in block.modules() if is_matrix(module)]
     head = model.get_output_embeddings()
     for module in [*modules, *([head] if head is not None else [])]:
         for name, seconds in table.matrix(*shape(module), None).items():
             if name in left:
                 left[name] -= seconds
+    table.save()
     return {name: max(seconds, 0.0) / len(blocks) for name, seconds in left.items()}
 
 
