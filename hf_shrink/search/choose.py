@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from hf_shrink.errors import RecipeError
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.recipe import SearchSpec
 from hf_shrink.recipe.search import GENERATIONS
@@ -15,6 +16,7 @@ from hf_shrink.search.rehearsed import NEUTRAL, CorrectedMeasure, Factors, Rehea
 from hf_shrink.search.solve import Programme
 from hf_shrink.search.swaps import Swaps
 
+UNSOLVED = "the solver found nothing within the budget, which is next to the least that can be; raise it a little"
 GUESSES = 2  # the first of `starting_points`
 
 
@@ -55,11 +57,15 @@ def choose_assignment(
         factors: what runs leave of predicted damages.
         tried: assignments within the limits that were carried out.
         rehearse: carries out what the search finds, of which and of `tried` the best is taken then. None: nothing is.
+
+    Raises:
+        RecipeError: the solver finds nothing.
     """
     corrected = Programme(factors.applied(programme.problem), programme.limits)
     if spec.generations == 0 or spec.minutes == 0:
         found = corrected.minimise()
-        assert found is not None
+        if found is None:
+            raise RecipeError(UNSOLVED)
         return Chosen(found, corrected.problem.damage(found))
     measuring = CorrectedMeasure(measure(), programme.problem, corrected.problem)
     chosen = _refined(corrected, measuring, spec, seed, progress)
@@ -83,7 +89,10 @@ def _refined(
 ) -> Chosen:
     generations = spec.generations if spec.generations is not None or spec.minutes is not None else GENERATIONS
     how = Refinement(generations, spec.minutes, seed=seed)
-    refined = refine(starting_points(programme), Swaps(programme, seed), measure, how, progress)
+    starts = starting_points(programme)
+    if not starts:
+        raise RecipeError(UNSOLVED)
+    refined = refine(starts, Swaps(programme, seed), measure, how, progress)
     predicted = programme.problem.damage(refined.assignment)
     alone = refined.divergence / measure.left(refined.assignment)
     return Chosen(refined.assignment, predicted, alone, refined.history, refined.seen)

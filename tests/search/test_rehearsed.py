@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from hf_shrink.errors import RecipeError
 from hf_shrink.plan import BlockPlan, Plan, Scheme
 from hf_shrink.recipe import Budget, SearchSpec
 from hf_shrink.search.choose import Chosen, choose_assignment
@@ -98,9 +99,9 @@ class Same:
         return [0.6] * len(trials)
 
 
-def search(factors: Factors, generations: int, **carried_out: Any) -> Chosen:
+def search(factors: Factors, generations: int, most: int = 110, **carried_out: Any) -> Chosen:
     plain = problem()
-    programme = Programme(plain, Limits.of(Budget.from_dict({"bytes": 110}), plain.dense, None))
+    programme = Programme(plain, Limits.of(Budget.from_dict({"bytes": most}), plain.dense, None))
     return choose_assignment(programme, Same, SearchSpec(generations=generations), factors=factors, **carried_out)
 
 
@@ -124,3 +125,9 @@ def test_what_is_measured_is_said_as_measured_and_what_is_compared_as_corrected(
     chosen = search(Factors(0.5, 0.5, 0.5), 1)
     assert chosen.measured == pytest.approx(0.6)
     assert chosen.history[-1] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("generations", [0, 1])
+def test_a_solver_that_finds_nothing_is_said_so(generations: int) -> None:
+    with pytest.raises(RecipeError, match="the solver found nothing"):
+        search(Factors(), generations, most=1)
