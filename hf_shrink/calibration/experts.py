@@ -105,7 +105,8 @@ def refuse_starved(starved: Mapping[str, int], matrices: Mapping[str, nn.Module]
         f"{len(starved)} experts saw too few calibration tokens for statistics of their own: {shown}{more}; "
         f"at least {least_tokens(widest)} are needed for inputs of width {widest}. Give more samples "
         "(--set calibration.samples=...) or more varied data, round these experts without data "
-        "(--set quantize.starved_experts=rtn), or use method: rtn"
+        "(--set quantize.starved_experts=rtn; of a recipe with a budget --set search.starved_experts=rtn), or use "
+        "method: rtn"
     )
 
 

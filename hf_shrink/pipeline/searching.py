@@ -159,6 +159,7 @@ class Searching:
             options=dict(step.options),
             transforms=step.transforms,
             tune=dict(step.tune),
+            starved_experts=self.spec.starved_experts,
             effort=step.effort,
             refit=True,
             repair=True,

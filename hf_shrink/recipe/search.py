@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any
+from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.recipe.effort import EFFORTS
+from hf_shrink.recipe.steps import STARVED
 from hf_shrink.registry import did_you_mean
 from hf_shrink.scheme import BITS
 
@@ -30,6 +31,8 @@ class SearchSpec:
             allow, or 12 where there is no limit.
         rehearse: whether what looks best is carried out on a copy of the model with a part of the data, which tells
             what a run makes of it, before the search decides. Of models in memory; not without refinement.
+        starved_experts: what happens to experts that saw too few calibration tokens for statistics of their own:
+            "rtn": they are rounded to nearest without data, as the search takes them to be; or "error".
     """
 
     bits: tuple[int, ...] = (2, 3, 4, 8)
@@ -41,6 +44,7 @@ class SearchSpec:
     minutes: float | None = None
     generations: int | None = None
     rehearse: bool = False
+    starved_experts: Literal["error", "rtn"] = "rtn"
 
     def __post_init__(self) -> None:
         bits = self.bits
@@ -54,6 +58,9 @@ class SearchSpec:
             raise RecipeError("the search has nothing to choose from; give bits, width: true or depth: true")
         if self.effort not in EFFORTS:
             raise RecipeError(f"unknown effort {self.effort!r} in search; {did_you_mean(str(self.effort), EFFORTS)}")
+        if self.starved_experts not in STARVED:
+            hint = did_you_mean(str(self.starved_experts), STARVED)
+            raise RecipeError(f"unknown search.starved_experts {self.starved_experts!r}; {hint}")
         for name, least in (("group_size", 1), ("generations", 0)):
             value = getattr(self, name)
             if name == "generations" and value is None:

@@ -54,7 +54,7 @@ def test_a_starved_expert_is_named_before_any_expert_of_its_block_is_changed() -
     text = str(error.value)
     assert re.search(r"model\.layers\.0\.mlp\.experts\.2 \(0\)", text)
     assert "at least 20" in text and "width 80" in text
-    for remedy in ("calibration.samples", "quantize.starved_experts=rtn", "method: rtn"):
+    for remedy in ("calibration.samples", "quantize.starved_experts=rtn", "search.starved_experts=rtn", "method: rtn"):
         assert remedy in text
     experts = bind(model).blocks[0].experts
     for path in experts.matrices:

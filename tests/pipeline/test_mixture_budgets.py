@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink import make_plan, shrink
 from hf_shrink.architectures import bind
-from hf_shrink.errors import ArchitectureError, RecipeError
+from hf_shrink.errors import ArchitectureError, CalibrationError, RecipeError
 from hf_shrink.evaluation.size import stored_bytes
 from hf_shrink.pipeline.searching import Searching
 from hf_shrink.progress import quiet
@@ -193,3 +193,22 @@ def test_dense_experts_go_with_dense_weights_only() -> None:
         assert len(schemes) == 1
         assert not plan.schemes or schemes != {None}
     assert seen > 20
+
+
+@pytest.mark.parametrize("starved", ["rtn", "error"])
+def test_a_run_does_with_starved_experts_what_the_search_says(starved: str) -> None:
+    """The search takes them to be rounded without data, so that is the default."""
+    few = [{"input_ids": data(1)[0]["input_ids"][:1, :6]}]
+    asked = recipe("40%", False, generations=0, width=False, depth=False)
+    if starved == "error":
+        asked["search"]["starved_experts"] = starved
+        with pytest.raises(CalibrationError, match=r"budget --set search\.starved_experts=rtn"):
+            shrink(MIXTURES["mixtral"](num_hidden_layers=2), asked, calibration=few, progress=False)
+        return
+    model = shrink(MIXTURES["mixtral"](num_hidden_layers=2), asked, calibration=few, progress=False)
+    assert any("compressed without data" in note for note in model.shrink_report.notes)
+
+
+def test_another_treatment_of_starved_experts_is_refused() -> None:
+    with pytest.raises(RecipeError, match=r"unknown search\.starved_experts 'rnt'.*'rtn'"):
+        Recipe.from_dict(recipe("40%", False, starved_experts="rnt"))
