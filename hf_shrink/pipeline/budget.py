@@ -10,7 +10,6 @@ from typing import Any
 from torch import nn
 
 from hf_shrink.architectures.binding import Binding
-from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.searching import Searching
 from hf_shrink.plan import Plan
 from hf_shrink.progress import ProgressCallback
@@ -20,7 +19,6 @@ from hf_shrink.search.choose import Chosen
 from hf_shrink.search.limits import Limits
 from hf_shrink.search.options import Problem
 from hf_shrink.search.sensitivity import Sensitivity
-from hf_shrink.search.solve import Programme
 
 
 def plan_budget(
@@ -43,18 +41,26 @@ def plan_budget(
 
 
 def _planned(search: Searching, budget: Budget) -> tuple[Plan, list[str]]:
+    if search.casts and search.needs_nothing(budget):
+        return uncompressed(search, budget), [
+            f"the model keeps the budget ({budget}) once it is cast; nothing else is done"
+        ]
     started = time.perf_counter()
-    problem = search.problem(search.sensitivity, budget.decode is not None or budget.prefill is not None)
+    problem = search.problem(search.sensitivity, budget.timed)
     sensed = time.perf_counter()
-    programme = Programme(problem, search.limits(budget, problem))
+    programme = search.programme(budget, problem)
     chosen = search.choose(programme)
     plan = described(problem, programme.limits, chosen)
     plan = replace(plan, search={**plan.search, "sensitivity": by_part(search.sensitivity, search.binding)})
-    if not plan.prunes and not plan.schemes:
-        raise RecipeError(f"the dense model keeps the budget ({budget}) as it is; ask for less")
     ended = time.perf_counter()
     notes = [f"search: {sensed - started:.1f} s to measure what everything is worth, {ended - sensed:.1f} s to choose"]
     return plan, notes
+
+
+def uncompressed(search: Searching, budget: Budget) -> Plan:
+    """The plan that casts the model and does nothing else; for a budget that it keeps so."""
+    problem = search.sizes(budget.timed)
+    return described(problem, search.limits(budget, problem), Chosen((0,) * len(problem.groups), 0.0))
 
 
 def by_part(sensitivity: Sensitivity, binding: Binding) -> dict[str, dict[str, float]]:

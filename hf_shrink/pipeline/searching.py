@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from transformers import PreTrainedModel
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.errors import ArchitectureError, RecipeError
-from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.rehearsal import Rehearsal, split, why_not
 from hf_shrink.pipeline.targets import select
 from hf_shrink.plan import Plan, Scheme
@@ -24,18 +23,19 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.samples import choose
 from hf_shrink.quantization.base import METHODS, ModelMethod, QuantizationMethod
 from hf_shrink.recipe import Budget, QuantizeStep, Recipe, SearchSpec
+from hf_shrink.recipe.budget import LATENCIES
 from hf_shrink.recipe.effort import expand
 from hf_shrink.residence import Room, visited
 from hf_shrink.runtime.experts import separate_experts
 from hf_shrink.search.blank import blank_sensitivity
 from hf_shrink.search.choose import Chosen, choose_assignment, guesses
 from hf_shrink.search.fingerprint import sensitivity_of
-from hf_shrink.search.latency import LatencyTable, cache_folder
+from hf_shrink.search.latency import LatencyTable, cache_folder, check_timed
 from hf_shrink.search.limits import Limits
 from hf_shrink.search.measured import MeasuredAssignments
 from hf_shrink.search.measuring import Space
 from hf_shrink.search.options import Problem
-from hf_shrink.search.problem import make_problem
+from hf_shrink.search.problem import dense_cost, make_problem
 from hf_shrink.search.reachable import check_reachable
 from hf_shrink.search.rehearsed import NEUTRAL, USUAL, Factors, learn
 from hf_shrink.search.replacements import IN_MEMORY, RoundedWeights, input_statistics
@@ -63,6 +63,7 @@ class Searching:
     cache: Path | None = None
     _factors: Factors | None = field(default=None, init=False)
     _weights: tuple[Problem, RoundedWeights] | None = field(default=None, init=False)
+    _sizes: dict[bool, Problem] = field(default_factory=dict, init=False)
 
     @classmethod
     @contextmanager
@@ -181,24 +182,52 @@ class Searching:
         return made
 
     def check(self, budget: Budget) -> None:
-        """Raises RecipeError where the budget is out of reach, or nothing can be rehearsed that should be.
+        """Whether there is anything to search for. Needs no data; measures nothing but latencies.
 
-        Needs no data; measures nothing but latencies.
+        Raises:
+            RecipeError: the budget is out of reach, the dense model keeps it, or nothing can be rehearsed that should
+                be.
+            ArchitectureError: it limits what the model does not do.
         """
         reason = why_not(self.model) if self.spec.rehearse else None
         if reason is not None:
             raise RecipeError(f"search.rehearse: {reason}; leave it out, and the search goes by what it knows of runs")
-        timed = budget.decode is not None or budget.prefill is not None
-        blank = blank_sensitivity(self.model, self.binding, self.space, self.quantizable)
-        problem = self.problem(blank, timed)
-        check_reachable(Programme(problem, self.limits(budget, problem)), self.spec, self.recipe.portable)
+        if budget.timed:
+            check_timed(self.model, [name for name in LATENCIES if getattr(budget, name) is not None])
+        if not self.casts and self.needs_nothing(budget):
+            raise RecipeError(f"the dense model keeps the budget ({budget}) as it is; ask for less")
+        self.programme(budget, self.sizes(budget.timed))
+
+    @property
+    def casts(self) -> bool:
+        """Whether the recipe changes the model's dtype."""
+        return self.dtype not in (None, self.model.dtype)
+
+    def needs_nothing(self, budget: Budget) -> bool:
+        """Whether the model keeps a budget with nothing done to it but a cast to the recipe's dtype."""
+        problem = self.sizes(budget.timed)
+        return self.limits(budget, problem).hold(problem.dense)
+
+    def sizes(self, timed: bool) -> Problem:
+        """The problem with what everything takes, where nothing was measured yet that says what it is worth."""
+        if timed not in self._sizes:
+            blank = blank_sensitivity(self.model, self.binding, self.space, self.quantizable)
+            self._sizes[timed] = self.problem(blank, timed)
+        return self._sizes[timed]
+
+    def programme(self, budget: Budget, problem: Problem) -> Programme:
+        """Raises RecipeError where the budget is out of reach."""
+        found = Programme(problem, self.limits(budget, problem))
+        check_reachable(found, self.spec, self.recipe.portable)
+        return found
 
     def limits(self, budget: Budget, problem: Problem) -> Limits:
         """The budget in bytes and seconds. Shares are of the model as it was given."""
         text = self.model.config.get_text_config()
         dense = problem.dense
-        if self.dtype is not None:
-            dense = replace(dense, bytes=unique_bytes(self.model))
+        if self.casts:
+            table = self.latency.beside(self.model.dtype) if budget.timed else None
+            dense = dense_cost(self.model, self.binding, table)
         return Limits.of(budget, dense, getattr(text, "max_position_embeddings", None))
 
     def measured(self, problem: Problem, batches: Sequence[Mapping[str, Any]] | None = None) -> MeasuredAssignments:

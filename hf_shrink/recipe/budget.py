@@ -93,13 +93,23 @@ class Budget:
     context: int | None = None
 
     def __post_init__(self) -> None:
-        if all(getattr(self, field.name) is None for field in fields(self) if field.name != "context"):
+        if not self.resources:
             raise RecipeError("the budget is empty; give at least one of bytes, latency and memory, such as bytes: 30%")
         if self.context is not None:
             if self.memory is None:
                 raise RecipeError("budget.context says for how many tokens budget.memory counts; give memory with it")
             if not isinstance(self.context, int) or isinstance(self.context, bool) or self.context < 1:
                 raise RecipeError(f"budget.context is a whole number of tokens, not {self.context!r}")
+
+    @property
+    def resources(self) -> tuple[str, ...]:
+        """What it limits, of "bytes", "decode", "prefill" and "memory"."""
+        return tuple(f.name for f in fields(self) if f.name != "context" and getattr(self, f.name) is not None)
+
+    @property
+    def timed(self) -> bool:
+        """Whether it limits seconds."""
+        return self.decode is not None or self.prefill is not None
 
     @classmethod
     def from_dict(cls, data: Any) -> Budget:

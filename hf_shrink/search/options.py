@@ -173,6 +173,8 @@ class Problem:
             schemes=schemes,
             damage=damage,
             method=self.base.method if schemes else None,
+            transforms=self.base.transforms if schemes else (),
+            tune=self.base.tune if schemes else {},
             refit=self.base.refit and any(blocks.values()),
             repair=self.base.repair and bool(dropped),
         )

@@ -79,6 +79,13 @@ def make_problem(
     )
 
 
+def dense_cost(model: nn.Module, binding: Binding, latency: LatencyTable | None = None) -> Cost:
+    """What a model takes as it is. `latency`: of its own dtype; None: no seconds."""
+    nothing = Space((), width=False, depth=False, embeddings=False)
+    base = Plan(binding.model_type)
+    return make_problem(model, binding, nothing, Sensitivity({}, {}, {}, {}), (), base, latency=latency).dense
+
+
 @dataclass
 class _Maker:
     model: nn.Module

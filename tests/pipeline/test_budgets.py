@@ -7,16 +7,23 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.cases_encoders import CASES as ENCODERS
 from tiny import VOCABULARY, tiny_llama
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPTNeoConfig, GPTNeoForCausalLM
 
 from hf_shrink import make_plan, shrink, shrink_checkpoint
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.evaluation.size import stored_bytes
 from hf_shrink.front import Front
+from hf_shrink.pipeline.searching import Searching
 from hf_shrink.pipeline.sweep import make_front
-from hf_shrink.plan import Plan
+from hf_shrink.plan import Plan, Scheme
+from hf_shrink.progress import quiet
+from hf_shrink.recipe import Recipe
+from hf_shrink.search.latency import LatencyTable
+from hf_shrink.search.limits import Limits
+from hf_shrink.search.solve import Programme
 
 SEARCH = {"group_size": 16, "effort": "fast", "generations": 1}
 
@@ -99,9 +106,6 @@ def test_memory_and_latency_can_be_limited_together() -> None:
 
 
 def test_what_cannot_be_met_fails_before_anything_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
-    def never(*_: Any, **__: Any) -> None:
-        raise AssertionError("measured")
-
     monkeypatch.setattr("hf_shrink.search.fingerprint.measure", never)
     model = tiny_llama()
     with pytest.raises(RecipeError, match=r"the least that this search reaches is .* of the dense model's .*lm_head"):
@@ -112,9 +116,96 @@ def test_what_cannot_be_met_fails_before_anything_is_measured(monkeypatch: pytes
         make_plan(nn.Linear(4, 4), recipe({"bytes": "50%"}), calibration=data(), progress=False)
 
 
-def test_a_budget_that_the_dense_model_keeps_is_refused() -> None:
+def never(*_: Any, **__: Any) -> None:
+    raise AssertionError("measured")
+
+
+def test_a_budget_that_the_dense_model_keeps_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_shrink.search.fingerprint.measure", never)
+    asked = recipe({"bytes": "100%"}, generations=0)
     with pytest.raises(RecipeError, match=r"keeps the budget .* as it is"):
-        make_plan(tiny_llama(), recipe({"bytes": "100%"}, generations=0), calibration=data(), progress=False)
+        make_plan(tiny_llama(), asked, calibration=data(), progress=False)
+    with pytest.raises(RecipeError, match=r"keeps the budget .* as it is"):
+        make_plan(tiny_llama(), {**asked, "dtype": "float32"}, calibration=data(), progress=False)
+    with pytest.raises(RecipeError, match=r"keeps the budget .* as it is"):
+        make_front(tiny_llama(), asked, ["30%", "100%"], calibration=data(), progress=False)
+
+
+def test_a_budget_that_a_cast_keeps_needs_nothing_else(
+    dense_bytes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("hf_shrink.search.fingerprint.measure", never)
+    asked = {"dtype": "bfloat16", **recipe({"bytes": "60%"}, effort="best")}
+    model = shrink(tiny_llama(), asked, calibration=data(), progress=False)
+    model.save_pretrained(tmp_path)
+    plan = model.shrink_record.plan
+    assert plan.dtype == "bfloat16" and not plan.schemes and not plan.prunes and not plan.tune
+    assert 0.49 * dense_bytes < stored_bytes(tmp_path) < 0.6 * dense_bytes
+    assert AutoModelForCausalLM.from_pretrained(tmp_path).dtype == torch.bfloat16
+
+
+def test_shares_are_of_the_files_of_the_model_as_it_was_given(tmp_path: Path) -> None:
+    """Of GPT-Neo's, whose masks are in memory and not in its files."""
+    sizes = {"vocab_size": 300, "hidden_size": 48, "num_layers": 2, "num_heads": 6, "max_position_embeddings": 256}
+    config = GPTNeoConfig(**sizes, attention_types=[[["global", "local"], 1]], bos_token_id=1, eos_token_id=2)
+    model = GPTNeoForCausalLM(config).eval()
+    model.save_pretrained(tmp_path / "dense")
+    ids = [{"input_ids": batch["input_ids"] % 300} for batch in data(1)]
+    asked = {"dtype": "bfloat16", "portable": False, **recipe({"bytes": "30%"}, generations=0, bits=[2, 4])}
+    shrink(model, asked, calibration=ids, progress=False)
+    model.save_pretrained(tmp_path / "small")
+    assert stored_bytes(tmp_path / "small") <= 0.3 * stored_bytes(tmp_path / "dense")
+
+
+def counted(table: LatencyTable, rows: int, columns: int, scheme: Scheme | None) -> dict[str, float]:
+    """In place of measuring."""
+    bits = 8 * table.dtype.itemsize if scheme is None else scheme.bits
+    return dict.fromkeys(("decode", "prefill"), rows * columns * bits * 1e-9)
+
+
+def test_all_shares_are_of_the_dtype_that_was_given(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HF_SHRINK_CACHE", str(tmp_path))
+    monkeypatch.setattr(LatencyTable, "_measure", counted)
+    model, dense = tiny_llama(num_hidden_layers=2), list[Any]()
+    for dtype in ("keep", "bfloat16"):
+        budget = {"bytes": "60%", "memory": "60%", "latency": {"decode": "100%", "prefill": "100%"}, "context": 512}
+        asked = Recipe.from_dict({"dtype": dtype, **recipe(budget, bits=[4], width=False)})
+        assert asked.budget is not None
+        with Searching.on(model, asked, (), 0, quiet) as search:
+            problem = search.sizes(timed=True)
+            dense.append(search.limits(asked.budget, problem).dense)
+    assert dense[0] == dense[1]
+    assert problem.dense.seconds["decode"] < dense[0]["decode"]
+    assert problem.dense.memory(512) == pytest.approx(dense[0]["memory"] / 2, rel=0.02)
+
+
+@pytest.mark.parametrize("generations", [0, 1])
+def test_a_latency_next_to_the_least_is_met_though_the_machine_gets_slower(
+    generations: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_SHRINK_CACHE", str(tmp_path))
+    monkeypatch.setattr(LatencyTable, "_measure", counted)
+    looks: list[float] = []
+
+    def slower(_: nn.Module) -> dict[str, float]:
+        looks.append(1.05 ** len(looks))
+        return {"decode": 0.1 * looks[-1], "prefill": 0.01 * looks[-1]}
+
+    monkeypatch.setattr("hf_shrink.search.latency.model_seconds", slower)
+    model = tiny_llama(num_hidden_layers=2)
+    with Searching.on(model, Recipe.from_dict(recipe({"latency": "99%"}, bits=[4])), (), 0, quiet) as search:
+        problem = search.sizes(timed=True)
+        least = Programme(problem, Limits({}, {})).least("decode")
+    budget = f"{1010 * problem.cost(least).seconds['decode']:.6f}ms"
+    asked = recipe({"latency": budget}, bits=[4], generations=generations)
+    plan = make_plan(model, asked, calibration=data(1), progress=False)
+    assert plan.search["takes"]["decode"] <= plan.search["limits"]["decode"]
+
+
+def test_a_model_that_writes_nothing_has_no_time_of_decoding(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_shrink.search.latency.model_seconds", never)
+    with pytest.raises(ArchitectureError, match="writes no tokens"):
+        make_plan(ENCODERS["bert_masked_lm"].build(), recipe({"latency": "60%"}), progress=False)
 
 
 @pytest.fixture(scope="module")
