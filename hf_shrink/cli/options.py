@@ -70,7 +70,12 @@ def recipe_of(options: argparse.Namespace) -> Any:
     from hf_shrink.recipe import Budget
     from hf_shrink.recipe.budget import budget_data
 
-    budgets = [*options.budget, *getattr(options, "sweep", ())]
+    sweep = getattr(options, "sweep", ())
+    if sweep and options.budget:
+        raise RecipeError(
+            "--sweep plans for each of its budgets, and would leave out that of --budget; give one of them"
+        )
+    budgets = [*options.budget, *sweep[:1]]
     name = options.recipe or (BUDGET_RECIPE if budgets else DEFAULT_RECIPE)
     file, _, point = str(name).partition(".json:")
     as_json = point or file.endswith(".json")
@@ -81,13 +86,13 @@ def recipe_of(options: argparse.Namespace) -> Any:
                 "--set, --effort and --budget change a recipe, not a plan; leave them out or give the recipe"
             )
         return recipe
-    if options.budget:
+    if options.budget or (sweep and not options.recipe):
         if recipe.budget is None:
             raise RecipeError(
                 f"--budget leaves it to a search what is done, and the recipe {recipe.name} has steps; leave --recipe "
                 f"out or give one with a budget, such as {BUDGET_RECIPE}"
             )
-        recipe = replace(recipe, budget=Budget.from_dict(budget_data(options.budget)))
+        recipe = replace(recipe, budget=Budget.from_dict(budget_data(budgets)))
     if options.effort is not None and recipe.budget is not None:
         recipe = recipe.with_overrides([f"search.effort={options.effort}"])
     elif options.effort is not None:

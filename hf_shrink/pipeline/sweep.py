@@ -23,10 +23,10 @@ from hf_shrink.recipe import Budget
 from hf_shrink.recipe.budget import budget_data
 from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.residence import at_home
+from hf_shrink.search.choose import Chosen
 from hf_shrink.search.levers import paid, paid_in_all, uniform
 from hf_shrink.search.measured import MeasuredAssignments
 from hf_shrink.search.options import Assignment, Problem
-from hf_shrink.search.solve import Programme
 from hf_shrink.sharding import ranks, together
 
 
@@ -46,12 +46,13 @@ def make_front(
     data, with weights that are compressed one by one, which is a little worse than what a run makes of a plan.
 
     Args:
-        recipe: with a budget; each of `budgets` takes its place.
+        recipe: with a budget of the same resource; each of `budgets` takes its place.
         budgets: in the form of `--budget`, all about one resource: "30%", "120MB", "latency:60%", "memory:500MB".
         tokenizer, calibration, seed, progress: as of `make_plan`.
 
     Raises:
-        RecipeError: a budget cannot be met, or they are about different resources.
+        RecipeError: a budget cannot be met, the dense model keeps it, or they are about different resources or
+            contexts.
     """
     loaded = load_recipe(recipe)
     if loaded.budget is None:
@@ -59,9 +60,21 @@ def make_front(
             f"a sweep goes over budgets: leave the recipe out, or give one with a budget ({BUDGET_RECIPE})"
         )
     asked = [(text, Budget.from_dict(budget_data([text]))) for text in dict.fromkeys(budgets)]
-    resources = {key for _, budget in asked for key in ("bytes", "memory", "decode", "prefill") if getattr(budget, key)}
+    resources = {key for _, budget in asked for key in budget.resources}
     if len(resources) != 1:
         raise RecipeError(f"a sweep is over one resource, not over {' and '.join(sorted(resources)) or 'none'}")
+    if others := set(loaded.budget.resources) - resources:
+        raise RecipeError(
+            f"the sweep's budgets take the place of the recipe's ({loaded.budget}), so that nothing would limit "
+            f"{' and '.join(sorted(others))}; leave that out of the recipe, or plan its budgets one by one"
+        )
+    if "memory" in resources:
+        asked = [(text, replace(budget, context=budget.context or loaded.budget.context)) for text, budget in asked]
+    if len({budget.context for _, budget in asked}) > 1:
+        raise RecipeError(
+            "a sweep counts the KV cache of one number of tokens; give all budgets the same, such as "
+            "memory:40%@4096,memory:60%@4096"
+        )
     with at_home(model), together(), silence(), evaluating(model):
         wanted = replace(loaded, budget=asked[0][1])
         job = Job(model, wanted, tokenizer, calibration, seed, Progress(quiet=not progress))
@@ -80,9 +93,8 @@ def make_front(
         )
         held_out = ranks().on_first(make)
         job.exclude = held_out.texts(tokenizer) if job.recipe.evaluation.data != "self" else None
-        timed = bool(resources & {"decode", "prefill"})
         with Searching.on(model, job.recipe, job.data().batches, seed, job.show) as search:
-            front = _Sweep(search, held_out, timed).front(resources.pop(), asked)
+            front = _Sweep(search, held_out).front(resources.pop(), asked)
         job.show.close()
     return front
 
@@ -91,15 +103,14 @@ def make_front(
 class _Sweep:
     search: Searching
     held_out: CalibrationData
-    timed: bool
 
     def front(self, resource: str, asked: Sequence[tuple[str, Budget]]) -> Front:
         search, started = self.search, time.perf_counter()
-        problem = search.problem(search.sensitivity, self.timed)
+        problem = search.problem(search.sensitivity, asked[0][1].timed)
         sensed = time.perf_counter()
         measure = search.measured(problem, self.held_out.batches)
-        limits = [search.limits(budget, problem) for _, budget in asked]
-        context = limits[0].context
+        programmes = [search.programme(budget, problem) for _, budget in asked]
+        context = programmes[0].limits.context
         dense: Assignment = (0,) * len(problem.groups)
         points = [self._point("dense", "dense", problem, measure, dense, context)]
         for bits in search.spec.bits:
@@ -107,13 +118,14 @@ class _Sweep:
             if same is not None:
                 points.append(self._point(f"W{bits}", "uniform", problem, measure, same, context))
         planning = 0.0
-        for (text, _), limit in zip(asked, limits, strict=True):
+        for (text, budget), programme in zip(asked, programmes, strict=True):
             since = time.perf_counter()
-            chosen = search.choose(Programme(problem, limit), rehearsed=False)
+            cast_only = search.casts and search.needs_nothing(budget)
+            chosen = Chosen(dense, 0.0) if cast_only else search.choose(programme, rehearsed=False)
             planning += time.perf_counter() - since
             point = self._point(text, "plan", problem, measure, chosen.assignment, context)
             by_group = paid(problem, chosen.assignment)
-            plan = json.loads(described(problem, limit, chosen).to_json())
+            plan = json.loads(described(problem, programme.limits, chosen).to_json())
             points.append(replace(point, paid=paid_in_all(by_group), by_group=by_group, plan=plan))
         source = str(getattr(search.model.config, "_name_or_path", "") or type(search.model).__name__)
         seconds = {"sensitivity": sensed - started, "plans": planning, "in all": time.perf_counter() - started}

@@ -86,6 +86,8 @@ def test_a_sweep_prints_and_draws_a_front(source: Path, tmp_path: Path, capsys: 
         (["--budget", "latncy:30%"], "did you mean 'latency'"),
         (["--budget", "30%", "--budget", "20%"], "already"),
         (["--sweep", "30%,latency:40%"], "over one resource"),
+        (["--sweep", "30%,50%", "--budget", "latency:60%"], "would leave out that of --budget"),
+        (["--sweep", "latency:60%", "--recipe", "budget-bytes-30"], "nothing would limit bytes"),
         (["--budget", "30%", "--figure", "nowhere/plan.html"], "no folder nowhere"),
         (["--set", "budget.bytes=30%"], "no budget to search for"),
     ],

@@ -240,6 +240,25 @@ def test_a_sweep_is_over_one_resource() -> None:
         make_front(tiny_llama(), "w4a16", ["30%"], calibration=data(), progress=False)
 
 
+def test_a_sweep_leaves_no_budget_out() -> None:
+    both = recipe({"bytes": "30%", "latency": "60%"})
+    with pytest.raises(RecipeError, match=r"nothing would limit decode; leave that out"):
+        make_front(tiny_llama(), both, ["30%", "60%"], calibration=data(), progress=False)
+
+
+def test_a_sweep_is_at_one_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = recipe({"memory": "50%", "context": 4000})
+    for budgets in (["memory:40%@10", "memory:60%@4000"], ["memory:40%@10", "memory:60%"]):
+        with pytest.raises(RecipeError, match="one number of tokens"):
+            make_front(tiny_llama(), asked, budgets, calibration=data(), progress=False)
+    seen = []
+    monkeypatch.setattr(Searching, "check", lambda _, budget: seen.append(budget.context))
+    monkeypatch.setattr("hf_shrink.pipeline.sweep.calibration_batches", never)
+    with pytest.raises(AssertionError, match="measured"):
+        make_front(tiny_llama(), asked, ["memory:40%", "memory:60%@4000"], calibration=data(), progress=False)
+    assert set(seen) == {4000}
+
+
 @pytest.mark.slow
 def test_a_rehearsed_search_takes_the_best_of_what_it_carried_out(dense_bytes: int) -> None:
     """On a copy: the model is the same before and after, and the budget holds."""
