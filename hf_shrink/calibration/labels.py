@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from hf_shrink.calibration.targets import IGNORED, Batch, Hidden, Kind, targets_of
+from hf_shrink.errors import CalibrationError
 
 Labels = Literal["auto", "data", "model"]
 
@@ -30,7 +31,8 @@ def log_loss(kind: Kind, batch: Batch, outputs: Any, labels: Labels, generator: 
         generator: of what is drawn, on the CPU.
 
     A model that predicts nothing but states is taken for a Gaussian of unit variance around their directions, so that
-    the expected squared gradient is the squared change of these directions.
+    the expected squared gradient is the squared change of these directions; a head with one output for one around its
+    score.
 
     Raises:
         CalibrationError: there is nothing to score in the outputs, or `labels` is "data" and there are none.
@@ -40,6 +42,14 @@ def log_loss(kind: Kind, batch: Batch, outputs: Any, labels: Labels, generator: 
         directions = F.normalize(found.states[found.positions].float(), dim=-1)
         noise = torch.randn(directions.shape, generator=generator).to(directions.device)
         return (directions * noise).sum()
+    if found.logits.shape[-1] == 1:
+        if labels == "data":
+            raise CalibrationError(
+                "the model puts out one number and no distribution, so the data's labels have no likelihood; leave "
+                "`labels` at auto, which draws them around the model's own scores"
+            )
+        scores = found.logits[found.positions].float()
+        return (scores * torch.randn(scores.shape, generator=generator).to(scores.device)).sum()
     wanted = found.labels
     if labels == "model" or (labels == "auto" and not bool((wanted != IGNORED).any())):
         wanted = _drawn(found.logits, found.positions, generator)

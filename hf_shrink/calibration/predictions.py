@@ -20,7 +20,7 @@ class Predictions:
     """Rows of one forward pass that count.
 
     Attributes:
-        values: (rows, classes) logits, or (rows, width) hidden states or embeddings.
+        values: (rows, classes) logits, (rows, width) hidden states or embeddings, or (rows, 1) scores.
         distribution: whether they are logits.
     """
 
@@ -49,8 +49,8 @@ def predictions_of(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Pred
         return Predictions(_real_rows(logits, batch), True)
     if outputs.get("start_logits") is not None:
         return Predictions(torch.cat([outputs["start_logits"], outputs["end_logits"]]), True)
-    if logits is not None:  # regression: one number a row, all rows of the batch together are the state
-        return Predictions(logits.reshape(1, -1), False)
+    if logits is not None:  # a score
+        return Predictions(_real_rows(logits if logits.dim() >= 2 else logits[:, None], batch), False)
     if outputs.get("last_hidden_state") is not None:
         return Predictions(_real_rows(outputs["last_hidden_state"], batch), False)
     embeddings = [outputs[key] for key in ("image_embeds", "text_embeds") if outputs.get(key) is not None]
@@ -84,7 +84,9 @@ def keep(dense: Predictions) -> Predictions:
 
 
 def divergence(dense: Predictions, pruned: Predictions) -> float:
-    """Sum over rows, in float64, of KL(dense || pruned) in nats, or of 1 - cos.
+    """Sum over rows, in float64, of KL(dense || pruned) in nats, of 1 - cos, or of half the squared error of scores.
+
+    Half the squared error is the divergence of two Gaussians of unit variance: the angle of two numbers says nothing.
 
     Args:
         dense: from `keep`.
@@ -98,6 +100,8 @@ def divergence(dense: Predictions, pruned: Predictions) -> float:
         reference, other = dense.values[start : start + step], pruned.values[start : start + step].float()
         if dense.distribution:
             found = F.kl_div(other.log_softmax(-1), reference, reduction="none", log_target=True).sum(-1)
+        elif reference.shape[-1] == 1:
+            found = (other - reference).square().sum(-1) / 2
         else:
             found = 1 - F.cosine_similarity(other, reference, dim=-1)
         total += float(found.double().sum())

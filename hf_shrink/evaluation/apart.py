@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 from hf_shrink.calibration.inputs import longest_text
 from hf_shrink.calibration.targets import Batch, Hidden, Kind, Logits
 from hf_shrink.errors import CalibrationError
-from hf_shrink.evaluation.divergence import Totals
+from hf_shrink.evaluation.divergence import Totals, is_score
 from hf_shrink.evaluation.scored import Prepared, forward, length_of
 
 TEXT = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
@@ -61,6 +61,9 @@ def _add(totals: Totals, kind: Kind, own: Logits | Hidden, dense: Logits | Hidde
     if isinstance(own, Hidden) or isinstance(dense, Hidden):
         if isinstance(own, Hidden) and isinstance(dense, Hidden) and own.states.shape == dense.states.shape:
             totals.add_hidden(own, dense)
+        return
+    if is_score(own) and is_score(dense):
+        totals.add_scores(own, dense)
         return
     beside = Totals()
     totals.add_logits(own, None)

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.calibration.targets import IGNORED, Batch, Hidden, Kind, Logits, cut_by_rows
 from hf_shrink.evaluation.apart import add_apart
-from hf_shrink.evaluation.divergence import Totals
+from hf_shrink.evaluation.divergence import Totals, is_score
 from hf_shrink.evaluation.observed import Observed, same
 from hf_shrink.evaluation.scored import Prepared, device_of, forward, length_of
 from hf_shrink.evaluation.text_bytes import bytes_of_labels
@@ -95,6 +95,9 @@ def _add(totals: Totals, sizes: _Bytes, kind: Kind, batch: Batch, subjects: Subj
     dense = None if subjects.baseline is None else forward(kind, batch, subjects.baseline)
     if isinstance(own, Logits):
         other = dense if isinstance(dense, Logits) else None
+        if is_score(own):
+            totals.add_scores(own, other if other is not None and is_score(other) else None)
+            return
         totals.add_logits(own, other)
         sizes.add(batch, own)
         labels = batch.get("labels")
@@ -154,6 +157,10 @@ def _columns(totals: Totals, sizes: _Bytes) -> Observed:
     for name in ("divergence", "agreeing", "cosine"):
         if getattr(totals, name):
             observed.between[name] = getattr(totals, name)
+    if totals.scores:
+        observed.model["score"] = totals.scores
+        if totals.baseline_scores:
+            observed.baseline["score"] = totals.baseline_scores
     if totals.labels:
         observed.data["reference"] = totals.labels
         sides = (observed.model, totals.choices), (observed.baseline, totals.baseline_choices)
@@ -181,8 +188,10 @@ def _reasons(totals: Totals, kind: Kind, prepared: Prepared, subjects: Subjects,
         reason = "needs the dense model as baseline"
         if compared:
             reason = f"{name} puts out hidden states and no distribution; cosine is given instead"
-            if not totals.cosine:
-                reason = "the two models put out different numbers of classes"
+            if totals.scores:
+                reason = f"{name} puts out one number and no distribution; score_agreement is given instead"
+            elif not totals.cosine:
+                reason = "the two models put out different numbers of classes, or only one class"
         reasons["divergence"] = reasons["agreeing"] = reason
     if not totals.cosine:
         reasons["cosine"] = f"{name} has logits, which say more" if compared else "needs the dense model as baseline"

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from hf_shrink.calibration.targets import IGNORED, Hidden, Logits
 from hf_shrink.errors import CalibrationError
+from hf_shrink.evaluation.scored import finite
 
 # Logits handled at once, in elements: 4 MB in float32 stay in a CPU's cache (16 MB took three times as long).
 CHUNK = {"cpu": 2**20, "accelerator": 2**24}
@@ -23,6 +24,7 @@ class Totals:
         compared: how many positions `divergence` (nats), `agreeing` or `cosine` run over.
         labels: the right class of each sequence, where the data has one.
         choices, baseline_choices: the classes that the models choose for them.
+        scores, baseline_scores: what heads with one output put out for each sequence.
     """
 
     predicted: list[int] = field(default_factory=list)
@@ -35,15 +37,17 @@ class Totals:
     labels: list[int] = field(default_factory=list)
     choices: list[int] = field(default_factory=list)
     baseline_choices: list[int] = field(default_factory=list)
+    scores: list[float] = field(default_factory=list)
+    baseline_scores: list[float] = field(default_factory=list)
 
     def add_logits(self, model: Logits, baseline: Logits | None) -> None:
-        """Add a batch. `baseline`'s classes may differ in number: then only its likelihoods are taken.
+        """Add a batch. `baseline`'s classes may differ in number, or be one: then only its likelihoods are taken.
 
         Log-softmax in float32, sums in float64. Raises CalibrationError for labels outside the output classes.
         """
         rows, width, classes = model.logits.shape
         sums = torch.zeros(4, rows, dtype=torch.float64, device=model.logits.device)
-        comparable = baseline is not None and baseline.logits.shape == model.logits.shape
+        comparable = baseline is not None and baseline.logits.shape == model.logits.shape and classes > 1
         chunk = CHUNK["cpu" if model.logits.device.type == "cpu" else "accelerator"]
         step = max(1, chunk // max(rows * classes, 1))
         complete = bool(model.positions.all())
@@ -86,6 +90,13 @@ class Totals:
         if baseline is not None:
             self.baseline_choices += baseline.logits[:, 0].argmax(-1).tolist()
 
+    def add_scores(self, model: Logits, baseline: Logits | None) -> None:
+        """Add a batch of a head with one output, (rows, 1, 1). Raises CalibrationError for NaN or infinity."""
+        self.compared += model.positions.sum(1).tolist()
+        self.scores += finite(model.logits)[:, 0, 0].double().tolist()
+        if baseline is not None:
+            self.baseline_scores += finite(baseline.logits)[:, 0, 0].double().tolist()
+
     def extend(self, other: Totals) -> None:
         """Add another's sequences."""
         for name, values in vars(other).items():
@@ -96,6 +107,11 @@ class Totals:
         cosine = F.cosine_similarity(model.states.float(), baseline.states.to(model.states.device).float(), dim=-1)
         self.compared += model.positions.sum(1).tolist()
         self.cosine += cosine.double().masked_fill(~model.positions, 0.0).sum(1).tolist()
+
+
+def is_score(found: Logits) -> bool:
+    """Whether it is one number for each sequence, as of a reranker: its softmax is always 1."""
+    return found.logits.shape[1:] == (1, 1)
 
 
 def _log_probabilities(logits: torch.Tensor, scored: torch.Tensor | None) -> torch.Tensor:

@@ -78,6 +78,8 @@ def _decision(dense: Logits | Hidden) -> Decision:
     if isinstance(dense, Logits):
         places = dense.positions[0].nonzero()
         place = int(places[-1]) if len(places) else 0
+        if dense.logits.shape[-1] == 1:  # a score; the log of its softmax is always 0
+            return lambda outputs: outputs.logits[0, place, 0].float()  # type: ignore[union-attr]
         choice = int(dense.logits[0, place].argmax())
         return lambda outputs: outputs.logits[0, place].float().log_softmax(-1)[choice]  # type: ignore[union-attr]
     direction = F.normalize(_mean_state(dense), dim=0)

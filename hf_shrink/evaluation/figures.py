@@ -45,10 +45,11 @@ class Metrics:
                 _add(figures, name, metric, observed, seed)
             elif wanted is not None:
                 figures["skipped"][name] = observed.why(metric.reads)
-        if wanted and observed.between and not compared:
+        if wanted and (observed.between or "score" in observed.baseline) and not compared:
             for name, metric in self._those(None, {}):
                 if metric.stands_in and observed.inputs(metric.reads, "model") is not None:
                     _add(figures, name, metric, observed, seed)
+                    break
         if observed.groups:
             of_groups = {name: self._of_groups(name, observed, seed) for name in figures["model"]}
             figures["groups"] = {name: found for name, found in of_groups.items() if found}

@@ -61,6 +61,16 @@ def forward(kind: Kind, batch: Batch, model: Any, **options: Any) -> Logits | Hi
     return targets_of(kind, batch, outputs)
 
 
+def finite(logits: torch.Tensor) -> torch.Tensor:
+    """The logits as they are: an argmax over NaN is an ordinary answer. Raises CalibrationError for NaN or infinity."""
+    if not bool(torch.isfinite(logits).all()):
+        raise CalibrationError(
+            "the model puts out NaN or infinite numbers on the evaluation data, so no metric means anything; check the "
+            "model with one forward pass, and the note about damping or precision in its report"
+        )
+    return logits
+
+
 def device_of(model: Any) -> torch.device:
     """Where the inputs belong: that of the first parameter with data."""
     return next((p.device for p in model.parameters() if p.device.type != "meta"), torch.device("cpu"))

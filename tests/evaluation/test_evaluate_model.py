@@ -208,6 +208,24 @@ def test_class_logits_are_compared(family):
     assert "perplexity" in result["skipped"] and result["baseline"] == {}
 
 
+def test_scores_are_compared_by_rank_and_not_as_classes():
+    """Softmax over one class is always 1: any damage would look like a perfect copy."""
+    dense, batch = bert(BertForSequenceClassification, num_labels=1), {"input_ids": windows(6, 10)}
+    small = perturbed(dense, 0.3)
+    result = evaluate_model(small, [batch], baseline=dense)
+    with torch.no_grad():
+        ranks = [model(**batch).logits[:, 0].argsort().argsort().double() for model in (dense, small)]
+    expected = torch.corrcoef(torch.stack(ranks))[0, 1].item()
+    assert expected < 0.99
+    assert result["model"]["score_agreement"]["value"] == pytest.approx(expected)
+    assert set(result["model"]) == {"score_agreement"} and result["sequences"] == 6
+    assert "score_agreement is given instead" in result["skipped"]["kl_divergence"]
+    with torch.no_grad():
+        small.classifier.bias.fill_(float("nan"))
+    with pytest.raises(CalibrationError, match="NaN or infinite"):
+        evaluate_model(small, [batch], baseline=dense)
+
+
 def test_a_bare_encoder_is_compared_by_cosine():
     dense = bert(BertModel)
     small, ids = perturbed(dense), windows(2, 10)

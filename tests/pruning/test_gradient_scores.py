@@ -165,6 +165,17 @@ def test_states_without_a_distribution_have_a_loss_too() -> None:
     assert kind_of(nn.Linear(1, 1)) == "other"
 
 
+def test_scores_have_a_loss_too() -> None:
+    """Of one class the likelihood is 1 and every gradient 0."""
+    scores = torch.randn(3, 1, requires_grad=True)
+    outputs: dict[str, Any] = {"logits": scores}
+    loss = log_loss("other", {}, outputs, "auto", torch.Generator().manual_seed(0))
+    (gradient,) = torch.autograd.grad(loss, scores)
+    assert float(gradient.abs().min()) > 0
+    with pytest.raises(CalibrationError, match="auto"):
+        log_loss("other", {}, outputs, "data", torch.Generator())
+
+
 def test_what_cannot_be_scored_is_said() -> None:
     model = tiny_llama()
     step = PruneStep("width", "taylor", ratio=0.2, units="mlp")

@@ -82,6 +82,13 @@ def test_states_are_compared_by_angle() -> None:
     assert divergence(keep(Predictions(a, False)), Predictions(-2 * a, False)) == pytest.approx(12, rel=1e-5)
 
 
+def test_scores_are_compared_by_their_error() -> None:
+    """The angle between two numbers is their sign."""
+    dense, pruned = (predictions_of({"logits": torch.tensor(found)[:, None]}, {}) for found in ([1.0, 2.0], [4.0, 2.0]))
+    assert divergence(keep(dense), pruned) == pytest.approx(4.5)
+    assert divergence(keep(dense.thinned(1)), pruned.thinned(1)) == pytest.approx(4.5)
+
+
 def test_not_finite_predictions_are_an_error() -> None:
     bad = torch.full((2, 3), float("nan"))
     for distribution in (True, False):

@@ -16,6 +16,7 @@ class ScoreAgreement(modules.Module):
 
     reads = ("score", "baseline.score")
     inputs = ("the compressed model's scores", "the dense model's")
+    stands_in = True
 
     @classmethod
     def columns(cls) -> list[dict[str, Any]]:
