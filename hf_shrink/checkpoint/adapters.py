@@ -31,25 +31,29 @@ def known_to_peft(config: LoraConfig) -> LoraConfig:
     return config
 
 
-def load_adapter(model: PreTrainedModel, folder: str | os.PathLike[str], *, trainable: bool = False) -> PeftModel:
+def load_adapter(
+    model: PreTrainedModel, folder: str | os.PathLike[str], *, subfolder: str | None = None, trainable: bool = False
+) -> PeftModel:
     """Put a saved adapter on a model, packed or not: PEFT's `from_pretrained`, which does not know packed Linears.
 
         model = AutoModelForCausalLM.from_pretrained("small")
         model = hf_shrink.load_adapter(model, "small/adapter")
 
     Args:
-        folder: of the adapter.
+        folder: of the adapter, or its id on the Hub.
+        subfolder: of that, where the adapter lies in one.
         trainable: to train it further.
 
     Raises:
         CheckpointError: there is no adapter for this model, or PEFT is not installed.
     """
     where = os.fspath(folder)
+    inside: dict[str, Any] = {} if subfolder is None else {"subfolder": subfolder}
     try:
         from peft import LoraConfig, PeftModel
 
-        config: Any = known_to_peft(LoraConfig.from_pretrained(where))
-        found: PeftModel = PeftModel.from_pretrained(model, where, config=config, is_trainable=trainable)
+        config: Any = known_to_peft(LoraConfig.from_pretrained(where, **inside))
+        found: PeftModel = PeftModel.from_pretrained(model, where, config=config, is_trainable=trainable, **inside)
     except ModuleNotFoundError as error:
         raise CheckpointError(
             f"adapters need {error.name}, which is not installed; run: pip install 'hf_shrink[training]'"

@@ -62,6 +62,7 @@ def measure(
         speed = ranks().on_first(lambda: compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS))
         show("comparing speed", 1, 1)
     record.report.evaluation = for_report(result, speed)
+    record.report.completions = []
     writer, dense_writer = map(tokenizer_of, processing)
     if speed is not None and dense.can_generate() and not dense.config.is_encoder_decoder and writer is not None:
         sides = {"dense": (dense, dense_writer), "compressed": (model, writer)}

@@ -246,6 +246,7 @@ class Job:
         report.seed = self.seed
         if data.batches:
             report.calibration = {"description": data.description, **data.details}
+            report.calibration |= {} if self.calibration is None else {"object": True}
         planned = self.keeper.planned(lambda: self.plan(data))
         report.seconds["plan"] = time.perf_counter() - started
         report.notes += planned.notes
@@ -275,7 +276,7 @@ class Job:
         self.show.close()
         report = ranks().from_first(report)  # seconds are not the same everywhere
         recipe = self.recipe.to_dict() if self.recipe is not None else {}
-        if recipe and self.calibration is not None:  # an object: the recipe can only say what it was
+        if recipe and "object" in report.calibration:  # an object: the recipe can only say what it was
             recipe["calibration"]["data"] = data.description
         source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
         return ShrinkRecord(source, recipe, planned.plan, report, tokenizer=tokenizer)

@@ -9,6 +9,7 @@ from typing import Any
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.card_metadata import card_metadata
 from hf_shrink.reporting.figures import (
+    ADAPTED,
     NOT_MEASURED,
     Record,
     display_name,
@@ -21,7 +22,15 @@ from hf_shrink.reporting.figures import (
     skipped,
 )
 from hf_shrink.reporting.pictures import Picture
-from hf_shrink.reporting.reproduce import TRAINED, command, is_hub_id, provenance, seconds, shown_recipe, shown_source
+from hf_shrink.reporting.reproduce import (
+    command,
+    is_hub_id,
+    no_command,
+    provenance,
+    seconds,
+    shown_recipe,
+    shown_source,
+)
 from hf_shrink.reporting.source_card import SourceCard
 from hf_shrink.reporting.tasks import Task, task_of
 
@@ -98,6 +107,8 @@ def _loading(record: Record, task: Task, name: str) -> str:
     lines = ["## How to load it", "", "```python"]
     if not report.portable:
         lines.append("import hf_shrink  # teaches transformers this checkpoint's format")
+    elif report.adapter:
+        lines.append("import hf_shrink  # puts the adapter on")
     writes = task.auto_class == "AutoModelForCausalLM"
     lines += [
         f"from transformers import {task.auto_class}{', AutoTokenizer' if writes else ''}",
@@ -105,6 +116,8 @@ def _loading(record: Record, task: Task, name: str) -> str:
         f'name = "{name}"  # the folder\'s path, or its id on the Hub',
         f"model = {task.auto_class}.from_pretrained(name)",
     ]
+    if report.adapter:
+        lines.append('model = hf_shrink.load_adapter(model, name, subfolder="adapter")')
     if writes:
         lines += [
             "tokenizer = AutoTokenizer.from_pretrained(name)",
@@ -112,7 +125,11 @@ def _loading(record: Record, task: Task, name: str) -> str:
             "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=40)[0]))",
         ]
     lines += ["```", ""]
-    if record.plan.formats:
+    if report.adapter:
+        lines.append(ADAPTED)
+    if report.adapter and report.portable:
+        lines.append("The weights alone load in stock transformers.")
+    elif record.plan.formats:
         lines.append("It loads in stock transformers with bitsandbytes installed; hf_shrink is not needed.")
     elif report.portable:
         lines.append("It loads in stock transformers; hf_shrink is not needed.")
@@ -134,7 +151,11 @@ def _done(record: Record, pictures: Sequence[Picture]) -> str:
     if record.report.notes:
         lines += ["", "Notes of the run:", "", *(f"- {_one_line(note)}" for note in record.report.notes)]
     again = command(record)
-    lines += ["", "The same again, from beside this card:", "", _fenced(again, "bash")] if again else ["", TRAINED]
+    lines += (
+        ["", "The same again, from beside this card:", "", _fenced(again, "bash")]
+        if again
+        else ["", no_command(record)]
+    )
     lines.append("")
     lines += [f"- {name}: {_one_line(value)}" for name, value in provenance(record).items()]
     total = record.report.seconds.get("total")

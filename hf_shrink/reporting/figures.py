@@ -11,6 +11,10 @@ from hf_shrink.plan import Plan
 from hf_shrink.report import ShrinkReport
 
 NOT_MEASURED = "-"
+ADAPTED = (
+    "The figures are of the weights with the adapter in `adapter/`, which hf_shrink puts on; without it the model is "
+    "as it was before recovery."
+)
 
 
 class Record(Protocol):

@@ -8,7 +8,7 @@ from html import escape
 
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.charts import bar_chart, dot_chart
-from hf_shrink.reporting.figures import Record, display_name, headline, measured_on, rows, said_text, skipped
+from hf_shrink.reporting.figures import ADAPTED, Record, display_name, headline, measured_on, rows, said_text, skipped
 from hf_shrink.reporting.front_chart import front_figure
 from hf_shrink.reporting.headline import tiles_html
 from hf_shrink.reporting.layout import BlockLayout
@@ -16,7 +16,7 @@ from hf_shrink.reporting.page import bullets, figure, folded, legend, page, para
 from hf_shrink.reporting.plan_chart import by_stack
 from hf_shrink.reporting.plan_map import plan_map
 from hf_shrink.reporting.plan_rows import outside_rows, plan_rows
-from hf_shrink.reporting.reproduce import TRAINED, command, provenance, seconds, shown_recipe, shown_source
+from hf_shrink.reporting.reproduce import command, no_command, provenance, seconds, shown_recipe, shown_source
 from hf_shrink.reporting.sensitivity import kind_of_option, predicted_by_block, sensitivity_of
 
 
@@ -150,15 +150,19 @@ def _samples(report: ShrinkReport) -> str:
 
 
 def _loading(report: ShrinkReport) -> str:
+    adapted = paragraph(ADAPTED) if report.adapter else ""
     if report.portable:
-        return paragraph("Loads in stock transformers.")
-    return f"<p>Loads only after <code>import hf_shrink</code>, because:</p>{bullets(report.not_portable_because)}"
+        return adapted + paragraph(f"{'The weights alone load' if report.adapter else 'Loads'} in stock transformers.")
+    return (
+        adapted
+        + f"<p>Loads only after <code>import hf_shrink</code>, because:</p>{bullets(report.not_portable_because)}"
+    )
 
 
 def _reproduce(record: Record) -> str:
     recipe, again = shown_recipe(record), command(record)
     where = "<p>From beside this page, where <code>shrink.json</code> holds recipe and plan:</p>"
-    parts = [f"{where}<pre>{escape(again)}</pre>" if again else paragraph(TRAINED)]
+    parts = [f"{where}<pre>{escape(again)}</pre>" if again else paragraph(no_command(record))]
     if recipe:
         parts.append(f"<h3>Recipe</h3><pre>{escape(recipe)}</pre>")
     lines = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in provenance(record).items())

@@ -30,15 +30,47 @@ def shown_recipe(record: Record) -> str:
     return yaml.safe_dump(without_folders(dict(record.recipe)), sort_keys=False, default_flow_style=None).rstrip()
 
 
-def command(record: Record) -> str:
-    """What does the same again, on `shrink.json` from beside the report; empty where training had a part in it."""
-    if record.report.trained:
-        return ""
-    seed = f" --seed {record.report.seed}" if record.report.seed else ""
-    return f"hf-shrink run {shlex.quote(shown_source(record))} --recipe shrink.json{seed} --output again"
-
-
 TRAINED = "It was made while it was trained: it takes that training again, with ShrinkCallback and this recipe."
+# What `hf-shrink recover` takes of the options of a recovery.
+RECOVERY = ("method", "minutes", "steps", "samples", "length", "rank", "learning_rate")
+
+
+def command(record: Record) -> str:
+    """What does the same again, on `shrink.json` from beside the report; empty where no command does, see
+    `no_command`."""
+    if no_command(record):
+        return ""
+    report, source = record.report, shlex.quote(shown_source(record))
+    run = f"hf-shrink run {source} --recipe shrink.json{_seed(report.seed)} --output again"
+    recover = f"hf-shrink recover again --baseline {source} --output again --overwrite"
+    return "\n".join([run, *(f"{recover} {_recovery(given)}" for given in report.recoveries)])
+
+
+def no_command(record: Record) -> str:
+    """Why no command does the same again; empty where one does."""
+    report = record.report
+    if report.trained:
+        return TRAINED
+    if report.calibration.get("object"):
+        said = report.calibration.get("description", "data")
+        return f"It was calibrated on {said}, handed over in Python: the same again takes `shrink` with that data."
+    if any(given["data"] is None for given in report.recoveries):
+        return "It was recovered on data that was handed over in Python: the same again takes `recover` with that data."
+    others = [name for given in report.recoveries for name in given if name not in (*RECOVERY, "data", "seed")]
+    if others:
+        return f"It was recovered with {', '.join(others)}, which only `recover_checkpoint` in Python takes."
+    return ""
+
+
+def _seed(seed: int) -> str:
+    return f" --seed {seed}" if seed else ""
+
+
+def _recovery(given: Mapping[str, Any]) -> str:
+    """The options of `hf-shrink recover`."""
+    words = [f"--data {shlex.quote(without_folders(given['data']))}"]
+    words += [f"--{name.replace('_', '-')} {given[name]}" for name in RECOVERY if given.get(name) is not None]
+    return f"{' '.join(words)}{_seed(given['seed'])}"
 
 
 def provenance(record: Record) -> dict[str, str]:

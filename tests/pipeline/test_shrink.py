@@ -17,6 +17,7 @@ from hf_shrink import Plan, make_plan, shrink
 from hf_shrink.errors import ArchitectureError, CalibrationError, CheckpointError, RecipeError
 from hf_shrink.pipeline.recipes import built_in_recipes, load_recipe
 from hf_shrink.recipe import Recipe
+from hf_shrink.reporting.reproduce import command, no_command
 from hf_shrink.runtime.embedding import CompressedEmbedding
 from hf_shrink.runtime.linear import CompressedLinear
 
@@ -101,6 +102,17 @@ def test_the_record_says_which_data_it_was(tmp_path: Path) -> None:
         assert description is None if said is None else said in description
         if said is not None:
             assert Recipe.from_dict(model.shrink_record.recipe).calibration.data == str(path)
+
+
+def test_data_that_was_handed_over_is_in_no_recipe() -> None:
+    """A command that does the same again could not name it."""
+    texts = [TEXT] * 4
+    model = shrink(two_blocks(), {**GPTQ, "calibration": SMALL}, tokenizer=tiny_tokenizer(), calibration=texts)
+    assert command(model.shrink_record) == "" and "a list of texts" in no_command(model.shrink_record)
+    rtn = {"steps": [{"quantize": {"method": "rtn", "scheme": "W4A16", "group_size": 16}}]}
+    model = shrink(two_blocks(), rtn, tokenizer=tiny_tokenizer(), calibration=texts)  # which reads no data
+    assert command(model.shrink_record).startswith("hf-shrink run")
+    assert model.shrink_record.recipe["calibration"]["data"] == "self"
 
 
 def test_training_mode_and_returned_object() -> None:

@@ -13,8 +13,9 @@ from reporting.record_example import bare_record, full_record, searched_record
 
 from hf_shrink.errors import CheckpointError
 from hf_shrink.reporting import model_card, write_report
+from hf_shrink.reporting.html import report_html
 from hf_shrink.reporting.plots import MISSING
-from hf_shrink.reporting.reproduce import TRAINED
+from hf_shrink.reporting.reproduce import TRAINED, no_command
 from hf_shrink.reporting.source_card import find_source_card
 
 SOURCE_CARD = """---
@@ -227,6 +228,32 @@ def test_what_was_made_in_training_claims_no_command_that_does_it_again():
     assert "hf-shrink run owner/tiny-llama" in model_card(record) and TRAINED not in model_card(record)
     record.report.trained = True
     assert "hf-shrink run" not in model_card(record) and TRAINED in model_card(record)
+
+
+def test_what_no_command_does_again_says_what_it_takes():
+    record = full_record()
+    record.report.recoveries = [{"minutes": 15, "rank": 8, "data": "/secret/notes.txt", "seed": 2}]
+    card, page = model_card(record), report_html(record)
+    again = "--output again --overwrite --data notes.txt --minutes 15 --rank 8 --seed 2"
+    for text in (card, page):
+        assert f"hf-shrink recover again --baseline owner/tiny-llama {again}" in text and "/secret" not in text
+    record.report.recoveries[0]["rounding"] = True
+    assert "hf-shrink run" not in model_card(record) and "rounding" in no_command(record)
+    record.report.recoveries = [{"steps": 5, "data": None, "seed": 0}]
+    assert "hf-shrink run" not in report_html(record) and "`recover` with that data" in model_card(record)
+    record.report.recoveries, record.report.calibration["object"] = [], True
+    assert "hf-shrink run" not in model_card(record) and "handed over in Python" in report_html(record)
+
+
+def test_an_adapter_belongs_to_how_it_is_loaded():
+    record = full_record()
+    assert record.report.portable
+    record.report.adapter = True
+    for config in (LLAMA, {"architectures": ["BertModel"]}):
+        card = model_card(record, config=config)
+        assert 'model = hf_shrink.load_adapter(model, name, subfolder="adapter")' in card
+        assert "import hf_shrink  # puts" in card and "hf_shrink is not needed" not in card
+    assert "with the adapter in" in report_html(record)
 
 
 def test_without_matplotlib_the_report_says_so(tmp_path, monkeypatch):

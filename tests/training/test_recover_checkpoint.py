@@ -18,7 +18,9 @@ SETTINGS = {
     "calibration": {"samples": 8, "length": 24},
     "evaluation": {"samples": 6, "length": 24, "metrics": ["perplexity", "kl_divergence"]},
 }
+FOUND = "with-adapter"
 DEPTH = {"prune": {"what": "depth", "method": "block_influence", "blocks": 1, "refit": False}}
+THEIRS = "# Dense\n\n## Limitations\nIt has never seen a mountain.\n"
 PACK = {"quantize": {"method": "rtn", "scheme": "W2A16", "group_size": 16}}
 
 
@@ -29,6 +31,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     tiny_llama(num_hidden_layers=3).save_pretrained(folder / "dense")
     tiny_tokenizer().save_pretrained(folder / "dense")
     (folder / "book.txt").write_text(TEXT * 4)
+    (folder / "dense" / "README.md").write_text(THEIRS)
     for name, step in (("pruned", DEPTH), ("packed", PACK)):
         shrink_checkpoint(folder / "dense", folder / name, {**SETTINGS, "steps": [step]}, progress=False)
     return folder
@@ -53,7 +56,13 @@ def test_the_command_writes_a_whole_folder_in_place_of_the_old_one(folders: Path
     assert not [path for path in folders.iterdir() if path.name.startswith(".")]
     record = json.loads((found / "shrink.json").read_text())
     assert any("recovery (lora" in note for note in record["report"]["notes"]) and record["plan"]["stacks"]
-    assert record["report"]["seconds"]["recover"] > 0
+    seconds = record["report"]["seconds"]
+    assert seconds["recover"] > 0 and seconds["total"] >= seconds["plan"] + seconds["recover"]
+    prompts = [texts["prompt"] for texts in record["report"]["completions"]]
+    assert len(prompts) == len(set(prompts)) > 0, "of the recovered model, not of both"
+    card = (found / "README.md").read_text()
+    assert "hf-shrink recover again" in card and "--data book.txt --steps 30" in card and str(folders) not in card
+    assert (found / "README.dense.md").read_text() == THEIRS and card.count("never seen a mountain") == 1
     model = AutoModelForCausalLM.from_pretrained(found)
     assert len(model.model.layers) == 2 and not [n for n in model.state_dict() if "lora" in n]
 
@@ -76,8 +85,14 @@ def test_an_adapter_lies_beside_packed_weights(folders: Path) -> None:
         )
     with pytest.raises(CheckpointError, match="adapter already"):
         recover_checkpoint(folders / "with-adapter", folders / "again", steps=1, progress=False)
-    notes = json.loads((folders / "with-adapter" / "shrink.json").read_text())["report"]["notes"]
-    assert any("load_adapter" in note for note in notes)
+    before, after = (json.loads((folders / name / "shrink.json").read_text())["report"] for name in ("packed", FOUND))
+    assert any("load_adapter" in note for note in after["notes"])
+    adapter = (folders / FOUND / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert after["bytes_after"] == before["bytes_after"] + adapter
+    assert 'load_adapter(model, name, subfolder="adapter")' in (folders / FOUND / "README.md").read_text()
+    anew = load_adapter(AutoModelForCausalLM.from_pretrained(folders / FOUND), folders / FOUND, subfolder="adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(measured(ids).logits, anew(ids).logits)
 
 
 def test_scales_of_a_folder_without_a_record(folders: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -20,9 +21,11 @@ from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.side_files import copy_side_files
 from hf_shrink.checkpoint.source import load_processing
 from hf_shrink.errors import CheckpointError, RecipeError
+from hf_shrink.evaluation import stored_bytes
 from hf_shrink.pipeline.measuring import measure
 from hf_shrink.recipe import EvaluationSpec
 from hf_shrink.reporting import write_report
+from hf_shrink.reporting.card import DENSE_CARD
 from hf_shrink.reporting.progress import Progress, silence
 from hf_shrink.sharding import together
 from hf_shrink.training.recovery.recover import Recovered, recover
@@ -96,8 +99,7 @@ def recover_checkpoint(
             **options,
         )
         if record is not None:
-            record.report.notes.append(result.note)
-            record.report.seconds["recover"] = result.seconds
+            _note(record, result, data, seed, options)
             if held_out is not None:
                 measure(dense.model, found.model, held_out, spec, (processing, processing), record, show)
         if isinstance(result.model, PeftModel):
@@ -114,10 +116,24 @@ def _held_out(
     return calibration_batches(spec, model=dense, tokenizer=processing, seed=seed, purpose="evaluation", progress=show)
 
 
+def _note(record: ShrinkRecord, result: Recovered, data: Any, seed: int, options: Mapping[str, Any]) -> None:
+    """What was done, for the report: in words, in seconds, and as what the command takes."""
+    report = record.report
+    report.notes.append(result.note)
+    report.seconds["recover"] = result.seconds
+    report.seconds["total"] = report.seconds.get("total", 0.0) + result.seconds
+    if result.adopted:
+        named = os.fspath(data) if isinstance(data, str | os.PathLike) else None
+        plain = {key: value if isinstance(value, str | int | float) else "an object" for key, value in options.items()}
+        report.recoveries.append({**plain, "data": named, "seed": seed})
+
+
 def _save_adapter(adapted: PeftModel, folder: Path | None, record: ShrinkRecord | None) -> None:
     assert folder is not None
     adapted.save_pretrained(str(folder / ADAPTER))
     if record is not None:
+        record.report.adapter = True
+        record.report.bytes_after += stored_bytes(folder / ADAPTER)
         record.report.notes.append(
             f"the recovered model is the weights with the adapter in {ADAPTER}/: put it on with "
             f"hf_shrink.load_adapter(model, FOLDER + '/{ADAPTER}'); without it the model is as it was before"
@@ -131,7 +147,8 @@ def _save(found: Measured, folder: Path | None, record: ShrinkRecord | None) -> 
     if record is not None and hasattr(model, "shrink_record"):
         vars(model).update(shrink_record=record, shrink_report=record.report)
     model.save_pretrained(folder)
-    card = copy_side_files(found.source, folder)
+    copy_side_files(found.source, folder)  # its card is ours
     if record is not None:
-        write_report(folder, record, source_card=card)
+        kept = found.source.folder / DENSE_CARD
+        write_report(folder, record, source_card=kept.read_text(encoding="utf-8") if kept.is_file() else None)
         record.write(folder)
