@@ -165,5 +165,5 @@ def _push(output: str, destination: Destination, quiet: bool) -> None:
             print(push_folder(output, destination).url)
     except HubError as error:
         raise PushInterrupted(
-            f"{error} ({output} is whole; push it with: hf-shrink push {shlex.quote(output)} {destination.repo_id})"
+            f"{error} ({output} is whole; push it with: hf-shrink push {shlex.quote(output)} {destination.arguments})"
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -42,6 +43,16 @@ class Destination:
         """The number of the pull request that the revision is."""
         found = re.fullmatch(r"refs/pr/(\d+)", self.revision or "")
         return int(found[1]) if found else None
+
+    @property
+    def arguments(self) -> str:
+        """What `hf-shrink push FOLDER` needs after the folder to push there; the token is no option."""
+        words = [self.repo_id]
+        words += ["--private"] if self.private else []
+        words += ["--revision", self.revision] if self.revision is not None else []
+        words += ["--pr"] if self.create_pr and self.revision is None else []  # else it is open already
+        words += ["--overwrite"] if self.overwrite else []
+        return shlex.join(words)
 
     def api(self) -> HfApi:
         """The client that acts for this destination's token."""

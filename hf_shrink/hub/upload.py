@@ -105,7 +105,4 @@ def _stale(api: HfApi, folder: Path, where: Destination) -> list[str] | None:
 def _go_on(again: str, where: Destination) -> str:
     if not again:
         return ""
-    options = f" --revision {where.revision}" if where.revision is not None else ""
-    options += " --private" if where.private else ""
-    options += " --overwrite" if where.overwrite else ""
-    return f". Nothing is lost, and what has arrived is not sent again: go on with {again} {where.repo_id}{options}"
+    return f". Nothing is lost, and what has arrived is not sent again: go on with {again} {where.arguments}"

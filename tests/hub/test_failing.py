@@ -163,6 +163,15 @@ def test_a_pull_request_that_broke_off_goes_on_in_itself(hub: Server, finished: 
     assert "shrink.json" in theirs.files("refs/pr/1")
 
 
+def test_a_pull_request_that_was_never_opened_is_asked_for_again(hub: Server, finished: Path, screen: Screen) -> None:
+    theirs = hub.hub.repositories["them/model"] = Repository("them/model", private=False)
+    hub.faults.append(Fault("POST .*/discussions", 403))
+    code, said = outcome(["push", str(finished), "them/model", "--pr", "--quiet"], screen)
+    assert (code, theirs.pulls) == (2, {})
+    assert main([*shlex.split(said.split("go on with hf-shrink ")[1]), "--quiet"]) == 0
+    assert theirs.pulls[1]["status"] == "open" and "shrink.json" not in theirs.files()
+
+
 def test_no_answer_at_all(hub: Server, finished: Path, screen: Screen) -> None:
     hub.faults.append(Fault("GET /api/whoami-v2", after=0))
     code, said = outcome(["push", str(finished), "me/tiny", "--quiet"], screen)
@@ -197,12 +206,13 @@ def test_what_run_computed_is_kept_when_the_push_fails(
 ) -> None:
     output = tmp_path / "out"
     hub.faults.append(Fault("POST /api/repos/create", 403))  # what was allowed when it began
-    code, said = outcome(run(source, output), screen)
+    code, said = outcome([*run(source, output), "--private"], screen)
     assert code == 1
     assert (output / "shrink.json").is_file()
     again = said.split(": hf-shrink ")[-1].rstrip(")")
     assert main([*shlex.split(again), "--quiet"]) == 0
     assert "shrink.json" in hub.hub.repositories["me/tiny"].files()
+    assert hub.hub.repositories["me/tiny"].private
 
 
 def test_a_model_that_cannot_be_pushed_is_on_the_disk(
