@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -32,6 +33,21 @@ def current_versions() -> dict[str, str]:
     return {"hf_shrink": hf_shrink_version(), **packages, "python": platform.python_version()}
 
 
+def named(source: str, *, whole: bool = True) -> str:
+    """A source as a record has it: a Hub id as it is, a folder so that it cannot be taken for one.
+
+    Args:
+        whole: a folder by its whole path, to be found from anywhere; else as it was given, because a Trainer pushes its
+            record as it is.
+    """
+    folder = Path(source).expanduser()
+    if not source or not folder.is_dir():
+        return source
+    if whole:
+        return os.path.abspath(folder)
+    return source if source[0] in "./~" else f"./{source}"
+
+
 def _version(package: str, otherwise: str) -> str:
     try:
         return metadata.version(package)
@@ -44,7 +60,7 @@ class ShrinkRecord:
     """How a model became what it is; travels with it as `model.shrink_record` and as shrink.json.
 
     Attributes:
-        source: folder or Hub id of the dense model.
+        source: folder or Hub id of the dense model, see `named`.
         recipe: the recipe as decoded YAML (`Recipe.to_dict`).
         plan: what was done.
         report: what came of it.

@@ -19,7 +19,7 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.device import chosen_device, settle
 from hf_shrink.checkpoint.fingerprint import digest, fingerprint
-from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, current_versions, read_record
+from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, current_versions, named, read_record
 from hf_shrink.checkpoint.run_folder import RunFolder
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.side_files import copy_side_files
@@ -120,7 +120,7 @@ def shrink_checkpoint(
             job.exclude = held_out.texts(processing) if held_out is not None and spec.data != "self" else None
             before = copy.deepcopy(processing)  # its tokens, where the run takes some out
             with recalling(Recalled(run.finished)):
-                record = replace(job.run(job.data()), source=found.name)
+                record = replace(job.run(job.data()), source=named(found.name))
         record.report.notes += [note] if note is not None else []
         bind_save(model, record)
         source_card = ranks().on_first(lambda: _save(model, found, record, run.output))

@@ -18,7 +18,7 @@ from hf_shrink.architectures.refused import check_type
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.inference import optimize_for_inference
-from hf_shrink.checkpoint.record import ShrinkRecord
+from hf_shrink.checkpoint.record import ShrinkRecord, named
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.save import model_portability
 from hf_shrink.checkpoint.source import check_finite
@@ -279,4 +279,4 @@ class Job:
         if recipe and "object" in report.calibration:  # an object: the recipe can only say what it was
             recipe["calibration"]["data"] = data.description
         source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-        return ShrinkRecord(source, recipe, planned.plan, report, tokenizer=tokenizer)
+        return ShrinkRecord(named(source, whole=False), recipe, planned.plan, report, tokenizer=tokenizer)

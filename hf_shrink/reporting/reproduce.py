@@ -14,8 +14,8 @@ from hf_shrink.reporting.figures import Record
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a source is named as on the Hub, `owner/name`, and is no folder here."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and source[0] != "." and not Path(source).exists()
+    """Whether a record's source is a name on the Hub, `owner/name`; no folder is, see `checkpoint.record.named`."""
+    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and source[0] != "."
 
 
 def shown_source(record: Record) -> str:

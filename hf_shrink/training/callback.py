@@ -13,7 +13,7 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_shrink.checkpoint.record import ShrinkRecord
+from hf_shrink.checkpoint.record import ShrinkRecord, named
 from hf_shrink.errors import CheckpointError, ShrinkError
 from hf_shrink.pipeline.recipes import RecipeLike, read_recipe
 from hf_shrink.plan import Plan
@@ -287,7 +287,9 @@ class ShrinkCallback(TrainerCallback):
         )
         config = getattr(model, "config", None)
         source = str(getattr(config, "_name_or_path", "") or type(model).__name__)
-        return ShrinkRecord(source, self._described(), Plan(str(getattr(config, "model_type", ""))), report)
+        return ShrinkRecord(
+            named(source, whole=False), self._described(), Plan(str(getattr(config, "model_type", ""))), report
+        )
 
 
 def _recompile(args: TrainingArguments) -> None:

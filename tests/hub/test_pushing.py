@@ -22,7 +22,9 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import hf_shrink
+from hf_shrink.checkpoint.staging import public
 from hf_shrink.cli import main
+from hf_shrink.reporting.reproduce import is_hub_id
 
 # Stock transformers, which knows the Hub by HF_ENDPOINT alone.
 PULL = """
@@ -94,6 +96,23 @@ def test_everything_of_the_folder_arrives_and_nothing_of_this_machine(hub: Serve
     assert card.data.license == "mit"
     assert "hf_shrink" in card.data.tags
     assert '"me/tiny"' in card.text
+
+
+def test_a_folder_is_no_name_on_the_hub(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Wherever the record is read; and pushed it says only the folder's name."""
+    place = source.parent.parent
+    monkeypatch.chdir(place)
+    relative = str(source.relative_to(place))
+    assert main(["run", relative, "--output", str(tmp_path / "out"), *RUN, "--evaluation", "none"]) == 0
+    monkeypatch.chdir(tmp_path)
+    assert main(["report", str(tmp_path / "out")]) == 0
+    record = json.loads((tmp_path / "out" / "shrink.json").read_text())
+    assert record["source"] == str(source) and public(record)["source"] == source.name
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "base_model" not in card and "huggingface.co/private-place" not in card and str(source) not in card
+    monkeypatch.chdir(place)
+    model = hf_shrink.shrink(AutoModelForCausalLM.from_pretrained(relative), "w8-full", progress=False)
+    assert model.shrink_record.source == f"./{relative}" and not is_hub_id(model.shrink_record.source)
 
 
 def test_the_commit_says_what_came_of_it(hub: Server, finished: Path, folder: Path) -> None:
