@@ -130,6 +130,8 @@ class Budget:
         for key, value in latency.items():
             if key not in LATENCIES:
                 raise RecipeError(f"unknown key {key!r} in budget.latency; {did_you_mean(str(key), LATENCIES)}")
+            if value is None:
+                continue
             made[key] = Limit.parse(value, "seconds", f"budget.latency.{key}")
         return cls(**made, context=given.get("context"))
 

@@ -102,6 +102,8 @@ def test_set_reaches_into_budgets() -> None:
     assert not changed.portable
     other = changed.with_overrides(["budget.bytes=null", "budget.latency=55%"])
     assert other.to_dict()["budget"] == {"latency": {"decode": "55%"}}
+    neither = other.with_overrides(["budget.bytes=20%", "budget.latency.decode=null"])
+    assert neither.to_dict()["budget"] == {"bytes": "20%"}
     for bad, message in (
         ("budget.bytes.share=1", "has no keys"),
         ("search.widht=true", "did you mean 'width'"),
