@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from hf_shrink.calibration.inputs import longest_text
 from hf_shrink.errors import ArchitectureError
 
 Inputs = dict[str, torch.Tensor]
@@ -51,8 +52,7 @@ def generates(model: Any) -> bool:
 
 def positions(model: Any) -> int | None:
     """How many tokens the model has positions for; None where that is not limited."""
-    text = model.config.get_text_config(decoder=True)
-    return getattr(text, "max_position_embeddings", None) or getattr(text, "max_target_positions", None)
+    return longest_text(model) or longest_text(model, decoder=True)
 
 
 def _pixels(config: Any, batch: int, generator: torch.Generator) -> torch.Tensor:

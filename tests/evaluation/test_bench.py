@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import VOCABULARY, tiny_llama
-from transformers import BertConfig, BertModel
+from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel
 
 from hf_shrink import shrink
 from hf_shrink.errors import ArchitectureError, CheckpointError
 from hf_shrink.evaluation import Workload, bench, bench_checkpoint, memory
+from hf_shrink.evaluation.made_up import made_up_inputs
 from hf_shrink.evaluation.memory import Load, measure_memory
 from hf_shrink.reporting.speed_plot import write_speed_plot
 from hf_shrink.reporting.speed_table import plain_speed
@@ -148,6 +149,16 @@ def test_a_model_that_does_not_generate(tmp_path: Path) -> None:
     assert "passes/s" in text
     assert "Decode" not in text
     assert report.ratio("long forward", "compressed", "dense float32") > 0
+
+
+def test_positions_behind_a_padding_row_are_counted() -> None:
+    """RoBERTa's way: of 66 rows 64 are positions."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = RobertaModel(RobertaConfig(vocab_size=VOCABULARY, max_position_embeddings=66, **sizes)).eval()
+    inputs = made_up_inputs(model, 80)
+    assert inputs["input_ids"].shape == (1, 64)
+    with torch.no_grad():
+        model(**inputs)
 
 
 @pytest.mark.slow
