@@ -36,10 +36,13 @@ def _budgets(text: str) -> list[str]:
 
 def command(options: argparse.Namespace) -> None:
     from hf_shrink.pipeline import open_checkpoint
+    from hf_shrink.reporting.plots import check_figure
 
     recipe = recipe_of(options)
     for file in filter(None, (options.json, options.figure)):
         check_folder(file)
+    if options.figure:
+        check_figure(options.figure)
     say = partial(print, file=sys.stderr)
     with open_checkpoint(options.source, options.max_memory, options.device, say) as (model, processing):
         settings = {

@@ -7,13 +7,12 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from hf_shrink.errors import RecipeError
 from hf_shrink.front import Front, Point
 from hf_shrink.reporting.charts import Dot, scatter_chart
 from hf_shrink.reporting.figures import size
 from hf_shrink.reporting.page import figure, legend, page, paragraph, scrolling, table
 from hf_shrink.reporting.palette import BASE
-from hf_shrink.reporting.plots import can_plot, figure_of, save
+from hf_shrink.reporting.plots import check_figure, figure_of, save
 
 AXES = {"bytes": "stored weights in MB", "memory": "weights and KV cache in MB", "decode": "ms a token, decoding"}
 AXES["prefill"] = "ms a token of a prompt"
@@ -60,14 +59,11 @@ def write_front(front: Front, path: str | Path) -> Path:
         RecipeError: another kind of file, or matplotlib is not installed.
     """
     path = Path(path)
+    check_figure(path)
     if path.suffix == ".html":
         path.write_text(front_html(front), encoding="utf-8")
-    elif path.suffix == ".png":
-        if not can_plot():
-            raise RecipeError("a .png needs matplotlib (pip install 'hf_shrink[report]'); or name a .html file")
-        save(draw_front(front), path)
     else:
-        raise RecipeError(f"{path.name}: figures are .png or .html files")
+        save(draw_front(front), path)
     return path
 
 

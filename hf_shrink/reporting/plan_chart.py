@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from hf_shrink.architectures.binding import Binding
-from hf_shrink.errors import RecipeError
 from hf_shrink.plan import Plan
 from hf_shrink.reporting.layout import layout_of
 from hf_shrink.reporting.page import page, paragraph
 from hf_shrink.reporting.palette import BASE, DAMAGE, KEPT, ink_on
 from hf_shrink.reporting.plan_map import GONE, Cell, cells, plan_map
 from hf_shrink.reporting.plan_rows import PlanRow, plan_rows
-from hf_shrink.reporting.plots import can_plot, figure_of, save
+from hf_shrink.reporting.plots import check_figure, figure_of, save
 
 WIDTH, HEIGHT = 0.26, 0.26  # of a cell, inches
 
@@ -26,17 +25,14 @@ def write_plan_map(plan: Plan, binding: Binding, path: str | Path) -> Path:
         RecipeError: another kind of file, or matplotlib is not installed.
     """
     path = Path(path)
+    check_figure(path)
     stacks = by_stack(plan_rows(plan, layout_of(binding)))
     if path.suffix == ".html":
         sections = [(f"Blocks of {name}", name, plan_map(rows)) for name, rows in stacks.items()]
         words = ("In words", "In words", "".join(map(paragraph, plan.summary().splitlines())))
         path.write_text(page("Compression plan", plan.model_type, "", [*sections, words]), encoding="utf-8")
-    elif path.suffix == ".png":
-        if not can_plot():
-            raise RecipeError("a .png needs matplotlib (pip install 'hf_shrink[report]'); or name a .html file")
-        save(draw_plan(stacks), path)
     else:
-        raise RecipeError(f"{path.name}: figures are .png or .html files")
+        save(draw_plan(stacks), path)
     return path
 
 

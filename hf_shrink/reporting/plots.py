@@ -6,6 +6,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+from hf_shrink.errors import RecipeError
 from hf_shrink.reporting.figures import size
 from hf_shrink.reporting.palette import BASE
 
@@ -16,6 +17,15 @@ DENSE, COMPRESSED = BASE["light"]["dense"], BASE["light"]["accent"]
 def can_plot() -> bool:
     """Whether matplotlib is installed."""
     return importlib.util.find_spec("matplotlib") is not None
+
+
+def check_figure(path: str | Path) -> None:
+    """Raises RecipeError where no figure could be written to `path`, before anything is computed for it."""
+    path = Path(path)
+    if path.suffix not in (".html", ".png"):
+        raise RecipeError(f"{path.name}: figures are .png or .html files")
+    if path.suffix == ".png" and not can_plot():
+        raise RecipeError("a .png needs matplotlib (pip install 'hf_shrink[report]'); or name a .html file")
 
 
 def save(figure: Any, path: Path) -> Path:

@@ -112,6 +112,13 @@ def test_bad_requests(source: Path, capsys: pytest.CaptureFixture[str], more: li
     assert not (source.parent / "out").exists()
 
 
+def test_a_figure_that_cannot_be_drawn_is_refused_before_anything_is_computed(
+    source: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (source / "model.safetensors").unlink()  # not looked at yet
+    fails(capsys, ["plan", str(source), "--figure", str(source / "plan.svg")], "figures are .png or .html")
+
+
 def test_text_calibration_without_a_tokenizer(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     text = source.parent / "text.txt"
     text.write_text(TEXT)
