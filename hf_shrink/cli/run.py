@@ -143,7 +143,7 @@ def _recovered(recover: Any, options: argparse.Namespace) -> Any:
             data=data,
             overwrite=True,
             seed=options.seed,
-            progress=not options.quiet,
+            progress=options.log_file or not options.quiet,
             device=options.device,
             minutes=options.recover,
         )

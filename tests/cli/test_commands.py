@@ -176,6 +176,17 @@ def test_a_recovery_that_was_cut_off_says_how_to_do_it_again(
     assert (out / "model.safetensors").is_file()
 
 
+def test_a_recovery_writes_its_progress_where_the_run_does(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log, data = tmp_path / "log.txt", tmp_path / "text.txt"
+    data.write_text(TEXT * 4)
+    arguments = ["--set=quantize.method=rtn", "--set=quantize.effort=fast", "--evaluation=none"]
+    arguments += ["--recover", "0.02", "--calibration", str(data), "--log-file", str(log)]
+    assert main(["run", str(source), "--output", str(tmp_path / "out"), *arguments]) == 0
+    assert "reading the dense model" in log.read_text() and "reading" not in capsys.readouterr().err
+
+
 def test_inspect(source: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", str(source)]) == 0
     printed = capsys.readouterr().out

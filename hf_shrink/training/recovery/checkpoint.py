@@ -26,7 +26,7 @@ from hf_shrink.pipeline.measuring import measure
 from hf_shrink.recipe import EvaluationSpec
 from hf_shrink.reporting import write_report
 from hf_shrink.reporting.card import DENSE_CARD
-from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.reporting.progress import Progress, showing, silence
 from hf_shrink.sharding import together
 from hf_shrink.training.recovery.recover import Recovered, recover
 
@@ -39,7 +39,7 @@ def recover_checkpoint(
     data: Any = "self",
     overwrite: bool = False,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | str | os.PathLike[str] = True,
     device: str | None = None,
     **options: Any,
 ) -> Recovered:
@@ -54,7 +54,7 @@ def recover_checkpoint(
         output_dir: must not exist, or be empty, unless `overwrite`; may be `source` then.
         baseline: folder or Hub id of the dense model; None: what the folder's shrink.json says it was made from.
         device: "cpu", "cuda" and so on; None: the accelerator where there is one.
-        data, seed, options: as in `recover`.
+        data, seed, progress, options: as in `recover`.
 
     Raises:
         CheckpointError: a model cannot be read, or the output not be written.
@@ -70,7 +70,7 @@ def recover_checkpoint(
             "load_adapter(..., trainable=True) and DistillationTrainer"
         )
     output = OutputFolder(output_dir, overwrite)
-    with together() as here, ExitStack() as stack, silence(), Progress(quiet=not progress) as show:
+    with together() as here, ExitStack() as stack, silence(), showing(progress) as show:
         here.on_first(output.check)
         folder = stack.enter_context(output) if here.first else None
         where = str(chosen_device(device))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.errors import ArchitectureError, CalibrationError, RecipeError
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import CalibrationSpec
-from hf_shrink.reporting.progress import Progress, silence
+from hf_shrink.reporting.progress import showing, silence
 from hf_shrink.runtime.packed import PackedModule
 from hf_shrink.sharding import Ranks, ranks, together
 from hf_shrink.training.distillation import Distillation
@@ -67,7 +68,7 @@ def recover(
     kept: Kept | None = None,
     exclude: Sequence[str] | None = None,
     seed: int = 0,
-    progress: bool = True,
+    progress: bool | str | os.PathLike[str] = True,
     **options: Any,
 ) -> Recovered:
     """Train a pruned or quantized model to predict what the dense one predicts.
@@ -105,7 +106,7 @@ def recover(
     recovery = Recovery.from_options(options)
     method = _method_for(model, recovery)
     _check(model, teacher, method, recovery)
-    with together() as here, Progress(quiet=not progress) as show, silence(), left_as_found(model):
+    with together() as here, showing(progress) as show, silence(), left_as_found(model):
         _check_processes(here, method, recovery)
         alike(model, teacher)
         spec = CalibrationSpec(samples=recovery.samples, length=recovery.length, batch_size=1)
