@@ -108,9 +108,9 @@ def _asked(options: argparse.Namespace) -> tuple[Any, Any]:
     changed = replace(spec, **changes)
     if options.recipe is not None and options.data is not None:
         return source, changed
-    if options.recipe is None and isinstance(spec, EvaluationSpec):
-        # Rows of the user's own are measured whole, unless something else is said.
-        return source, changed if changes else None
+    if options.recipe is None and isinstance(spec, EvaluationSpec) and spec.data == source:
+        # Rows of the user's own are measured whole, unless something else is said: only what was given goes on.
+        return source, changes or None
     return changed, None
 
 

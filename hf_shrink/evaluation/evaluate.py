@@ -32,7 +32,7 @@ from hf_shrink.recipe import METRICS, EvaluationSpec
 from hf_shrink.runtime.attention import grouped_attention
 from hf_shrink.sharding import ranks, together
 
-Spec = EvaluationSpec | TaskRecipe
+Spec = EvaluationSpec | TaskRecipe | Mapping[str, Any]
 
 
 def evaluate_model(
@@ -72,8 +72,8 @@ def evaluate_model(
         tokenizer: tokenizer or processor; needed for text, images and sounds, and for the mask token of a masked model.
         baseline_tokenizer: the baseline's own tokenizer, where the model's vocabulary was pruned. The data is made with
             it, and both models read the same text, each in its own tokens; figures are per token of the model's.
-        spec: samples, length and batch size to make batches by, or a task to ask the rows in `data`; None: those of the
-            recipe that `data` names.
+        spec: samples, length and batch size to make batches by, or a task to ask the rows in `data`; or only some of
+            these, by name, in place of the usual ones; None: those of the recipe that `data` names.
         seed: of the data and of the bootstrap.
         progress: called with ("evaluate", batches or rows done, all of them).
 
@@ -164,7 +164,10 @@ class _Job:
         """Run over model inputs, made of text or media where they are not given."""
         if isinstance(spec, TaskRecipe):
             raise CalibrationError(f"the task {spec.task} is about rows with right answers, and the data has none")
-        asked: EvaluationSpec | None = spec
+        asked: EvaluationSpec | None = None if isinstance(spec, Mapping) else spec
+        if isinstance(spec, Mapping):
+            changed = replace(_usual(data), **spec)
+            data, asked = (changed, None) if isinstance(data, str | Path) else (data, changed)
         made, spec = ranks().on_first(lambda: self._made(data, asked))
         groups = [one for batch in made.batches for one in _groups(batch)]
         batches = [{k: v for k, v in batch.items() if isinstance(v, torch.Tensor)} for batch in made.batches]
@@ -196,9 +199,12 @@ class _Job:
         fitting = fitting_task(self.subjects.model, table.columns)
         if fitting is None:
             return None
-        recipe = replace(recipe, task=fitting[0])
-        if spec is not None:
-            recipe = replace(recipe, samples=spec.samples, length=spec.length, batch_size=spec.batch_size)
+        given = _given(spec)
+        if given.pop("stride", None) is not None:
+            raise CalibrationError(
+                f"a stride is between windows of text, and {table.description} is rows for {fitting[0]}; leave it out"
+            )
+        recipe = replace(recipe, task=fitting[0], **given)
         return recipe, fitting[1], table
 
     def _made(self, data: Any, spec: EvaluationSpec | None) -> tuple[CalibrationData, EvaluationSpec | None]:
@@ -231,6 +237,20 @@ class _Job:
                 raise CalibrationError(f"{type(subjects.model).__name__} does not read on: leave the stride out")
             data = sliding(data, reader, spec.stride, spec.batch_size)
         return data, spec
+
+
+def _usual(data: Any) -> EvaluationSpec:
+    """The spec to change where only some of it is given."""
+    named = evaluation_spec(data) if isinstance(data, str | Path) else EvaluationSpec()
+    assert isinstance(named, EvaluationSpec)  # the other kind is about rows
+    return named
+
+
+def _given(spec: EvaluationSpec | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What is asked for, of what rows have as well, and the stride."""
+    if isinstance(spec, EvaluationSpec):
+        spec = {name: getattr(spec, name) for name in ("samples", "length", "batch_size", "stride")}
+    return dict(spec or {})
 
 
 def _may_be_rows(data: Any) -> bool:

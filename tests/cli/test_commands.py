@@ -203,6 +203,17 @@ def test_evaluate(source: Path, output: Path, tmp_path: Path, capsys: pytest.Cap
     assert "top1_agreement" in capsys.readouterr().out
 
 
+def test_evaluate_a_recipe_with_changes(output: Path, tmp_path: Path) -> None:
+    """A built-in one and one's own; `--data` names either, or data."""
+    mine, text, path = tmp_path / "ev.yaml", tmp_path / "text.txt", tmp_path / "figures.json"
+    text.write_text(TEXT * 2)
+    mine.write_text(f"data: {text}\nsamples: 8\nlength: 24\nmetrics: [perplexity]\n")
+    arguments = ["evaluate", str(output), "--data", str(mine), "--samples=3", "--json", str(path), "--quiet"]
+    assert main(arguments) == 0
+    figures = json.loads(path.read_text())
+    assert (figures["sequences"], figures["context"], set(figures["model"])) == (3, 24, {"perplexity"})
+
+
 def test_a_misspelt_evaluation_recipe_is_refused(output: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """On data of one's own it would be measured in another way, without a word."""
     assert main(["evaluate", str(output), "--recipe", "clasification", "--data", "rows.jsonl"]) == 2
