@@ -70,7 +70,8 @@ def framing_of(tokenizer: PreTrainedTokenizerBase, *, decoder_only: bool) -> Fra
 def read_lines(path: Path) -> list[Mapping[str, Any]]:
     """The rows of a .jsonl file. Raises CalibrationError naming the first line that is not a JSON object."""
     rows: list[Mapping[str, Any]] = []
-    for number, line in enumerate(read_text(path).splitlines(), start=1):
+    # Not splitlines: JSON may hold other ends of lines, such as U+2028, as they are.
+    for number, line in enumerate(read_text(path).split("\n"), start=1):
         if not line.strip():
             continue
         try:

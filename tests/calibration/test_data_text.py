@@ -10,6 +10,7 @@ from tiny import TEXT, VOCABULARY, tiny_llama, tiny_tokenizer
 from tiny_readers import CLS, SEP, encoder_tokenizer, tiny_bert_mlm, tiny_t5, tiny_vit
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.calibration.text import read_lines
 from hf_shrink.errors import CalibrationError
 from hf_shrink.recipe import CalibrationSpec, EvaluationSpec
 
@@ -180,6 +181,12 @@ def test_chats_go_through_the_chat_template():
         data = read(dataset, tokenizer=tokenizer, samples=2, length=30)
         # The template ends with the end token, so no second one is put between two chats.
         assert tokenizer.decode(rows_of(data).flatten()).startswith(expected + expected[:20])
+
+
+def test_json_may_hold_other_ends_of_lines(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "one\u2028two\x85three"}\n\n{"text": "four"}\n')
+    assert [row["text"] for row in read_lines(path)] == ["one\u2028two\x85three", "four"]
 
 
 def test_broken_rows_are_errors(tmp_path):
