@@ -26,6 +26,21 @@ def bert(cls, **changes):
     return cls(config).eval()
 
 
+def test_a_long_text_leaves_the_template_whole():
+    model, tokenizer = tiny_llama(), copy.deepcopy(tiny_tokenizer())
+    read = []
+    model.register_forward_pre_hook(lambda _, args, kwargs: read.append(kwargs["input_ids"]), with_kwargs=True)
+    rows = [{"text": TEXT, "target": "sand"}]
+    template = "Read this: {text}\nWho walks? Answer:"
+    recipe = TaskRecipe("mine", "generation", options={"new": 4, "template": template}, length=48)
+    evaluate_model(model, rows, tokenizer=tokenizer, spec=recipe)
+    prompt = tokenizer.decode(read[0][0])
+    assert prompt.startswith("Read this: The tide") and prompt.endswith("Who walks? Answer:")
+    assert 40 <= read[0].shape[1] <= 44
+    with pytest.raises(CalibrationError, match="leaves no room"):
+        evaluate_model(model, rows, tokenizer=tokenizer, spec=dataclasses.replace(recipe, length=8))
+
+
 def test_only_what_is_asked_for_changes_how_rows_are_measured(tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps({"text": text, "label": 0}) + "\n" for text in TEXT.split()[:50]))

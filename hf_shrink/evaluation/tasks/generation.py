@@ -6,7 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from transformers import PreTrainedTokenizerBase
+
 from hf_shrink.calibration.targets import kind_of
+from hf_shrink.calibration.text import encode
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.answers import same_answer
 from hf_shrink.evaluation.greedy import greedy_config
@@ -54,14 +57,15 @@ class Generation(Task):
         alone = tokenizer.pad_token_id is None  # then inputs of different lengths do not fit one batch
         config = greedy_config(model, self.new, pad_token_id=tokenizer.pad_token_id)
         texts: list[str] = []
+        room = max(subject.tokens - (self.new if decoder_only else 0), 1)
         for batch in run.batches(rows):
-            prompts = [self._prompt(row) for row in batch]
+            prompts = [self._prompt(tokenizer, str(row["text"]), room) for row in batch]
             for group in [[prompt] for prompt in prompts] if alone else [prompts]:
                 encoded = tokenizer(
                     group,
                     padding=not alone,
                     truncation=True,
-                    max_length=max(subject.tokens - (self.new if decoder_only else 0), 1),
+                    max_length=room,
                     padding_side="left" if decoder_only else None,
                     return_tensors="pt",
                 )
@@ -77,10 +81,28 @@ class Generation(Task):
     def between(self, own: Columns, dense: Columns) -> Columns:
         return {"agreeing": same(own["text"], dense["text"])}
 
-    def _prompt(self, row: Row) -> str:
+    def _prompt(self, tokenizer: PreTrainedTokenizerBase, text: str, room: int) -> str:
+        """The template with the text, of which so much is kept that what stands around it fits as well."""
         if "{text}" not in self.template:
             raise CalibrationError(f"the template {self.template!r} has no {{text}}")
-        return self.template.replace("{text}", str(row["text"]))
+
+        def made(text: str) -> tuple[str, int]:
+            prompt = self.template.replace("{text}", text)
+            return prompt, len(tokenizer(prompt, verbose=False)["input_ids"])
+
+        prompt, length = made(text)
+        if self.template == "{text}" or length <= room:  # a text alone is cut by the tokenizer
+            return prompt
+        left = (room - made("")[1]) // self.template.count("{text}")
+        ids = encode([text], tokenizer)[0]
+        while left > 0:
+            prompt, length = made(str(tokenizer.decode(ids[:left], clean_up_tokenization_spaces=False)))
+            if length <= room:
+                return prompt
+            left -= length - room
+        raise CalibrationError(
+            f"the template {self.template!r} leaves no room for a text within {room} tokens; give a longer length"
+        )
 
     def _cut(self, text: str) -> str:
         return (text.partition(self.until)[0] if self.until else text).strip()
