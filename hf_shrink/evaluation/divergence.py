@@ -86,9 +86,9 @@ class Totals:
                 f"{classes} classes"
             )
         self.labels += labels.tolist()
-        self.choices += model.logits[:, 0].argmax(-1).tolist()
+        self.choices += finite(model.logits)[:, 0].argmax(-1).tolist()
         if baseline is not None:
-            self.baseline_choices += baseline.logits[:, 0].argmax(-1).tolist()
+            self.baseline_choices += finite(baseline.logits)[:, 0].argmax(-1).tolist()
 
     def add_scores(self, model: Logits, baseline: Logits | None) -> None:
         """Add a batch of a head with one output, (rows, 1, 1). Raises CalibrationError for NaN or infinity."""

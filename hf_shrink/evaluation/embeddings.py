@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from hf_shrink.calibration.inputs import accepted_names
 from hf_shrink.errors import CalibrationError
+from hf_shrink.evaluation.scored import finite
 from hf_shrink.evaluation.tasks.base import Progressing, Subject
 
 Pooling = Literal["mean", "first", "last"]
@@ -52,7 +53,7 @@ def embeddings(subject: Subject, texts: Sequence[str], pooling: Pooling, run: Pr
             raise CalibrationError(f"{type(subject.model).__name__} puts out no hidden states to make vectors of")
         mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
         found.append(F.normalize(_pooled(states.float(), mask, pooling), dim=-1).cpu())
-    return torch.cat(found)
+    return finite(torch.cat(found))
 
 
 def _pooled(states: Tensor, mask: Tensor, pooling: Pooling) -> Tensor:

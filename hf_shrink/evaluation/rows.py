@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -77,9 +78,13 @@ def columns_of(task: Task, available: Sequence[str], wanted: Mapping[str, str]) 
     for role in wanted:
         if role not in task.roles:
             raise CalibrationError(f"the task has no {role!r} column; {did_you_mean(role, task.roles)}")
-    found: dict[str, str] = {}
+    whole = (found for found in task.together if set(found.values()) <= set(available))
+    named = any(wanted[role] in available for role in wanted)
+    found: dict[str, str] = {} if named else dict(next(whole, {}))
     for role, usual in task.roles.items():
         names = (*([wanted[role]] if role in wanted else []), *usual)
+        if role in found:
+            continue
         column = next((name for name in names if name in available and name not in found.values()), None)
         if column is not None:
             found[role] = column
@@ -135,7 +140,10 @@ def _file(path: Path) -> Iterable[Mapping[str, Any]]:
     if path.suffix == ".jsonl":
         return read_lines(path)
     if path.suffix == ".csv":
-        return list(csv.DictReader(read_text(path).splitlines()))
+        try:
+            return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+        except csv.Error as error:
+            raise CalibrationError(f"{path} is not CSV that can be read: {error}") from error
     if path.suffix == ".parquet":
         rows: Iterable[Mapping[str, Any]] = from_parquet(path)
         return rows

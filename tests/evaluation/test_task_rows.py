@@ -26,6 +26,54 @@ def bert(cls, **changes):
     return cls(config).eval()
 
 
+def test_columns_of_pairs_belong_together():
+    task, label = TASKS.build("classification", {}), ("label",)
+    for columns in (("question", "sentence"), ("sentence1", "sentence2"), ("premise", "hypothesis")):
+        found = columns_of(task, ("text", *columns, *label), {})
+        assert (found["text"], found["pair"], found["label"]) == (*columns, "label")
+    assert columns_of(task, ("sentence", "label"), {}) == {"text": "sentence", "label": "label"}
+    assert columns_of(task, ("question", "sentence", "label"), {"text": "sentence"})["text"] == "sentence"
+
+
+def test_a_csv_holds_ends_of_lines_and_lists(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text('question,choices,answer\n"one\ntwo\u2028three","[""sand"", ""stones""]",1\nfour,"ab",0\n')
+    rows = list(table_of(path, TaskRecipe("x", "multiple-choice"), 0).rows)
+    assert sorted(row["question"] for row in rows) == ["four", "one\ntwo\u2028three"]
+    model, tokenizer, recipe = tiny_llama(), tiny_tokenizer(), TaskRecipe("x", "multiple-choice")
+    good, bad = (next(row for row in rows if row["answer"] == answer) for answer in "10")
+    as_list = {**good, "choices": ["sand", "stones"]}
+    asked, expected = (evaluate_model(model, [row], tokenizer=tokenizer, spec=recipe) for row in (good, as_list))
+    assert asked["model"] == expected["model"]
+    with pytest.raises(CalibrationError, match="choices must be a list, not the text 'ab'; write it as JSON"):
+        evaluate_model(model, [bad], tokenizer=tokenizer, spec=recipe)
+    names = {0: "O", 1: "B-PER"}
+    tagger = bert(BertForTokenClassification, id2label=names, label2id={name: i for i, name in names.items()})
+    words = [{"tokens": '["the", "tide"]', "tags": '["O", "B-PER"]'}]
+    assert evaluate_model(tagger, words, tokenizer=encoder_tokenizer())["task"] == "token-classification"
+    with pytest.raises(CalibrationError, match="tokens must be a list"):
+        evaluate_model(tagger, [{"tokens": "the tide", "tags": [0, 1]}], tokenizer=encoder_tokenizer())
+
+
+@pytest.mark.parametrize("task", ["classes", "choices", "tags", "stretches"])
+def test_nan_is_no_answer(task):
+    """The largest of NaN is an ordinary class."""
+    row = {
+        "classes": {"text": "the tide", "label": 0},
+        "choices": {"question": "what", "choices": ["sand", "stones"], "answer": 0},
+        "tags": {"tokens": ["the", "tide"], "tags": [0, 0]},
+        "stretches": {"question": "what", "context": "the tide goes out", "answers": ["tide"]},
+    }[task]
+    heads = {"classes": BertForSequenceClassification, "tags": BertForTokenClassification}
+    model = tiny_llama() if task == "choices" else bert(heads.get(task, BertForQuestionAnswering))
+    tokenizer = tiny_tokenizer() if task == "choices" else encoder_tokenizer()
+    with torch.no_grad():
+        next(p for n, p in model.named_parameters() if "norm" in n.lower()).fill_(float("nan"))
+    spec = TaskRecipe("x", "multiple-choice") if task == "choices" else None
+    with pytest.raises(CalibrationError, match="NaN or infinite"):
+        evaluate_model(model, [row], tokenizer=tokenizer, spec=spec)
+
+
 def test_a_long_text_leaves_the_template_whole():
     model, tokenizer = tiny_llama(), copy.deepcopy(tiny_tokenizer())
     read = []

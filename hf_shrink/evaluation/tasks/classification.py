@@ -14,12 +14,25 @@ from transformers.models.auto import modeling_auto as auto
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.media import read_clips, read_images
 from hf_shrink.evaluation.observed import Columns, same
+from hf_shrink.evaluation.scored import finite
 from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
 
 _HEADS = (
     auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
     auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES,
     auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES,
+)
+
+
+# What common data sets call the two texts of a pair; QNLI has question and sentence, BoolQ question and passage.
+_PAIRS = (
+    ("text", "pair"),
+    ("text", "text_pair"),
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "passage"),
 )
 
 
@@ -37,6 +50,7 @@ class Classification(Task):
         "group": ("group",),
     }
     optional: ClassVar[tuple[str, ...]] = ("text", "pair", "image", "audio", "group")
+    together: ClassVar[tuple[Mapping[str, str], ...]] = tuple({"text": text, "pair": pair} for text, pair in _PAIRS)
 
     def suits(self, model: Any) -> bool:
         return any(is_of(model, names) for names in _HEADS)
@@ -53,7 +67,7 @@ class Classification(Task):
             # Sounds that are padded to one length sound otherwise to models that take no mask.
             for group in [[row] for row in batch] if heard else [batch]:
                 found.append(subject.model(**self._inputs(subject, group)).logits.float().cpu())
-        logits = torch.cat(found)
+        logits = finite(torch.cat(found))
         if self._scores(subject):
             return {"score": logits[:, 0].tolist()}
         choices = logits.argmax(-1).tolist()

@@ -13,8 +13,8 @@ from hf_shrink.calibration.targets import kind_of
 from hf_shrink.calibration.text import framing_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.observed import Columns, same
-from hf_shrink.evaluation.scored import device_of
-from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.scored import device_of, finite
+from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task, listed
 
 
 @TASKS.register("multiple-choice")
@@ -89,11 +89,12 @@ class MultipleChoice(Task):
             scored = slice(max(stop - length, 1), stop)  # the first token of all has nothing before it
             found = logits[place, scored.start - 1 : stop - 1].float().log_softmax(-1)
             totals.append(found.gather(-1, ids[place, scored, None]).double().sum())
-        return torch.stack(totals).cpu()
+        return finite(torch.stack(totals)).cpu()
 
 
 def _choices(row: Row) -> list[str]:
-    found = row["choices"]["text"] if isinstance(row["choices"], Mapping) else row["choices"]
+    given = listed(row["choices"], "choices")
+    found = given["text"] if isinstance(given, Mapping) else given
     if len(found) < 2:
         raise CalibrationError(f"the question {str(row['question'])[:60]!r} has fewer than two choices")
     return [str(choice) for choice in found]
@@ -101,8 +102,8 @@ def _choices(row: Row) -> list[str]:
 
 def _right(row: Row) -> int:
     """The number of the right choice, from its number, its letter, its label or its text."""
-    answer, choices = row["answer"], _choices(row)
-    labels = [str(one) for one in row["choices"].get("label", ())] if isinstance(row["choices"], Mapping) else []
+    answer, choices, given = row["answer"], _choices(row), listed(row["choices"], "choices")
+    labels = [str(one) for one in given.get("label", ())] if isinstance(given, Mapping) else []
     letters = [chr(ord("A") + place) for place in range(len(choices))]
     for names in (labels, choices, letters):
         if isinstance(answer, str) and answer in names:

@@ -13,6 +13,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_QUESTION_ANSWERING_
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.answers import same_answer
 from hf_shrink.evaluation.observed import Columns, same
+from hf_shrink.evaluation.scored import finite
 from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
 from hf_shrink.evaluation.tasks.classification import is_of
 
@@ -80,6 +81,7 @@ class QuestionAnswering(Task):
         for window in range(len(encoded["input_ids"])):
             inside = torch.tensor([part == 1 for part in encoded.sequence_ids(window)])
             starts, ends = (logits[window].float().cpu() for logits in (outputs.start_logits, outputs.end_logits))
+            finite(torch.stack([starts, ends])[:, inside])
             score, start, end = self._best(starts, ends, inside)
             if score > best:
                 offsets = encoded["offset_mapping"][window]

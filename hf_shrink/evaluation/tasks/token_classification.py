@@ -11,7 +11,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.observed import Columns, same
-from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.scored import finite
+from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task, listed
 from hf_shrink.evaluation.tasks.classification import is_of
 
 
@@ -32,7 +33,9 @@ class TokenClassification(Task):
 
     def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
         names = subject.model.config.id2label
-        tags = [[tag if isinstance(tag, str) else _name(names, tag) for tag in row["tags"]] for row in rows]
+        tags = [
+            [tag if isinstance(tag, str) else _name(names, tag) for tag in listed(row["tags"], "tags")] for row in rows
+        ]
         return {"reference_tags": tags, "compared": [len(row) for row in tags]}
 
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
@@ -41,17 +44,20 @@ class TokenClassification(Task):
             raise CalibrationError(f"{type(tokenizer).__name__} does not say which word a token is of; use a fast one")
         names, tags = subject.model.config.id2label, []
         for batch in run.batches(rows):
+            given = [list(listed(row["tokens"], "tokens")) for row in batch]
             encoded = tokenizer(
-                [list(row["tokens"]) for row in batch],
+                given,
                 is_split_into_words=True,
                 padding=True,
                 truncation=True,
                 max_length=subject.tokens,
                 return_tensors="pt",
             )
-            best: Tensor = subject.model(**subject.inputs(encoded)).logits.argmax(-1)
-            for place, row in enumerate(batch):
-                found = ["O"] * len(row["tokens"])
+            logits: Tensor = subject.model(**subject.inputs(encoded)).logits
+            finite(logits[encoded["attention_mask"].bool().to(logits.device)])
+            best = logits.argmax(-1)
+            for place, words_given in enumerate(given):
+                found = ["O"] * len(words_given)
                 words = encoded.word_ids(place)
                 for word, before, choice in zip(words, [None, *words], best[place].tolist(), strict=False):
                     if word is not None and word != before:

@@ -13,6 +13,7 @@ from hf_shrink.evaluation.answers import same_answer
 from hf_shrink.evaluation.greedy import greedy_config
 from hf_shrink.evaluation.media import read_clips
 from hf_shrink.evaluation.observed import Columns, same
+from hf_shrink.evaluation.scored import finite
 from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
 from hf_shrink.evaluation.tasks.classification import is_of
 
@@ -58,7 +59,7 @@ class Transcription(Task):
 
     def _written(self, subject: Subject, inputs: dict[str, Tensor]) -> list[str]:
         if _by_frame(subject.model):
-            return list(subject.tokenizer.batch_decode(subject.model(**inputs).logits.argmax(-1)))
+            return list(subject.tokenizer.batch_decode(finite(subject.model(**inputs).logits).argmax(-1)))
         config = greedy_config(subject.model, self.new, pad_token_id=subject.tokenizer.pad_token_id)
         ids = subject.model.generate(**inputs, generation_config=config)
         return list(subject.tokenizer.batch_decode(ids, skip_special_tokens=True))
