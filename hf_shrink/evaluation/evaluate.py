@@ -52,7 +52,8 @@ def evaluate_model(
     On text, causal models predict each window's next tokens (the first of a window is not predicted; windows are
     independent, or overlap where the spec has a stride); encoder-decoders the decoder's; masked models 15% of the
     tokens, masked with a fixed seed, which makes perplexity a pseudo-perplexity. Models with class logits are compared
-    on those; models without any logits by the cosine of their last hidden states. Padding and labels of -100 never
+    on those; heads with one output by the ranks of their scores; models without any logits by the cosine of their last
+    hidden states. Padding and labels of -100 never
     count. Logits are not kept beyond a few sequences; log-softmax is float32 and sums are float64.
 
     On rows, each model answers alone: classes, tags, stretches of text, choices, written text, transcripts, embeddings
@@ -202,7 +203,8 @@ class _Job:
         given = _given(spec)
         if given.pop("stride", None) is not None:
             raise CalibrationError(
-                f"a stride is between windows of text, and {table.description} is rows for {fitting[0]}; leave it out"
+                f"a stride is between windows of text, and {table.description} is rows for {fitting[0]}; leave it out, "
+                "or the recipe that has it"
             )
         recipe = replace(recipe, task=fitting[0], **given)
         return recipe, fitting[1], table
