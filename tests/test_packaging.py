@@ -18,8 +18,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # Import name -> distribution, where they differ.
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn", "PIL": "pillow"}
-# Comes with transformers, which pins the version that fits it.
-TRANSITIVE = {"tokenizers", "packaging"}
+# Come with transformers and torch, which pin the versions that fit them.
+TRANSITIVE = {"tokenizers", "packaging", "jinja2"}
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
+from hf_shrink.calibration.chats import chat_document, is_chat
 from hf_shrink.calibration.overlap import OverlapFilter
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback, quiet
@@ -126,30 +127,24 @@ def text_columns(
 
 
 def document_of(row: Mapping[str, Any], columns: Sequence[str], tokenizer: PreTrainedTokenizerBase) -> Document:
-    """A row as one document: token ids as they are, chats through the chat template, other columns joined."""
+    """A row as one document: token ids as they are, chats through the chat template, other columns joined.
+
+    Raises CalibrationError when one column holds messages and another one text.
+    """
     first = row.get(columns[0])
     if columns[0] == "input_ids" and first is not None:
         mask = row.get("attention_mask") or [1] * len(first)
         return [int(token) for token, real in zip(first, mask, strict=True) if real]
-    if isinstance(first, list) and first and isinstance(first[0], Mapping):
-        return _chat(first, tokenizer)
-    return "\n\n".join(str(row[name]) for name in columns if row.get(name))
-
-
-def _chat(messages: list[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> Document:
-    # The ShareGPT spelling of the same thing.
-    roles = {"human": "user", "gpt": "assistant"}
-    turns = [
-        {
-            "role": roles.get(str(m.get("from")), str(m.get("role", m.get("from")))),
-            "content": str(m.get("content", m.get("value", ""))),
-        }
-        for m in messages
-    ]
-    if tokenizer.chat_template is None:
-        return "\n\n".join(turn["content"] for turn in turns)
-    ids: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
-    return [int(token) for token in ids]
+    filled = {name: row[name] for name in columns if row.get(name)}
+    chats = {name: value for name, value in filled.items() if is_chat(value)}
+    if not chats:
+        return "\n\n".join(map(str, filled.values()))
+    if others := [name for name in filled if name not in chats]:
+        raise CalibrationError(
+            f"column {next(iter(chats))!r} holds messages, {others[0]!r} does not, so they do not make one chat; "
+            "bring them into one form, or use one of them"
+        )
+    return chat_document([message for value in chats.values() for message in value], tokenizer)
 
 
 def pack(
@@ -175,9 +170,7 @@ def pack(
         raise CalibrationError(f"length {length} leaves no room for text between the special tokens; use a longer one")
     windows = Windows()
     pending: list[int] = []
-    for piece in _token_pieces(
-        documents, tokenizer, framing.separator, characters=samples * length * _CHARACTERS_PER_TOKEN
-    ):
+    for piece in _token_pieces(documents, tokenizer, framing.separator, characters=samples * length * _CHARACTERS_PER_TOKEN):
         if piece and max(piece) >= vocabulary:
             raise CalibrationError(
                 f"the tokenizer gave token {max(piece)}, but the model's vocabulary has {vocabulary} entries; "

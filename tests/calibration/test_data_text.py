@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import json
 
 import datasets
@@ -13,11 +12,6 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.text import read_lines
 from hf_shrink.errors import CalibrationError
 from hf_shrink.recipe import CalibrationSpec, EvaluationSpec
-
-CHAT_TEMPLATE = (
-    "{% for m in messages %}<s>{{ m['role'] }}: {{ m['content'] }}</s>{% endfor %}"
-    "{% if add_generation_prompt %}<s>assistant: {% endif %}"
-)
 
 
 def rows_of(data: CalibrationData) -> torch.Tensor:
@@ -166,21 +160,6 @@ def test_data_sets_are_shuffled_by_the_seed_and_evaluation_reads_other_rows():
         for r in (first, rows_of(evaluation))
     ]
     assert rows_seen[0] and rows_seen[1] and rows_seen[0].isdisjoint(rows_seen[1])
-
-
-def test_chats_go_through_the_chat_template():
-    tokenizer = copy.deepcopy(tiny_tokenizer())
-    tokenizer.chat_template = CHAT_TEMPLATE
-    chat = [{"role": "user", "content": "How many?"}, {"role": "assistant", "content": "Nine."}]
-    shared = [{"from": "human", "value": "How many?"}, {"from": "gpt", "value": "Nine."}]
-    expected = "<s>user: How many?</s><s>assistant: Nine.</s>"
-    for dataset in (
-        datasets.Dataset.from_dict({"messages": [chat] * 9}),
-        datasets.Dataset.from_dict({"conversations": [shared] * 9}),
-    ):
-        data = read(dataset, tokenizer=tokenizer, samples=2, length=30)
-        # The template ends with the end token, so no second one is put between two chats.
-        assert tokenizer.decode(rows_of(data).flatten()).startswith(expected + expected[:20])
 
 
 def test_json_may_hold_other_ends_of_lines(tmp_path):
