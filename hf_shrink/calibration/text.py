@@ -133,7 +133,7 @@ def document_of(row: Mapping[str, Any], columns: Sequence[str], tokenizer: PreTr
     """
     first = row.get(columns[0])
     if columns[0] == "input_ids" and first is not None:
-        mask = row.get("attention_mask") or [1] * len(first)
+        mask = [1] * len(first) if row.get("attention_mask") is None else row["attention_mask"]
         return [int(token) for token, real in zip(first, mask, strict=True) if real]
     filled = {name: row[name] for name in columns if row.get(name)}
     chats = {name: value for name, value in filled.items() if is_chat(value)}

@@ -168,6 +168,14 @@ def test_json_may_hold_other_ends_of_lines(tmp_path):
     assert [row["text"] for row in read_lines(path)] == ["one\u2028two\x85three", "four"]
 
 
+@pytest.mark.parametrize("form", ["torch", "numpy"])
+def test_token_ids_may_come_as_tensors(form):
+    rows = {"input_ids": [[*plain_ids(text), 0] for text in numbered(40)]}
+    rows["attention_mask"] = [[1] * (len(row) - 1) + [0] for row in rows["input_ids"]]
+    dataset = datasets.Dataset.from_dict(rows)
+    assert torch.equal(rows_of(read(dataset.with_format(form))), rows_of(read(dataset)))
+
+
 def test_broken_rows_are_errors(tmp_path):
     path = tmp_path / "bad.jsonl"
     path.write_text('{"text": "fine"}\n{"text": ')
