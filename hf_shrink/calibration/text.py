@@ -170,7 +170,7 @@ def pack(
         raise CalibrationError(f"length {length} leaves no room for text between the special tokens; use a longer one")
     windows = Windows()
     pending: list[int] = []
-    for piece in _token_pieces(documents, tokenizer, framing.separator, characters=samples * length * _CHARACTERS_PER_TOKEN):
+    for piece in _token_pieces(documents, tokenizer, framing, characters=samples * length * _CHARACTERS_PER_TOKEN):
         if piece and max(piece) >= vocabulary:
             raise CalibrationError(
                 f"the tokenizer gave token {max(piece)}, but the model's vocabulary has {vocabulary} entries; "
@@ -194,9 +194,10 @@ def pack(
 
 
 def _token_pieces(
-    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, separator: tuple[int, ...], characters: int
+    documents: Iterable[Document], tokenizer: PreTrainedTokenizerBase, framing: Framing, characters: int
 ) -> Iterator[list[int]]:
     """Token ids in order. Short documents are tokenised many at a time, long ones only as far as they are read."""
+    prefix, separator = framing.prefix, framing.separator
     between: list[int] = []
     for group in _groups(documents, characters):
         if len(group) == 1 and isinstance(group[0], str):
@@ -207,6 +208,9 @@ def _token_pieces(
         encoded = iter(encode([d for d in group if isinstance(d, str)], tokenizer))
         for document in group:
             ids = next(encoded) if isinstance(document, str) else document
+            # Ids made elsewhere may begin with what every window gets anyway.
+            if prefix and tuple(ids[: len(prefix)]) == prefix:
+                ids = ids[len(prefix) :]
             if not ids:
                 continue
             yield between + ids

@@ -168,6 +168,17 @@ def test_json_may_hold_other_ends_of_lines(tmp_path):
     assert [row["text"] for row in read_lines(path)] == ["one\u2028two\x85three", "four"]
 
 
+def test_windows_begin_once_where_the_documents_already_have_the_tokenizers_begin_token():
+    model, tokenizer = tiny_llama(vocab_size=VOCABULARY + 3), encoder_tokenizer()
+    tokenizer.chat_template = "[CLS]{% for m in messages %}{{ m['content'] }}[SEP]{% endfor %}"
+    chats = datasets.Dataset.from_list([{"messages": [{"role": "user", "content": TEXT}]}] * 3)
+    tokens = datasets.Dataset.from_list([{"input_ids": [CLS, *plain_ids(TEXT), SEP]}] * 3)
+    for dataset in (chats, tokens):
+        rows = rows_of(read(dataset, model=model, tokenizer=tokenizer, samples=2, length=16))
+        assert rows[:, 0].eq(CLS).all()
+        assert rows[:, 1:].flatten().tolist() == plain_ids(TEXT)[:30]
+
+
 @pytest.mark.parametrize("form", ["torch", "numpy"])
 def test_token_ids_may_come_as_tensors(form):
     rows = {"input_ids": [[*plain_ids(text), 0] for text in numbered(40)]}
