@@ -174,6 +174,7 @@ class Stack:
         experts: the mixture of the blocks that have its module; such blocks may have an MLP beside it (a shared
             expert), or none.
         block_lists: config keys with one entry a block (layer types and the like).
+        head_lists: keys of the generation config with pairs [block, head of its cross attention].
         first_is_special: the first block differs from the rest by construction, so it is never removed.
         cached: blocks write a KV cache.
         ignored: Linears inside a block that play no role (they can be quantized, not pruned), relative to the block.
@@ -195,6 +196,7 @@ class Stack:
     depth: str = "num_hidden_layers"
     config: str = ""
     block_lists: tuple[str, ...] = ()
+    head_lists: tuple[str, ...] = ()
     first_is_special: bool = False
     cached: bool = False
     ignored: tuple[str, ...] = ()

@@ -46,6 +46,8 @@ def copy_side_files(source: Source, folder: Path, *, tokens: bool = True) -> str
         CheckpointError: the source's modules.json is damaged.
     """
     for name, path in side_files(source):
+        if name == GENERATION_CONFIG_NAME and (folder / name).is_file():
+            continue  # saved with the model, which knows what was cut
         if tokens or name not in TOKEN_FILES:
             (folder / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, folder / name)

@@ -29,7 +29,7 @@ from hf_shrink.progress import ProgressCallback
 from hf_shrink.quantization.base import LearningMethod, Method, ModelMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.experts import packs_experts, separate_experts, separate_modules
-from hf_shrink.surgery import is_uneven, settle_config
+from hf_shrink.surgery import is_uneven, settle_config, settle_generation
 
 
 def apply_plan(
@@ -96,6 +96,7 @@ def apply_plan(
         report.notes.append(run.learning.note())
     if isinstance(model, PreTrainedModel) and binding is not None:
         settle_config(model)
+        report.notes += settle_generation(model, plan)
     if formats and whole is not None:
         if is_uneven(model):
             raise RecipeError(

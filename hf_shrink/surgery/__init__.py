@@ -12,6 +12,7 @@ from hf_shrink.surgery.checks import check_units
 from hf_shrink.surgery.depth import remove_blocks, remove_parts, stack_configs, without_blocks
 from hf_shrink.surgery.expert_channels import check_expert_channels
 from hf_shrink.surgery.experts import cut_experts
+from hf_shrink.surgery.generation import settle_generation
 from hf_shrink.surgery.sizes import build_skeleton, is_uneven, module_shape, resize_skeleton, settle_config
 from hf_shrink.surgery.units import consumer_cuts, cut_block, cut_shapes, matrix_cuts
 
@@ -30,13 +31,14 @@ __all__ = [
     "remove_parts",
     "resize_skeleton",
     "settle_config",
+    "settle_generation",
     "stack_configs",
     "without_blocks",
 ]
 
 
 def apply_structure(model: PreTrainedModel, plan: Plan) -> None:
-    """Everything structural in `plan`, without refit: remove blocks, cut units, settle the config."""
+    """Everything structural in `plan`, without refit: remove blocks, cut units, settle the configs."""
     binding = bind(model)
     check_plan(binding, plan)
     for name, stack_plan in plan.stacks.items():
@@ -52,6 +54,7 @@ def apply_structure(model: PreTrainedModel, plan: Plan) -> None:
             cut_block(block, own)
             remove_parts(stack, block, own.removed or ())
     settle_config(model)
+    settle_generation(model, plan)
 
 
 def check_plan(binding: Binding, plan: Plan) -> None:

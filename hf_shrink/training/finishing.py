@@ -24,7 +24,7 @@ from hf_shrink.reporting.card import model_card
 from hf_shrink.reporting.layout import layout_of
 from hf_shrink.reporting.source_card import find_source_card
 from hf_shrink.runtime.packed import count_parameters
-from hf_shrink.surgery import settle_config
+from hf_shrink.surgery import settle_config, settle_generation
 from hf_shrink.training.part import Part
 
 
@@ -38,6 +38,7 @@ def make_real(model: PreTrainedModel, parts: Sequence[Part], record: ShrinkRecor
         for part in parts:
             part.finish(model, record)
         settle_config(model)
+        report.notes += settle_generation(model, record.plan)
     settle_ties(model)
     report.not_portable_because = model_portability(model)
     report.portable = not report.not_portable_because

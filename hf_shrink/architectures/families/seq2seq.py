@@ -107,7 +107,10 @@ def _pre_norm(stack: Stack) -> Stack:
     )
 
 
-WHISPER = tuple(_pre_norm(stack) for stack in BART)
+WHISPER = tuple(
+    dataclasses.replace(_pre_norm(stack), head_lists=("alignment_heads",) if stack.cross_attention else ())
+    for stack in BART
+)
 
 FAMILIES = [
     Family(("t5",), T5),
