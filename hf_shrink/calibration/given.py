@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_shrink.calibration.inputs import MEDIA, accepted_names, placeholder_ids, setting
+from hf_shrink.calibration.targets import IGNORED, kind_of
 from hf_shrink.errors import CalibrationError
 
 MEDIA_INPUTS = MEDIA.keys() - {"input_ids"}
@@ -47,7 +48,7 @@ def given_batches(
                 f"{', '.join(map(str, batch)) or 'no keys'}"
             )
         _check_ids(wanted, model)
-        wanted = _with_token_types(_batched(wanted), accepted, model)
+        wanted = _with_decoder_ids(_with_token_types(_batched(wanted), accepted, model), model)
         count = _rows(wanted, model)
         if count is None:
             # Not row by row (patches of several images in one list): cannot be cut, so it is taken as it is.
@@ -129,6 +130,35 @@ def _with_token_types(
         if isinstance(token, int):
             types[ids == token] = kind
     return {**tensors, name: types}
+
+
+def _with_decoder_ids(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """With what an encoder-decoder's own forward makes of labels for its decoder, which runs without labels here."""
+    labels = tensors.get("labels")
+    if labels is None or labels.dim() != 2 or tensors.keys() & {"decoder_input_ids", "decoder_inputs_embeds"}:
+        return tensors
+    if not isinstance(model, PreTrainedModel) or kind_of(model) != "seq2seq":
+        return tensors
+    try:
+        made = {**tensors, "decoder_input_ids": _shifted(labels, model)}
+    except (TypeError, ValueError) as error:
+        raise CalibrationError(
+            f"the decoder's inputs cannot be made from the labels ({error}); set decoder_start_token_id and "
+            "pad_token_id in the model's config, or add decoder_input_ids to the batches"
+        ) from error
+    # What follows the last label is padding. In front of it the model reads everything, as in its training.
+    real = (labels != IGNORED).flip(1).cumsum(1).flip(1) > 0
+    return made if bool(real.all()) else {**made, "decoder_attention_mask": real.long()}
+
+
+def _shifted(labels: Tensor, model: PreTrainedModel) -> Tensor:
+    own: Any = getattr(model, "prepare_decoder_input_ids_from_labels", None)
+    if own is not None:
+        made: Tensor = own(labels)
+        return made
+    start, padding = model.config.decoder_start_token_id, model.config.pad_token_id
+    ids = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
+    return ids.masked_fill(ids == IGNORED, padding)
 
 
 def _rows(tensors: dict[str, Tensor], model: nn.Module) -> int | None:

@@ -6,9 +6,14 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conformance.cases_encoders import CASES
 from tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 
+from hf_shrink.architectures import bind
+from hf_shrink.calibration.capture import capture
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.calibration.targets import model_inputs as seq2seq_inputs
+from hf_shrink.calibration.targets import targets_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.recipe import CalibrationSpec
 
@@ -61,6 +66,38 @@ def test_a_plain_module_gets_what_its_forward_takes():
 
     data = read([{"x": torch.ones(2, 3, dtype=torch.float64), "y": torch.ones(2)}], model=Plain())
     assert set(data.batches[0]) == {"x"} and data.batches[0]["x"].dtype == torch.float64
+
+
+@pytest.mark.parametrize("name", ["t5", "bart", "whisper"])
+def test_labels_of_an_encoder_decoder_become_its_decoders_inputs(name):
+    case = CASES[name]
+    model = case.build()
+    inputs = {n: v[:2] for n, v in case.inputs().items() if n != "decoder_input_ids"}
+    labels = torch.tensor([[7, 8, 9, 2], [5, 2, -100, -100]])
+    (batch,) = read([{**inputs, "labels": labels}], model=model).batches
+    assert batch["decoder_input_ids"][:, 1:].tolist() == [[7, 8, 9], [5, 2, 0]]
+    assert batch["decoder_attention_mask"].tolist() == [[1, 1, 1, 1], [1, 1, 0, 0]]
+    with torch.no_grad():
+        expected = model(**inputs, labels=labels)
+        scored = targets_of("seq2seq", batch, model(**seq2seq_inputs("seq2seq", batch)))
+    found = torch.nn.functional.cross_entropy(scored.logits[scored.positions], scored.labels[scored.positions])
+    assert torch.allclose(found, expected.loss, atol=1e-5)
+    assert torch.allclose(scored.logits[scored.positions], expected.logits[labels != -100], atol=1e-4)
+    assert len(capture(model, [b.module for b in bind(model).stacks[-1].blocks], [batch]).calls) == 1
+
+
+def test_labels_that_cannot_be_shifted_are_an_error():
+    model = CASES["bart"].build()
+    model.config.pad_token_id = None
+    batch = {"input_ids": ids(2), "labels": torch.tensor([[7, 2], [5, 2]])}
+    with pytest.raises(CalibrationError, match="set decoder_start_token_id"):
+        read([batch], model=model)
+
+
+def test_classes_of_an_encoder_decoder_stay_labels():
+    case = CASES["bart_classifier"]
+    (batch,) = read([{**case.inputs(), "labels": torch.tensor([0, 1])}], model=case.build()).batches
+    assert set(batch) == {"input_ids", "labels"}
 
 
 def test_tensors_that_disagree_on_rows_stay_one_batch():
