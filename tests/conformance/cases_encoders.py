@@ -148,6 +148,15 @@ PAIR: dict[str, Any] = {
 }
 
 
+WHISPER: dict[str, Any] = {
+    **PAIR,
+    "num_mel_bins": 10,
+    "max_source_positions": 12,
+    "max_target_positions": 20,
+    "begin_suppress_tokens": None,
+}
+
+
 def _distilbert() -> DistilBertConfig:
     return DistilBertConfig(
         vocab_size=VOCABULARY, dim=48, hidden_dim=80, n_layers=3, n_heads=6, max_position_embeddings=40
@@ -190,12 +199,6 @@ def _t5(**changes: Any) -> T5Config:
     )
 
 
-def _whisper() -> WhisperConfig:
-    return WhisperConfig(
-        **PAIR, num_mel_bins=10, max_source_positions=12, max_target_positions=20, begin_suppress_tokens=None
-    )
-
-
 CASES: dict[str, Case] = {
     "bert": Case(lambda: _build(BertModel, BertConfig(**TEXT)), _padded),
     "bert_masked_lm": Case(lambda: _build(BertForMaskedLM, BertConfig(**TEXT)), _text),
@@ -215,8 +218,8 @@ CASES: dict[str, Case] = {
     "clip_text": Case(lambda: _build(CLIPTextModel, CLIPTextConfig(**TEXT)), _padded),
     "clip_text_projection": Case(lambda: _build(CLIPTextModelWithProjection, CLIPTextConfig(**TEXT)), _padded),
     "clip_vision": Case(lambda: _build(CLIPVisionModel, CLIPVisionConfig(**IMAGE)), _image),
-    "whisper": Case(lambda: _build(WhisperForConditionalGeneration, _whisper()), _speech),
-    "whisper_classifier": Case(lambda: _build(WhisperForAudioClassification, _whisper()), _audio),
+    "whisper": Case(lambda: _build(WhisperForConditionalGeneration, WhisperConfig(**WHISPER)), _speech),
+    "whisper_classifier": Case(lambda: _build(WhisperForAudioClassification, WhisperConfig(**WHISPER)), _audio),
     "t5": Case(lambda: _build(T5ForConditionalGeneration, _t5()), _seq2seq),
     "t5_gated": Case(lambda: _build(T5ForConditionalGeneration, _t5(feed_forward_proj="gated-gelu")), _seq2seq),
     "t5_encoder": Case(lambda: _build(T5EncoderModel, _t5()), _padded),

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conformance.cases_encoders import CASES, Case
+from conformance.cases_encoders import CASES, WHISPER, Case
 from conformance.references import assert_near, bypass, far_apart, masked, outputs, plan_for
 from torch import Tensor
-from transformers import GenerationConfig, GenerationMixin
+from transformers import GenerationConfig, GenerationMixin, WhisperConfig, WhisperForAudioClassification
 
 from hf_shrink.architectures import bind
 from hf_shrink.calibration.capture import model_inputs
@@ -113,6 +113,14 @@ def test_removing_blocks_equals_bypassing_them(case: Case, removed: set[int], tm
     model.save_pretrained(tmp_path)
     loaded = type(model).from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, case.inputs()), cut, strict=True))
+
+
+def test_a_weighted_sum_of_all_blocks_keeps_them() -> None:
+    model = WhisperForAudioClassification(WhisperConfig(**WHISPER, use_weighted_layer_sum=True)).eval()
+    with pytest.raises(ArchitectureError, match="weighted sum of all blocks"):
+        apply_structure(model, Plan("whisper", {"encoder": StackPlan((0, 2))}))
+    apply_structure(model, plan_for(model, heads=True, uneven=True))
+    assert outputs(model, CASES["whisper_classifier"].inputs())[0].isfinite().all()
 
 
 @pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")

@@ -107,6 +107,7 @@ def _pre_norm(stack: Stack) -> Stack:
     )
 
 
+LAYER_SUM = "the classifier reads a weighted sum of all blocks' outputs (use_weighted_layer_sum)"
 WHISPER = tuple(
     dataclasses.replace(_pre_norm(stack), head_lists=("alignment_heads",) if stack.cross_attention else ())
     for stack in BART
@@ -115,5 +116,8 @@ WHISPER = tuple(
 FAMILIES = [
     Family(("t5",), T5),
     Family(("bart",), BART),
-    Family(("whisper",), WHISPER),
+    Family(
+        ("whisper",),
+        (dataclasses.replace(WHISPER[0], when={"use_weighted_layer_sum": True}, depth_fixed=LAYER_SUM), *WHISPER),
+    ),
 ]
