@@ -86,7 +86,7 @@ def bind(model: nn.Module) -> Binding:
         ArchitectureError: no repeated blocks were found, or a declared path or shape does not match the model.
     """
     model_type = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
-    family = known_families().get(model_type)
+    family = _declared(model)
     binding = Binding(model_type, None, ())
     if family is not None:
         specs = _applying(family, getattr(model, "config", None))
@@ -106,7 +106,7 @@ def bind(model: nn.Module) -> Binding:
 
 def family_of(model: nn.Module) -> Family | None:
     """The family of a model that has roles, from the table or derived; None for one that can be quantized only."""
-    family = known_families().get(getattr(getattr(model, "config", None), "model_type", ""))
+    family = _declared(model)
     return family if family is not None or not isinstance(model, PreTrainedModel) else _derived(model).family
 
 
@@ -135,6 +135,13 @@ def _bind_derived(model: PreTrainedModel, model_type: str, derived: Derived) -> 
         vars(model)[_DERIVED] = Derived(None, (str(error),))
         return Binding(model_type, None, (), missing=(str(error),))
     return Binding(model_type, derived.family, tuple(stacks), source="convention", missing=derived.reasons)
+
+
+def _declared(model: nn.Module) -> Family | None:
+    """The family in the table, where one of its declarations is of a model with this config."""
+    config = getattr(model, "config", None)
+    family = known_families().get(getattr(config, "model_type", type(model).__name__))
+    return family if family is not None and _applying(family, config) else None
 
 
 def _applying(family: Family, config: object) -> list[Stack]:

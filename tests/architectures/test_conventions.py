@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from conformance.cases import CASES
 from huggingface_hub.errors import StrictDataclassClassValidationError
+from image_batches import text_batch
 from tiny import MadeUpConfig, tiny_llama
 from torch import Tensor, nn
-from transformers import LlamaForCausalLM, PreTrainedModel
+from transformers import LlamaForCausalLM, LlavaForConditionalGeneration, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from hf_shrink import shrink
@@ -249,3 +251,21 @@ def test_a_config_that_refuses_a_guess_is_only_a_wrong_guess() -> None:
     config = _Strict(**settings, layer_types=["full_attention"] * 4)
     spec = bind(build(_Listed, config)).stacks[0].spec
     assert spec is not None and spec.depth_fixed is None and spec.block_lists == ("layer_types",)
+
+
+@pytest.mark.parametrize(("kind", "heads"), [("olmo2", False), ("phi", True)])
+def test_llava_with_a_text_outside_the_table_is_bound_by_what_is_verified(kind: str, heads: bool) -> None:
+    """OLMo 2 norms queries over all heads at once, so that none can go; Phi has an MLP without a gate."""
+    config = CASES["llava"].build().config
+    sizes = {key: getattr(config.text_config, key) for key in ("vocab_size", "hidden_size", "intermediate_size")}
+    text = CONFIG_MAPPING[kind](**sizes, num_hidden_layers=2, num_attention_heads=6, num_key_value_heads=3)
+    config.text_config, config.pad_token_id = text, 0
+    dense = build(LlavaForConditionalGeneration, config)
+    binding = bind(dense)
+    assert binding.source == "convention" and (binding.stack("text").blocks[0].attention is not None) is heads
+    quantize = {"method": "rtn", "scheme": "W8A16", "group_size": 16}
+    small = shrink(copy.deepcopy(dense), {"steps": [{"quantize": quantize}]}, progress=False)
+    assert difference(outputs(small, text_batch()), outputs(dense, text_batch())) < 0.1
+    width = {"what": "width", "method": "magnitude", "ratio": 0.3, "refit": False}
+    small = shrink(dense, {"steps": [{"prune": width}]}, progress=False)
+    outputs(small, text_batch())

@@ -6,7 +6,7 @@ import dataclasses
 
 from hf_shrink.architectures.base import Family, Stack
 from hf_shrink.architectures.families import llama_like
-from hf_shrink.architectures.families.llama_like import ATTENTION, FOUR_NORMS, MLP, STACK
+from hf_shrink.architectures.families.llama_like import ATTENTION, FOUR_NORMS, STACK
 
 
 def _text(of: Stack, *types: str) -> tuple[Stack, ...]:
@@ -23,15 +23,11 @@ def _text(of: Stack, *types: str) -> tuple[Stack, ...]:
 
 # The head size is the hidden size over the number of heads, whatever else the config says.
 DERIVED = dataclasses.replace(STACK, attention=dataclasses.replace(ATTENTION, head_size_key=None))
-# A language model of the common form, of whose norms nothing more is known.
-UNKNOWN = dataclasses.replace(
-    STACK, attention=dataclasses.replace(ATTENTION, norm=None), mlp=dataclasses.replace(MLP, norm=None)
-)
 KNOWN = tuple(text for f in llama_like.FAMILIES for stack in f.stacks for text in _text(stack, *f.model_types))
 
 FAMILIES = [
     Family(("gemma3",), _text(FOUR_NORMS), towers=("vision_tower",)),
-    # Whatever language model of the common form, and whatever image tower, the checkpoint puts together.
-    Family(("llava",), (*KNOWN, *_text(UNKNOWN)), towers=("vision_tower",)),
+    # Whatever language model of the table's common form, and whatever image tower, the checkpoint puts together.
+    Family(("llava",), KNOWN, towers=("vision_tower",)),
     Family(("qwen2_vl", "qwen2_5_vl"), _text(DERIVED), towers=("visual",)),
 ]
