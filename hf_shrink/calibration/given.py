@@ -15,6 +15,12 @@ from hf_shrink.calibration.targets import IGNORED, kind_of
 from hf_shrink.errors import CalibrationError
 
 MEDIA_INPUTS = MEDIA.keys() - {"input_ids"}
+_LAYOUTS = {
+    "pixel_values": ("batch", "channels", "height", "width"),
+    "input_features": ("batch", "features", "frames"),
+    "input_values": ("batch", "samples"),
+}
+_OWN_LAYOUT = ("_grid_thw", "spatial_shapes", "pixel_attention_mask", "position_ids")  # come with patches in a list
 
 
 def given_batches(
@@ -48,7 +54,7 @@ def given_batches(
                 f"{', '.join(map(str, batch)) or 'no keys'}"
             )
         _check_ids(wanted, model)
-        wanted = _with_decoder_ids(_with_token_types(_batched(wanted), accepted, model), model)
+        wanted = _with_decoder_ids(_with_token_types(_batched(wanted, model), accepted, model), model)
         count = _rows(wanted, model)
         if count is None:
             # Not row by row (patches of several images in one list): cannot be cut, so it is taken as it is.
@@ -105,9 +111,12 @@ def _tensor(value: Any) -> Tensor | None:
     return None
 
 
-def _batched(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+def _batched(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     """With a batch dimension. Patches of images in one list, and the grids that say whose they are, have none."""
     ids = tensors.get("input_ids")
+    if ids is None and isinstance(model, PreTrainedModel):
+        single = _is_one_row(tensors, model)
+        return {name: tensor.unsqueeze(0) for name, tensor in tensors.items()} if single else tensors
     if ids is None or ids.dim() != 1:
         return tensors
     patches = any(name.endswith("_grid_thw") for name in tensors)
@@ -115,6 +124,24 @@ def _batched(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         name: tensor if patches and (name.endswith("_grid_thw") or name.startswith("pixel_")) else tensor.unsqueeze(0)
         for name, tensor in tensors.items()
     }
+
+
+def _is_one_row(tensors: dict[str, Tensor], model: PreTrainedModel) -> bool:
+    """Whether these are one image or sound without a batch dimension. Inputs of more dimensions are left to the model.
+
+    Raises CalibrationError when a dimension is missing elsewhere.
+    """
+    name = next((name for name in _LAYOUTS if name in tensors), None)
+    if name is None or any(other.endswith(_OWN_LAYOUT) for other in tensors):
+        return False
+    shape, layout = tuple(tensors[name].shape), _LAYOUTS[name]
+    channels = setting(model.config, "num_channels") if name == "pixel_values" and len(shape) == 3 else None
+    if len(shape) < len(layout) - 1 or (isinstance(channels, int) and shape[0] != channels):
+        raise CalibrationError(
+            f"{name} has the shape {shape} where {type(model).__name__} reads ({', '.join(layout)}); give it so, or "
+            "without the first of these"
+        )
+    return len(shape) == len(layout) - 1
 
 
 def _with_token_types(

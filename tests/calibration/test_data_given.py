@@ -6,8 +6,10 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conformance.cases import CASES as DECODERS
 from conformance.cases_encoders import CASES
 from tiny import VOCABULARY, tiny_llama, tiny_tokenizer
+from transformers import Wav2Vec2Config, Wav2Vec2Model
 
 from hf_shrink.architectures import bind
 from hf_shrink.calibration.capture import capture
@@ -98,6 +100,44 @@ def test_classes_of_an_encoder_decoder_stay_labels():
     case = CASES["bart_classifier"]
     (batch,) = read([{**case.inputs(), "labels": torch.tensor([0, 1])}], model=case.build()).batches
     assert set(batch) == {"input_ids", "labels"}
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "more"),
+    [
+        ("vit_classifier", "pixel_values", {"labels": torch.tensor(1)}),
+        ("clip", "pixel_values", {}),
+        ("whisper", "input_features", {"labels": torch.tensor([7, 2])}),
+    ],
+)
+def test_an_image_or_sound_without_a_batch_dimension_is_one_row(name, key, more):
+    model, value = CASES[name].build(), CASES[name].inputs()[key][0]
+    data = read([{key: value, **more}] * 3, model=model)
+    assert len(data.batches) == 3
+    for batch in data.batches:
+        assert torch.equal(batch[key], value[None])
+        assert all(torch.equal(batch[other], expected[None]) for other, expected in more.items())
+
+
+def test_sound_as_samples_may_come_without_a_batch_dimension():
+    config = Wav2Vec2Config(hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16)
+    samples = torch.randn(800, generator=torch.Generator().manual_seed(0))
+    data = read([{"input_values": samples}] * 3, model=Wav2Vec2Model(config))
+    assert [tuple(b["input_values"].shape) for b in data.batches] == [(1, 800)] * 3
+
+
+@pytest.mark.parametrize("shape", [(16, 16), (16, 16, 3)])
+def test_an_image_in_another_layout_is_an_error(shape):
+    with pytest.raises(CalibrationError, match=r"reads \(batch, channels, height, width\)"):
+        read([{"pixel_values": torch.zeros(shape)}], model=CASES["vit"].build())
+
+
+def test_patches_in_a_list_are_left_to_the_model():
+    grid = torch.tensor([[1, 2, 4]])
+    (batch,) = read(
+        [{"pixel_values": torch.zeros(8, 48), "image_grid_thw": grid}], model=DECODERS["qwen2_vl"].build()
+    ).batches
+    assert batch["pixel_values"].shape == (8, 48) and torch.equal(batch["image_grid_thw"], grid)
 
 
 def test_tensors_that_disagree_on_rows_stay_one_batch():
