@@ -100,7 +100,8 @@ class PackedConfig(CompressedTensorsConfig):
 
 
 class LoadingConfig(CompressedTensorsConfig):
-    """How `from_pretrained` loads a quantized checkpoint of ours, given as its `quantization_config`.
+    """How `from_pretrained` loads a quantized checkpoint of ours, given as its `quantization_config`. One that was only
+    pruned has nothing packed, and loads as always.
 
     Args:
         optimize: let the weights multiply with fast kernels; see `optimize_for_inference`.
@@ -115,8 +116,9 @@ class LoadingConfig(CompressedTensorsConfig):
         return {"dequantize": self.dequantize, "optimize": self.optimize}
 
 
-# transformers merges what the caller gives into what the checkpoint says where both classes have the same name.
-LoadingConfig.__name__ = CompressedTensorsConfig.__name__
+# transformers merges what the caller gives into what the checkpoint says where both classes have the same name. In a
+# pruned model nothing is packed, so that it does what either asks for.
+LoadingConfig.__name__ = HfShrinkConfig.__name__ = CompressedTensorsConfig.__name__
 
 
 class PackedQuantizer(CompressedTensorsHfQuantizer):

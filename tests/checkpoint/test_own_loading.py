@@ -201,6 +201,15 @@ def test_a_loaded_model_can_be_packed_and_saved_once_more(tmp_path: Path) -> Non
     assert isinstance(again.model.layers[3].mlp.down_proj, PackedModule)
 
 
+def test_how_to_load_may_be_said_of_a_model_that_was_only_pruned(tmp_path: Path) -> None:
+    model = pruned({1: 64, 3: 48})()
+    model.save_pretrained(tmp_path)
+    for asked in (hf_shrink.LoadingConfig(optimize=False), hf_shrink.LoadingConfig(dequantize=True)):
+        again = AutoModelForCausalLM.from_pretrained(tmp_path, quantization_config=asked)
+        assert torch.equal(logits_of(again), logits_of(model))
+        assert again.is_quantized is False
+
+
 def test_another_tie_is_not_lost_when_the_head_is_packed_apart(tmp_path: Path) -> None:
     model = llama({"lm_head": W4}, tie_word_embeddings=True)()
     model.model.extra = torch.nn.Linear(48, 320, bias=False)
