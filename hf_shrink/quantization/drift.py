@@ -35,7 +35,7 @@ def corrected(weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, floa
     if drift is None or drift.measured.tokens == 0:
         return weight, 0.0
     moment, held = drift.measured.hessian / drift.measured.tokens, drift.held
-    missing = (weight @ (drift.measured.cross / drift.measured.tokens)).double()
+    missing = (weight @ drift.measured.cross).double() / drift.measured.tokens
     gains = weight @ held.cross
 
     def tried(damping: float) -> tuple[float, float, Tensor]:

@@ -110,13 +110,13 @@ class GPTQ:
         drift = statistics.drift
         if self.damping is not None or drift is None or not drift.held.hessian.any():
             damping = self.damping or DAMPINGS[0]
-            return damping, damped_inverse_factor(moment, damping, order)
+            return damping, _single(damped_inverse_factor(moment, damping, order))
         step = -(-len(weight) // TRIAL_ROWS)
         rows, mask = target[::step], None if kept is None else kept[::step]
         best: list[tuple[float, float, InverseFactor]] = []  # of those tried here; one at most: they are large
 
         def loss_with(damping: float) -> float:
-            inverse = damped_inverse_factor(moment, damping, order)
+            inverse = _single(damped_inverse_factor(moment, damping, order))
             found = self._solve(rows, scheme, scale_dtype, moment, inverse, mask)
             loss = held_out_loss(weight[::step], found.dequantized(), drift)
             if not best or loss < best[0][0]:
@@ -127,7 +127,7 @@ class GPTQ:
         chosen = DAMPINGS[losses.index(min(losses))]
         if best and best[0][1] == chosen:
             return best[0][1:]
-        return chosen, damped_inverse_factor(moment, chosen, order)
+        return chosen, _single(damped_inverse_factor(moment, chosen, order))
 
     def _solve(
         self,
@@ -151,7 +151,7 @@ class GPTQ:
         else:
             grid = search_grid(weight, scheme, importance, scale_dtype)
         values, grid = round_columns(
-            weight, grid, inverse.order, inverse.upper.float(), self.block_size, importance if regrouped else None, kept
+            weight, grid, inverse.order, inverse.upper, self.block_size, importance if regrouped else None, kept
         )
         if self.refinements:
             values, grid = descend(weight, values, grid, damped, self.refinements, kept)
@@ -167,6 +167,11 @@ class GPTQ:
         within = groups.argsort(dim=1, descending=True, stable=True)
         starts = torch.arange(0, len(diagonal), group_size, device=diagonal.device)
         return (within + starts[:, None])[groups.mean(1).argsort(descending=True, stable=True)].flatten()
+
+
+def _single(inverse: InverseFactor) -> InverseFactor:
+    """In float32, which columns are rounded in: half the memory while the next damping is tried."""
+    return replace(inverse, upper=inverse.upper.float())
 
 
 def _by_rows(
