@@ -10,7 +10,6 @@ from torch import Tensor
 from hf_shrink.errors import CalibrationError
 
 LARGEST_DAMPING = 1e3
-_PANEL = 512  # columns of a triangular inverse found at a time
 
 
 @dataclass(frozen=True)
@@ -57,21 +56,12 @@ def damped_inverse_factor(moment: Tensor, damping: float, order: Tensor | None =
     order = torch.arange(len(moment), device=moment.device) if order is None else order
     # Of the matrix with its order reversed, Cholesky gives moment = R R^T with R upper triangular, and U = R^-1.
     backwards = order.flip(0)
-    lower, used = damped_cholesky(moment[backwards[:, None], backwards], damping)
+    lower, used = damped_cholesky(moment[backwards][:, backwards], damping)
     flipped = lower.flip(0, 1)
     del lower  # the largest inputs are tens of thousands wide: what is not needed any more goes at once
-    return InverseFactor(_upper_inverse(flipped), used, order)
-
-
-def _upper_inverse(upper: Tensor) -> Tensor:
-    """The inverse of an upper triangular matrix, in panels: of each no more than what is not zero is solved for."""
-    inverse = torch.zeros_like(upper)
-    for start in range(0, len(upper), _PANEL):
-        stop = min(start + _PANEL, len(upper))
-        right = torch.zeros(stop, stop - start, dtype=upper.dtype, device=upper.device)
-        right[start:].fill_diagonal_(1.0)
-        inverse[:stop, start:stop] = torch.linalg.solve_triangular(upper[:stop, :stop], right, upper=True)
-    return inverse
+    identity = torch.eye(len(flipped), dtype=flipped.dtype, device=flipped.device)
+    upper = torch.linalg.solve_triangular(flipped, identity, upper=True)
+    return InverseFactor(upper, used, order)
 
 
 def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:

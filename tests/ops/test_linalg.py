@@ -16,7 +16,7 @@ def inputs(tokens: int = 200, channels: int = 24, seed: int = 0) -> torch.Tensor
     return torch.randn(tokens, channels, generator=generator) @ mix
 
 
-@pytest.mark.parametrize("channels", [24, 1100])  # in one panel, and in three
+@pytest.mark.parametrize("channels", [24, 1100])
 def test_factor_of_the_inverse(channels):
     x = inputs(2000, channels)
     moment = x.T @ x / len(x)
