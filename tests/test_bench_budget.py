@@ -61,8 +61,10 @@ def test_verdicts() -> None:
         "ours:45%": result("ours:45%", "ours", 0.03, size=101),
         "predictions": {"kind": "job", "point": None, "spearman": 0.95},
     }
+    results["pruned:30%"]["perplexity_with_a_dense_table"] = {"novel": 20 * math.exp(0.4)}
     summary = figures.summarise(results)
     assert summary["excess_loss"]["uniform:30%"]["novel"] == pytest.approx(0.05)
+    assert summary["excess_loss_with_a_dense_table"] == {"pruned:30%": {"novel": pytest.approx(0.4)}}
     verdicts = {(v["target"][:6], v["point"], v.get("text")): v for v in summary["targets"]}
     good = verdicts["excess", "30%", "novel"]
     assert good["met"]

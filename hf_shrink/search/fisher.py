@@ -134,7 +134,7 @@ class _Probe(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, anchor: Tensor, sink: Sink) -> Tensor:
         ctx.sink = sink
-        return x.clone()  # Falcon adds to it in place, which autograd refuses of a view
+        return x.clone()  # models may add to it in place, which autograd refuses of a view
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:

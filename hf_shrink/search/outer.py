@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import nn
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.embeddings import token_table
 from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.calibration.looked_up import also_looked_up
 from hf_shrink.calibration.statistics import InputStatistics
@@ -18,10 +19,7 @@ def outer_weights(model: nn.Module) -> tuple[tuple[str, ...], ...]:
     """
     if not isinstance(model, PreTrainedModel):
         return ()
-    try:
-        ends = [model.get_input_embeddings(), model.get_output_embeddings()]
-    except NotImplementedError:  # CLIP: transformers names no embedding of a model with two towers
-        return ()
+    ends = [token_table(model), model.get_output_embeddings()]
     fit = [m for m in ends if m is not None and (type(m) is nn.Embedding or is_matrix(m))]
     paths = {path: module for path, module in model.named_modules() if any(module is m for m in fit)}
     groups: dict[int, list[str]] = {}

@@ -81,7 +81,7 @@ def _settle_cache_depth(model: PreTrainedModel, binding: Binding) -> None:
     """See to it that `generate` makes a KV cache for as many blocks as the decoder of an encoder-decoder has.
 
     `get_text_config(decoder=True)` tells the number. Where a config has `decoder_layers` it takes that, and else the
-    encoder's number (T5), which is too few once the encoder is the shorter: then the key is added.
+    encoder's number, which is too few once the encoder is the shorter: then the key is added.
     """
     config = model.config
     for stack in binding.stacks:

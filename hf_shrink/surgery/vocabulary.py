@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
+from hf_shrink.architectures.embeddings import token_table
 from hf_shrink.errors import ArchitectureError
 
 # Keys of configs whose values are ids of tokens, alone, in lists, in lists of lists, or as values of a mapping.
@@ -108,10 +109,7 @@ def _settle_module(module: nn.Module, rows: int, left: int, moved: Any) -> None:
 
 
 def _embedding(model: PreTrainedModel) -> nn.Embedding:
-    try:
-        embedding: Any = model.get_input_embeddings()
-    except NotImplementedError:  # transformers' way to say that there is none, or more than one
-        embedding = None
+    embedding = token_table(model)
     if not isinstance(embedding, nn.Embedding):
         raise ArchitectureError(
             f"{type(model).__name__} has no embedding of tokens of its own, so no vocabulary to cut"

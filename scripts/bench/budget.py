@@ -45,6 +45,7 @@ HERE = Path(__file__).resolve().parent
 # Of SmolLM2-135M: matrices in the blocks, the embedding (which the output head shares), and norms.
 IN_BLOCKS, EMBEDDING, NORMS = 106_168_320, 28_311_552, 35_136
 SCALE_BYTES = 2
+TABLE = ("model.embed_tokens", "lm_head")
 
 
 @dataclass(frozen=True)
@@ -90,13 +91,14 @@ def uniform_bits(budget: int) -> tuple[int, int]:
     return max(pairs)
 
 
+def form(bits: int) -> dict[str, Any]:
+    """Two bits have zero points."""
+    return {"scheme": f"W{bits}A16", "group_size": GROUP, "symmetric": bits > 2}
+
+
 def quantized(blocks: int, embedding: int, effort: str) -> dict[str, Any]:
-    """A quantize step; two bits have zero points."""
-
-    def form(bits: int) -> dict[str, Any]:
-        return {"scheme": f"W{bits}A16", "group_size": GROUP, "symmetric": bits > 2}
-
-    outer = dict.fromkeys(("model.embed_tokens", "lm_head"), form(embedding))
+    """A quantize step."""
+    outer = dict.fromkeys(TABLE, form(embedding))
     return {"quantize": {"effort": effort, **form(blocks), "overrides": outer}}
 
 
@@ -209,8 +211,7 @@ def run(a: argparse.Namespace, variant: Variant, held_out: Sequence[Path], bf16:
 
 def autoscheme(a: argparse.Namespace, python: Path, job: Mapping[str, Any], table: int) -> dict[str, Any]:
     """The peer's blocks, with its dense embedding and with our embedding of so many bits."""
-    form = {"scheme": f"W{table}A16", "group_size": GROUP, "symmetric": table > 2}
-    step = {"quantize": {"effort": a.effort, "targets": ["model.embed_tokens", "lm_head"], "ignore": [], **form}}
+    step = {"quantize": {"effort": a.effort, "targets": list(TABLE), "ignore": [], **form(table)}}
     recipe = {"portable": False, "steps": [step], "calibration": {"samples": a.samples, "length": LENGTH}}
     with tempfile.TemporaryDirectory() as folder:
         theirs = run_fresh([str(python), str(HERE / "autoscheme.py"), json.dumps({**job, "output": folder})], a.threads)
