@@ -18,6 +18,7 @@ from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.asking import ask, fitting_task
 from hf_shrink.evaluation.batches import Pass, Subjects, pass_over
 from hf_shrink.evaluation.bootstrap import ratio_interval
+from hf_shrink.evaluation.changed import given, given_of_rows
 from hf_shrink.evaluation.dense_copies import dense_copies
 from hf_shrink.evaluation.figures import opened_metrics
 from hf_shrink.evaluation.insights import add_insights
@@ -167,7 +168,7 @@ class _Job:
             raise CalibrationError(f"the task {spec.task} is about rows with right answers, and the data has none")
         asked: EvaluationSpec | None = None if isinstance(spec, Mapping) else spec
         if isinstance(spec, Mapping):
-            changed = replace(_usual(data), **spec)
+            changed = replace(_usual(data), **given(spec))
             data, asked = (changed, None) if isinstance(data, str | Path) else (data, changed)
         made, spec = ranks().on_first(lambda: self._made(data, asked))
         groups = [one for batch in made.batches for one in _groups(batch)]
@@ -186,9 +187,10 @@ class _Job:
     def _rows(self, data: Any, spec: Spec | None) -> tuple[TaskRecipe, Task, Table] | None:
         if isinstance(data, EvaluationSpec):
             data, spec = data.data, data
-        if isinstance(data, str | Path) and spec is None:
+        if isinstance(data, str | Path) and not isinstance(spec, EvaluationSpec | TaskRecipe):
             named = evaluation_spec(data)
-            data, spec = (None, named) if isinstance(named, TaskRecipe) else (data, None)
+            if isinstance(named, TaskRecipe):
+                data, spec = None, replace(named, **given_of_rows(spec, str(data)))
         if isinstance(data, TaskRecipe):
             data, spec = None, data
         if isinstance(spec, TaskRecipe):
@@ -200,13 +202,7 @@ class _Job:
         fitting = fitting_task(self.subjects.model, table.columns)
         if fitting is None:
             return None
-        given = _given(spec)
-        if given.pop("stride", None) is not None:
-            raise CalibrationError(
-                f"a stride is between windows of text, and {table.description} is rows for {fitting[0]}; leave it out, "
-                "or the recipe that has it"
-            )
-        recipe = replace(recipe, task=fitting[0], **given)
+        recipe = replace(recipe, task=fitting[0], **given_of_rows(spec, table.description))
         return recipe, fitting[1], table
 
     def _made(self, data: Any, spec: EvaluationSpec | None) -> tuple[CalibrationData, EvaluationSpec | None]:
@@ -246,13 +242,6 @@ def _usual(data: Any) -> EvaluationSpec:
     named = evaluation_spec(data) if isinstance(data, str | Path) else EvaluationSpec()
     assert isinstance(named, EvaluationSpec)  # the other kind is about rows
     return named
-
-
-def _given(spec: EvaluationSpec | Mapping[str, Any] | None) -> dict[str, Any]:
-    """What is asked for, of what rows have as well, and the stride."""
-    if isinstance(spec, EvaluationSpec):
-        spec = {name: getattr(spec, name) for name in ("samples", "length", "batch_size", "stride")}
-    return dict(spec or {})
 
 
 def _may_be_rows(data: Any) -> bool:

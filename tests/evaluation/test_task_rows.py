@@ -12,7 +12,7 @@ from tiny import TEXT, tiny_llama, tiny_tokenizer
 from tiny_readers import encoder_tokenizer, tiny_bert
 from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
 
-from hf_shrink.errors import CalibrationError
+from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.evaluation import evaluate_model
 from hf_shrink.evaluation.recipes import TaskRecipe
 from hf_shrink.evaluation.rows import columns_of, table_of
@@ -99,3 +99,13 @@ def test_only_what_is_asked_for_changes_how_rows_are_measured(tmp_path):
     assert [result["sequences"] for result in measured] == [50, 9]
     with pytest.raises(CalibrationError, match="stride is between windows of text"):
         evaluate_model(model, path, tokenizer=tokenizer, spec={"stride": 4})
+
+
+def test_names_in_place_of_the_usual_that_mean_nothing_are_refused(tmp_path):
+    model, tokenizer = bert(BertForSequenceClassification), encoder_tokenizer()
+    (tmp_path / "text.txt").write_text(TEXT)
+    for data in (tmp_path / "text.txt", "classification"):
+        with pytest.raises(RecipeError, match="unknown key 'lenght' in spec; did you mean 'length'"):
+            evaluate_model(model, data, tokenizer=tokenizer, spec={"lenght": 4})
+    with pytest.raises(CalibrationError, match="classification is rows with answers"):
+        evaluate_model(model, "classification", tokenizer=tokenizer, spec={"stride": 4})
