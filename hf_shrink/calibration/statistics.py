@@ -19,10 +19,12 @@ class Drift:
     Attributes:
         measured: sums over the tokens that corrections are made from.
         held: sums over other tokens, to check a correction with.
+        corrections: how many are still to be made. `measured` is given up after the last of them. None: not known.
     """
 
     measured: DriftSums
     held: DriftSums
+    corrections: int | None = None
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> Drift:
@@ -31,6 +33,13 @@ class Drift:
     def with_constant(self, size: float) -> Drift:
         """As if inputs had one more feature, always `size`, which never drifts."""
         return Drift(self.measured.with_constant(size), self.held.with_constant(size))
+
+    def corrected_once(self) -> None:
+        """A correction was made. Two matrices as large as all the statistics of the widest inputs go with the last."""
+        if self.corrections is not None:
+            self.corrections -= 1
+            if self.corrections == 0:
+                self.measured = DriftSums.empty(0)
 
 
 @dataclass
@@ -56,7 +65,7 @@ class DriftSums:
 
     @classmethod
     def empty(cls, in_features: int, device: torch.device | str = "cpu") -> DriftSums:
-        cross, hessian = torch.zeros(2, in_features, in_features, device=device).unbind()
+        cross, hessian = (torch.zeros(in_features, in_features, device=device) for _ in range(2))
         shift, total = torch.zeros(2, in_features, dtype=torch.float64, device=device).unbind()
         return cls(cross, hessian, shift, total)
 
@@ -176,8 +185,8 @@ class InputStatistics:
             raise CalibrationError(f"{name} saw no calibration tokens; give more or other calibration data")
         for sums in () if self.drift is None else (self.drift.measured, self.drift.held):
             self.hessian += sums.hessian
-            sums.hessian = _mirrored(sums.hessian)
-        self.hessian = _mirrored(self.hessian)
+            _mirror_(sums.hessian)
+        _mirror_(self.hessian)
         if not torch.isfinite(self.hessian).all():
             raise CalibrationError(
                 f"NaN or Inf in the inputs of {name} during calibration; check the weights and the data"
@@ -210,9 +219,13 @@ def add_symmetric(sums: Tensor, rows: Tensor) -> None:
         sums[start:, start:stop].addmm_(columns[start:], rows[:, start:stop])
 
 
-def _mirrored(lower: Tensor) -> Tensor:
-    """The symmetric matrix whose lower triangle is given."""
-    return torch.tril(lower) + torch.tril(lower, -1).t()
+def _mirror_(lower: Tensor) -> None:
+    """Make a matrix whose lower triangle is given the symmetric one, in place."""
+    for start in range(0, len(lower), _PANEL):
+        stop = min(start + _PANEL, len(lower))
+        corner, below = lower[start:stop, start:stop], lower[stop:, start:stop]
+        corner.copy_(torch.tril(corner) + torch.tril(corner, -1).t())
+        lower[start:stop, stop:] = below.t()
 
 
 def _bordered(matrix: Tensor, column: Tensor, row: Tensor, corner: float) -> Tensor:

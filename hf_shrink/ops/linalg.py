@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,7 @@ from torch import Tensor
 from hf_shrink.errors import CalibrationError
 
 LARGEST_DAMPING = 1e3
+_LEAF = 256  # rows of a triangle that is inverted at once
 
 
 @dataclass(frozen=True)
@@ -17,7 +20,7 @@ class InverseFactor:
     """An upper triangular U with U^T U = (moment + damping * mean(diagonal) * I)^-1, its channels in some order.
 
     Attributes:
-        upper: (n, n) float64.
+        upper: (n, n), in the dtype that was asked for.
         damping: the damping that was used: the asked one, or larger where Cholesky did not hold.
         order: (n,) the channels of the moment in the order in which `upper` has them.
     """
@@ -37,18 +40,26 @@ def solve_positive(matrix: Tensor, right: Tensor) -> Tensor:
     return torch.cholesky_solve(right, torch.linalg.cholesky(matrix))
 
 
+def solve_factored(lower: Tensor, right: Tensor) -> Tensor:
+    """X, (n, m), of L L^T X = B, for a lower triangular L. Unlike `cholesky_solve` it makes no copy of L."""
+    return torch.linalg.solve_triangular(lower.mT, torch.linalg.solve_triangular(lower, right, upper=False), upper=True)
+
+
 def dead_channels(moment: Tensor) -> Tensor:
     """(n,) bool: the channels whose input was always zero."""
     return moment.diagonal() == 0
 
 
-def damped_inverse_factor(moment: Tensor, damping: float, order: Tensor | None = None) -> InverseFactor:
+def damped_inverse_factor(
+    moment: Tensor, damping: float, order: Tensor | None = None, dtype: torch.dtype = torch.float64
+) -> InverseFactor:
     """The upper Cholesky factor of the inverse of a damped second moment, as GPTQ uses it.
 
     Args:
         moment: (n, n) symmetric, any float dtype. Dead channels are fine: damping keeps them apart from the others.
         damping: fraction of the mean diagonal that is added to it. Grown tenfold until Cholesky holds.
         order: (n,) a permutation of the channels to take them in; None: as they are.
+        dtype: of what is returned; it is computed in float64.
 
     Raises:
         CalibrationError: NaN or Inf in the moment, or no damping helps.
@@ -56,12 +67,27 @@ def damped_inverse_factor(moment: Tensor, damping: float, order: Tensor | None =
     order = torch.arange(len(moment), device=moment.device) if order is None else order
     # Of the matrix with its order reversed, Cholesky gives moment = R R^T with R upper triangular, and U = R^-1.
     backwards = order.flip(0)
-    lower, used = damped_cholesky(moment[backwards][:, backwards], damping)
-    flipped = lower.flip(0, 1)
-    del lower  # the largest inputs are tens of thousands wide: what is not needed any more goes at once
-    identity = torch.eye(len(flipped), dtype=flipped.dtype, device=flipped.device)
-    upper = torch.linalg.solve_triangular(flipped, identity, upper=True)
-    return InverseFactor(upper, used, order)
+    lower, used = damped_cholesky(moment[backwards[:, None], backwards], damping)
+    invert_lower_(lower)
+    lower = lower.to(dtype)  # the largest inputs are tens of thousands wide: what is not needed any more goes at once
+    return InverseFactor(lower.flip(0, 1), used, order)
+
+
+def invert_lower_(lower: Tensor) -> None:
+    """Invert a lower triangular matrix, (n, n), in place.
+
+    Half by half, since the inverse of [[A, 0], [B, C]] is [[A^-1, 0], [-C^-1 B A^-1, C^-1]]: mostly products, and a
+    quarter of the matrix beside it, where `solve_triangular` needs twice as much as the matrix.
+    """
+    size, half = len(lower), len(lower) // 2
+    if size <= _LEAF:
+        identity = torch.eye(size, dtype=lower.dtype, device=lower.device)
+        lower.copy_(torch.linalg.solve_triangular(lower, identity, upper=False))
+        return
+    first, between, second = lower[:half, :half], lower[half:, :half], lower[half:, half:]
+    invert_lower_(first)
+    invert_lower_(second)
+    torch.addmm(between, second @ between, first, beta=0, alpha=-1, out=between)
 
 
 def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
@@ -71,16 +97,18 @@ def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
         CalibrationError: as `damped_inverse_factor`.
     """
     check_finite(moment)
-    double = moment.to(torch.float64, copy=True)
-    mean = double.diagonal().mean()
+    # Column by column, as LAPACK wants it to work in place.
+    lower = torch.empty(moment.shape, dtype=torch.float64, device=moment.device).mT
+    diagonal = moment.diagonal().double()
+    mean = diagonal.mean()
     if mean == 0:  # no input was ever non-zero: every channel counts alike
-        return torch.eye(len(double), dtype=double.dtype, device=double.device), damping
-    del moment
-    diagonal = double.diagonal().clone()
+        return lower.copy_(torch.eye(len(lower), device=lower.device)), damping
+    failed = torch.empty((), dtype=torch.int32, device=moment.device)
     used = damping
     while used <= LARGEST_DAMPING:
-        double.diagonal().copy_(diagonal + used * mean)
-        lower, failed = torch.linalg.cholesky_ex(double)
+        lower.mT.copy_(moment)  # symmetric, so that it can be read in the order in which it lies
+        lower.diagonal().copy_(diagonal + used * mean)
+        torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if not failed:
             return lower, used
         used = max(used * 10, 1e-6)
@@ -90,12 +118,16 @@ def damped_cholesky(moment: Tensor, damping: float) -> tuple[Tensor, float]:
     )
 
 
-def damped_moment(moment: Tensor, damping: float) -> Tensor:
-    """A copy with `damping` times the mean added to the diagonal; with 1 where no input was ever non-zero."""
-    damped = moment.clone()
-    mean = moment.diagonal().mean()
-    damped.diagonal().add_(damping * mean if mean > 0 else 1.0)
-    return damped
+@contextmanager
+def damped(moment: Tensor, damping: float) -> Iterator[None]:
+    """Inside, `moment` itself has `damping` times the mean on its diagonal; 1 where no input was ever non-zero."""
+    diagonal = moment.diagonal().clone()
+    mean = diagonal.mean()
+    moment.diagonal().add_(damping * mean if mean > 0 else 1.0)
+    try:
+        yield
+    finally:
+        moment.diagonal().copy_(diagonal)
 
 
 def check_finite(moment: Tensor) -> None:
@@ -133,7 +165,7 @@ def least_squares_refit(weight: Tensor, moment: Tensor, kept: Tensor, damping: f
     removed[kept] = False
     lower, _ = damped_cholesky(moment[kept][:, kept], damping)
     lost = weight[:, removed].double() @ moment[removed][:, kept].double()
-    update = torch.cholesky_solve(lost.T, lower).T
+    update = solve_factored(lower, lost.T).T
     return (weight[:, kept].double() + update).float()
 
 
@@ -156,7 +188,7 @@ def refit_towards(weight: Tensor, cross: Tensor, moment: Tensor, damping: float)
     """
     lower, _ = damped_cholesky(moment, damping)
     missing = cross.double() - weight.double() @ moment.double()
-    return weight.double() + torch.cholesky_solve(missing.T, lower).T
+    return weight.double() + solve_factored(lower, missing.T).T
 
 
 def relative_error(weight: Tensor, approximation: Tensor, moment: Tensor | None) -> float:

@@ -12,7 +12,7 @@ from hf_shrink.architectures.matching import class_of
 from hf_shrink.architectures.weights import WeightRef, weight_refs
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.errors import CalibrationError, RecipeError
-from hf_shrink.ops.linalg import damped_moment
+from hf_shrink.ops.linalg import damped
 from hf_shrink.ops.masks import refit_kept
 from hf_shrink.pipeline.kept import KeptStack, present
 from hf_shrink.pipeline.tied import weight_holders
@@ -153,8 +153,10 @@ def _refitted(method: WeightsMethod, views: Sequence[WeightView], statistics: In
     targets = [corrected(view.rows, statistics)[0] for view in views]
     if getattr(method, "changes_weights", False):
         views = [replace(view, rows=target.clone()) for view, target in zip(views, targets, strict=True)]
-    hessian = damped_moment(statistics.mean, DAMPING).to(targets[0])
-    return [
-        replace(masked, rows=refit_kept(target, masked.rows, masked.kept, hessian, REFIT_STEPS))
-        for target, masked in zip(targets, method.prune(views, statistics), strict=True)
-    ]
+    pruned = method.prune(views, statistics)
+    hessian = statistics.hessian.to(targets[0])
+    with damped(hessian, DAMPING):
+        return [
+            replace(masked, rows=refit_kept(target, masked.rows, masked.kept, hessian, REFIT_STEPS))
+            for target, masked in zip(targets, pruned, strict=True)
+        ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -156,7 +156,16 @@ def _groups(tasks: Sequence[Task], method: QuantizationMethod) -> list[list[Task
         together = task.statistics is not None and task.scheme.strategy != "tensor"
         key = (id(task.statistics), task.scheme, task.scale_dtype, task.sparse) if together else task.path
         groups.setdefault(key, []).append(task)
+    _count_corrections([group[0] for group in groups.values()])
     return list(groups.values())
+
+
+def _count_corrections(firsts: Iterable[Task]) -> None:
+    """Let drifts know how many groups, of which these are the first tasks, are corrected by them at most."""
+    drifts = [task.statistics.drift for task in firsts if task.statistics is not None]
+    for drift in drifts:
+        if drift is not None:
+            drift.corrections = sum(drift is other for other in drifts)
 
 
 def _once(tasks: Sequence[Task]) -> list[Task]:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from hf_shrink.calibration.statistics import InputStatistics
-from hf_shrink.ops.linalg import damped_cholesky, least_squares_refit
+from hf_shrink.ops.linalg import damped_cholesky, least_squares_refit, solve_factored
 
 LONGEST = 4.0  # medians: no token counts for more than 16 ordinary ones
 DAMPING = 0.01  # of the mean second moment: pulls towards the weights as they are where the data says little
@@ -67,7 +67,7 @@ def _solved(weight: Tensor, statistics: InputStatistics, kept: Tensor, damping: 
     measured, held = drift.measured, drift.held
     lower, _ = damped_cholesky(measured.hessian[kept][:, kept] / measured.tokens, damping)
     moved = weight.double() @ (measured.cross[:, kept].double() / measured.tokens)
-    change = torch.cholesky_solve(moved.T, lower).T.float()
+    change = solve_factored(lower, moved.T).T.float()
     # On the held-out tokens: E||W (x + d) - (V + part * change) x_kept||^2 is least at gain / size.
     gap = weight.clone()
     gap[:, kept] -= found

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from hf_shrink.errors import CalibrationError
-from hf_shrink.ops.linalg import damped_cholesky
+from hf_shrink.ops.linalg import damped_cholesky, solve_factored
 from hf_shrink.sharding import Share
 
 BAND = 512  # columns of a moment that are multiplied at a time
@@ -81,7 +81,7 @@ def best_change(errors: Errors) -> tuple[Tensor, float]:
     best, gained = torch.zeros_like(errors.cross), 0.0
     for damping in DAMPINGS:
         lower, _ = damped_cholesky(errors.moment, damping)
-        change = torch.cholesky_solve(errors.cross.double().T, lower).T.float()
+        change = solve_factored(lower, errors.cross.double().T).T.float()
         gain = float((errors.held_cross * change).sum(dtype=torch.float64))
         cost = float(((change @ errors.held_moment) * change).sum(dtype=torch.float64))
         part = min(max(gain / cost, 0.0), 1.0) if cost > 0 else 0.0

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hf_shrink.calibration.statistics import Drift, InputStatistics
-from hf_shrink.ops.linalg import damped_cholesky
+from hf_shrink.ops.linalg import damped_cholesky, solve_factored
 from hf_shrink.sharding import spread
 
 DAMPINGS = (0.01, 0.1)  # of the correction's second moment, tried on held-out tokens
@@ -32,21 +32,23 @@ def corrected(weight: Tensor, statistics: InputStatistics) -> tuple[Tensor, floa
         V, (out, in) float32, and a number from 0 to 1.
     """
     drift = statistics.drift
+    assert drift is None or drift.corrections != 0, "all corrections have been made, and what they came from is gone"
     if drift is None or drift.measured.tokens == 0:
         return weight, 0.0
-    moment, held = drift.measured.hessian / drift.measured.tokens, drift.held
-    missing = (weight @ drift.measured.cross).double() / drift.measured.tokens
+    # Sums, not means: what solves for the one with the other is the same, and a copy less of the largest matrices.
+    moment, held = drift.measured.hessian, drift.held
+    missing = (weight @ drift.measured.cross).double()
     gains = weight @ held.cross
 
     def tried(damping: float) -> tuple[float, float, Tensor]:
-        lower, _ = damped_cholesky(moment, damping)
-        change = torch.cholesky_solve(missing.T, lower).T.float()
+        change = solve_factored(damped_cholesky(moment, damping)[0], missing.T).T.float()
         gain = float((gains * change).sum(dtype=torch.float64))
         size = float((change @ held.hessian * change).sum(dtype=torch.float64))
         part = min(max(gain / size, 0.0), 1.0) if size > 0 else 0.0
         return part * (2 * gain - part * size), part, change
 
     won, taken, change = max(spread(DAMPINGS, tried), key=lambda found: found[0])
+    drift.corrected_once()
     return (weight + taken * change, taken) if won > 0 else (weight, 0.0)
 
 

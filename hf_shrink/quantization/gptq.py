@@ -16,7 +16,7 @@ from torch import Tensor
 from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.columns import ROW_MULTIPLE, GridColumns
 from hf_shrink.ops.grid import Grid, dequantize, min_max_grid, search_grid
-from hf_shrink.ops.linalg import InverseFactor, damped_inverse_factor, dead_channels, relative_error
+from hf_shrink.ops.linalg import InverseFactor, damped, damped_inverse_factor, dead_channels, relative_error
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.base import METHODS, QuantizedWeight
 from hf_shrink.quantization.descent import descend
@@ -82,7 +82,8 @@ class GPTQ:
         """See `QuantizationMethod.solve`."""
         if statistics is None or statistics.tokens == 0:
             raise CalibrationError("GPTQ has seen no inputs of this Linear; use more calibration data, or method: rtn")
-        weight, moment = weight.detach(), statistics.mean.to(weight.device)
+        # The sum, not the mean, which would be one more of the largest matrices: no step depends on its scale.
+        weight, moment = weight.detach(), statistics.hessian.to(weight.device)
         order = self._order(moment.diagonal(), scheme.for_width(len(moment)).group_size)
         # Under a mask the correction has been taken with the mask.
         target = corrected(weight, statistics)[0] if self.asymmetric and kept is None else weight
@@ -110,13 +111,13 @@ class GPTQ:
         drift = statistics.drift
         if self.damping is not None or drift is None or not drift.held.hessian.any():
             damping = self.damping or DAMPINGS[0]
-            return damping, _single(damped_inverse_factor(moment, damping, order))
+            return damping, damped_inverse_factor(moment, damping, order, torch.float32)
         step = -(-len(weight) // TRIAL_ROWS)
         rows, mask = target[::step], None if kept is None else kept[::step]
         best: list[tuple[float, float, InverseFactor]] = []  # of those tried here; one at most: they are large
 
         def loss_with(damping: float) -> float:
-            inverse = _single(damped_inverse_factor(moment, damping, order))
+            inverse = damped_inverse_factor(moment, damping, order, torch.float32)
             found = self._solve(rows, scheme, scale_dtype, moment, inverse, mask)
             loss = held_out_loss(weight[::step], found.dequantized(), drift)
             if not best or loss < best[0][0]:
@@ -127,7 +128,7 @@ class GPTQ:
         chosen = DAMPINGS[losses.index(min(losses))]
         if best and best[0][1] == chosen:
             return best[0][1:]
-        return chosen, _single(damped_inverse_factor(moment, chosen, order))
+        return chosen, damped_inverse_factor(moment, chosen, order, torch.float32)
 
     def _solve(
         self,
@@ -138,13 +139,24 @@ class GPTQ:
         inverse: InverseFactor,
         kept: Tensor | None,
     ) -> QuantizedWeight:
-        scheme, diagonal = scheme.for_width(len(moment)), moment.diagonal()
-        damped = moment.clone()
-        damped.diagonal().add_(inverse.damping * diagonal.mean() if diagonal.any() else 1.0)
+        scheme = scheme.for_width(len(moment))
+        with damped(moment, inverse.damping):
+            values, grid = self._round(weight, scheme, scale_dtype, moment, inverse, kept)
+        return QuantizedWeight(values, grid, relative_error(weight, dequantize(values, grid), moment))
 
+    def _round(
+        self,
+        weight: Tensor,
+        scheme: Scheme,
+        scale_dtype: torch.dtype,
+        moment: Tensor,
+        inverse: InverseFactor,
+        kept: Tensor | None,
+    ) -> tuple[Tensor, Grid]:
+        """Values and grid, by a moment that is damped."""
         # Weighting by U_jj^-2, what an error costs once later columns have made up for it, lowers the layer's error
         # but raises the model's (SmolLM2-135M, W4 g64: KL divergence 0.126 instead of 0.095).
-        importance = damped.diagonal()
+        importance = moment.diagonal()
         regrouped = self.rescale and scheme.strategy == "group"
         if regrouped:
             grid = min_max_grid(weight, scheme, scale_dtype)  # its scales are chosen on the way
@@ -154,8 +166,8 @@ class GPTQ:
             weight, grid, inverse.order, inverse.upper, self.block_size, importance if regrouped else None, kept
         )
         if self.refinements:
-            values, grid = descend(weight, values, grid, damped, self.refinements, kept)
-        return QuantizedWeight(values, grid, relative_error(weight, dequantize(values, grid), moment))
+            values, grid = descend(weight, values, grid, moment, self.refinements, kept)
+        return values, grid
 
     def _order(self, diagonal: Tensor, group_size: int | None) -> Tensor:
         """(in,) the columns in the order in which they are rounded."""
@@ -167,11 +179,6 @@ class GPTQ:
         within = groups.argsort(dim=1, descending=True, stable=True)
         starts = torch.arange(0, len(diagonal), group_size, device=diagonal.device)
         return (within + starts[:, None])[groups.mean(1).argsort(descending=True, stable=True)].flatten()
-
-
-def _single(inverse: InverseFactor) -> InverseFactor:
-    """In float32, which columns are rounded in: half the memory while the next damping is tried."""
-    return replace(inverse, upper=inverse.upper.float())
 
 
 def _by_rows(

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from hf_shrink.errors import CalibrationError
-from hf_shrink.ops.linalg import damped_inverse_factor, dead_channels, least_squares_refit, relative_error
+from hf_shrink.ops.linalg import (
+    damped,
+    damped_cholesky,
+    damped_inverse_factor,
+    dead_channels,
+    invert_lower_,
+    least_squares_refit,
+    relative_error,
+    solve_factored,
+)
 
 
 def inputs(tokens: int = 200, channels: int = 24, seed: int = 0) -> torch.Tensor:
@@ -25,6 +34,40 @@ def test_factor_of_the_inverse(channels):
     assert factor.damping == 0.01 and factor.upper.dtype == torch.float64
     assert torch.equal(factor.upper, factor.upper.triu())
     torch.testing.assert_close(factor.upper.T @ factor.upper @ damped, torch.eye(channels).double(), rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [1, 2, 257, 700])
+def test_a_triangle_is_inverted_where_it_lies(size):
+    x = inputs(3 * size + 8, size)
+    lower, _ = damped_cholesky(x.T @ x, 0.01)
+    expected, place = torch.linalg.inv(lower), lower.data_ptr()
+    invert_lower_(lower)
+    assert lower.data_ptr() == place and torch.equal(lower, lower.tril())
+    torch.testing.assert_close(lower, expected, rtol=1e-10, atol=1e-12)
+
+
+def test_the_moment_itself_is_not_factored_in_place():
+    x = inputs()
+    moment = (x.T @ x).double()
+    before = moment.clone()
+    lower, _ = damped_cholesky(moment, 0.01)
+    assert torch.equal(moment, before)
+    right = torch.randn(24, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    damping = 0.01 * moment.diagonal().mean() * torch.eye(24).double()
+    torch.testing.assert_close(solve_factored(lower, right), torch.linalg.solve(moment + damping, right))
+
+
+def test_damping_lasts_as_long_as_it_is_needed():
+    x = inputs()
+    moment = x.T @ x
+    before = moment.clone()
+    with pytest.raises(ZeroDivisionError), damped(moment, 0.1):
+        expected = before + 0.1 * before.diagonal().mean() * torch.eye(24)
+        torch.testing.assert_close(moment, expected)
+        raise ZeroDivisionError
+    assert torch.equal(moment, before)
+    with damped(dead := torch.zeros(3, 3), 0.1):
+        assert torch.equal(dead, torch.eye(3))
 
 
 def test_dead_channels_stay_apart():

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
 from quantization_cases import case
 
 from hf_shrink.calibration.statistics import InputStatistics
+from hf_shrink.pipeline.packing import Task, solve
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization import gptq
 from hf_shrink.quantization.drift import DAMPINGS, corrected, held_out_loss
@@ -108,6 +112,34 @@ def test_without_a_drift_nothing_changes() -> None:
         return float((x @ w.T - dense @ weight.T).square().sum())
 
     assert distance(aimed) < distance(same[1].dequantized())
+
+
+def test_what_corrections_come_from_goes_with_the_last() -> None:
+    """Two groups of matrices, of schemes of their own, read the same inputs."""
+    weight, x, dense = drifted()
+    statistics = gathered(x, dense, 50)
+    drift = statistics.drift
+    assert drift is not None
+    expected, part = corrected(weight, statistics)
+    assert part > 0 and drift.measured.tokens > 0  # nobody said how many there would be
+    module = torch.nn.Linear(48, len(weight))
+    module.weight = torch.nn.Parameter(weight)
+    tasks = [
+        Task(f"{bits}", module if bits == 4 else copy.deepcopy(module), Scheme(bits), statistics, torch.float32)
+        for bits in (4, 8)
+    ]
+    left = []
+
+    class Noting(GPTQ):
+        def solve(self, weight: torch.Tensor, scheme: Scheme, *args: Any, **kwargs: Any) -> Any:
+            torch.testing.assert_close(corrected(weight, statistics)[0], expected, rtol=0, atol=0)
+            left.append((drift.corrections, drift.measured.tokens > 0))
+            return GPTQ(asymmetric=False).solve(weight, scheme, *args, **kwargs)
+
+    solve(tasks, Noting())
+    assert left == [(1, True), (0, False)]
+    with pytest.raises(AssertionError, match="all corrections have been made"):
+        corrected(weight, statistics)
 
 
 def test_held_out_loss_is_the_distance_up_to_a_constant() -> None:
