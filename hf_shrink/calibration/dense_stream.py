@@ -75,17 +75,24 @@ class DenseStream:
 
     @contextmanager
     def following(
-        self, block: nn.Module, matrices: Mapping[str, nn.Module], stages: Sequence[Sequence[str]]
+        self,
+        block: nn.Module,
+        matrices: Mapping[str, nn.Module],
+        stages: Sequence[Sequence[str]],
+        *,
+        copies: bool = True,
     ) -> Iterator[Follower]:
         """Go through a copy of the current block stage by stage, while the block itself is compressed.
 
-        At the end every batch followed is through the dense block.
+        At the end every batch followed is through the dense block. `copies`: of the weights too, which may change;
+        otherwise only modules are put in the place of others.
         """
-        twin = copy.deepcopy(block)
+        plain = () if copies else [p for p in block.parameters() if type(p) is nn.Parameter]
+        twin = copy.deepcopy(block, {id(p): nn.Parameter(p.data, p.requires_grad) for p in plain})
         names = {id(module): name for name, module in block.named_modules()}
-        copies = {path: twin.get_submodule(names[id(module)]) for path, module in matrices.items()}
+        twins = {path: twin.get_submodule(names[id(module)]) for path, module in matrices.items()}
         self.walk.stand_in(twin)
-        with self.walk.staged(copies, stages, copies.__getitem__, twin) as run:
+        with self.walk.staged(twins, stages, twins.__getitem__, twin) as run:
             yield Follower(self, run)
             for place in self._place.values():
                 self.walk.take(place, run.finish(place))

@@ -185,6 +185,7 @@ class StackWalk:
         further: bool = True,
         dense: DenseStream | None = None,
         longest: Mapping[str, float] | None = None,
+        in_place: bool = True,
     ) -> Passed | None:
         """Statistics, replacement and advance in one pass: see `stages.py`.
 
@@ -196,6 +197,8 @@ class StackWalk:
             further: False when nothing comes after this block, so that its outputs are not needed; the walk then stays.
             dense: in front of this block too: it goes along, so that statistics have a `drift`, and to the next block.
             longest: by path of a matrix, as of `InputStatistics`; None for matrices that are not in it.
+            in_place: `solve` may change weights, so that the dense stream needs copies. Otherwise it puts other modules
+                in the place of matrices and leaves these as they are.
 
         Returns:
             The block's outputs for the first batch. None, with nothing done, when the block cannot be stopped
@@ -220,7 +223,9 @@ class StackWalk:
             dense = None
         with ExitStack() as stack:
             # Before the block's modules are made to wait, which a copy of them must not.
-            follower = None if dense is None else stack.enter_context(dense.following(block, matrices, stages))
+            follower = None
+            if dense is not None:
+                follower = stack.enter_context(dense.following(block, matrices, stages, copies=in_place))
             own = stack.enter_context(self.staged(matrices, stages, current, block))
             sums = StageSums(self._experts, self.real_tokens, self.share, longest or {}, follower)
             for stage, paths in enumerate(stages):

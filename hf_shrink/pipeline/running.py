@@ -249,6 +249,7 @@ class Run:
                     self.model.get_submodule,
                     further=further,
                     dense=self.dense if goes_along else None,
+                    in_place=self.masking is not None,
                 )
                 if passed is not None:
                     return passed

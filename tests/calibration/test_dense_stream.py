@@ -40,8 +40,11 @@ def dense_outputs(
     return outputs
 
 
+@pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("on_file", [False, True])
-def test_dense_states_stay_those_of_the_dense_model(on_file: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dense_states_stay_those_of_the_dense_model(
+    on_file: bool, in_place: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if on_file:
         monkeypatch.setattr(shelf, "SMALLEST", 1)
         for user in (shelf, dense_stream):
@@ -60,17 +63,34 @@ def test_dense_states_stay_those_of_the_dense_model(on_file: bool, monkeypatch: 
             for path, statistics in found.items():
                 inputs[path] = statistics
                 old = model.get_submodule(path)
+                if in_place:
+                    old.weight.data *= 0.7
+                    continue
                 new = nn.Linear(old.in_features, old.out_features, bias=False)
                 new.weight = nn.Parameter(old.weight.detach() * 0.7)
                 model.set_submodule(path, new)
 
-        assert walk.advance_in_stages(paths, solve, model.get_submodule, dense=dense) is not None
+        passed = walk.advance_in_stages(paths, solve, model.get_submodule, dense=dense, in_place=in_place)
+        assert passed is not None
         for batch in range(len(data)):
             torch.testing.assert_close(dense.target(batch), expected[index][batch])
     first = inputs["model.layers.0.self_attn.q_proj"].drift
     assert first is not None and float(first.measured.cross.abs().max()) == 0  # both streams begin with the embeddings
     later = inputs["model.layers.0.mlp.down_proj"].drift
     assert later is not None and float(later.measured.cross.abs().max()) > 0
+
+
+@pytest.mark.parametrize("copies", [False, True])
+def test_weights_that_stay_are_not_copied(copies: bool) -> None:
+    data, model = batches(), tiny_llama()
+    layers = list(model.model.layers)
+    dense = DenseStream(model, layers, data, tokens=0, everything=True)
+    matrices = {f"model.layers.0.{name}": layers[0].get_submodule(name) for name in NAMES}
+    own = {p.data_ptr() for p in layers[0].parameters()}
+    with dense.following(layers[0], matrices, [[path] for path in matrices], copies=copies):
+        twin = dense.walk.block
+        assert twin is not layers[0]
+        assert {p.data_ptr() for p in twin.parameters()} & own == (set() if copies else own)
 
 
 def test_drift_is_the_difference_of_the_inputs_of_real_tokens() -> None:
