@@ -100,6 +100,8 @@ def capture(
             found.contexts.append(_padding(batch.get("attention_mask"), hidden))
         else:
             found.masks.append(_padding(batch.get("attention_mask"), hidden, length))
+    if residence is not None:
+        residence.glanced_outside()
     return found
 
 

@@ -78,7 +78,7 @@ def estimate(model: nn.Module, plan: Plan, tokens: int, max_memory: int) -> Need
     states = int(4 * tokens * narrow * WALKS)
     # In float32: the block, its dense twin, and what a solver holds of the largest matrices' second moments.
     largest = max((4 * sum(p.numel() for p in block.parameters()) for block in blocks), default=0)
-    moments = 24 * widest**2 if walks else 0
+    moments = 28 * widest**2 if walks else 0
     whole = whole_model_step(plan)
     if whole is not None:
         moments += sum(p.nbytes for p in model.parameters())

@@ -144,6 +144,13 @@ class Residence:
         if self._rests and not is_own(tensor):
             let_go(tensor)
 
+    def glanced_outside(self) -> None:
+        """What lies in no block has run, and will not for a while."""
+        model = None if self._model is None else self._model()
+        if self._rests and model is not None:
+            for tensor in self._outside(model).values():
+                self.glanced_at(tensor)
+
     def settled(self, tensor: Tensor) -> Tensor:
         """A tensor that was just made, from a file of ours."""
         if not self._rests or not tensor.nbytes or not is_own(tensor):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import mmap
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -13,7 +15,7 @@ from torch import nn
 from hf_shrink.errors import RecipeError
 from hf_shrink.residence import Residence, Room, States, bytes_of, map_tensors, rest, twin, write_tensors
 from hf_shrink.residence.files import DTYPES
-from hf_shrink.residence.pages import can_tell, is_own, let_go
+from hf_shrink.residence.pages import PAGEMAP, can_tell, is_own, let_go
 
 SIZE = 64  # of the square matrices: four pages each in float32
 pytestmark = pytest.mark.skipif(not can_tell(), reason="this system does not tell a file's pages from others")
@@ -91,6 +93,30 @@ def test_what_was_changed_is_kept_and_what_was_not_stays_in_the_source(tmp_path:
         assert torch.equal(again(x), dense)
         other.adopt("block.1", again[2], tmp_path / "finished")
         assert torch.equal(again(x), after)
+
+
+def present(tensor: torch.Tensor) -> int:
+    """How many of a tensor's whole pages are in this process's memory."""
+    first, last = -(-tensor.data_ptr() // mmap.PAGESIZE), (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE
+    entries = np.fromfile(PAGEMAP, np.uint64, last - first, offset=8 * first)
+    return int((entries >> np.uint64(63)).sum())
+
+
+def test_what_lies_in_no_block_goes_once_it_was_glanced_at(tmp_path: Path) -> None:
+    model, residence, blocks = mapped(tmp_path / "files")
+    x = torch.randn(2, SIZE)
+    with torch.no_grad():
+        dense = model(x)
+        weight, inside = model[0].weight.data, blocks[-1][0].weight.data
+        held = present(inside)
+        assert present(weight) >= 3 and held >= 3
+        residence.glanced_outside()
+        assert present(weight) == 0 and present(inside) == held
+        assert torch.equal(model(x), dense)
+        weight.mul_(2)
+        changed = model(x)
+        residence.glanced_outside()  # what was written to it would be lost
+        assert torch.equal(model(x), changed) and not torch.equal(changed, dense)
 
 
 def test_running_never_moves_memory_that_somebody_holds(tmp_path: Path) -> None:
