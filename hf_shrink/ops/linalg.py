@@ -42,7 +42,9 @@ def solve_positive(matrix: Tensor, right: Tensor) -> Tensor:
 
 def solve_factored(lower: Tensor, right: Tensor) -> Tensor:
     """X, (n, m), of L L^T X = B, for a lower triangular L. Unlike `cholesky_solve` it makes no copy of L."""
-    return torch.linalg.solve_triangular(lower.mT, torch.linalg.solve_triangular(lower, right, upper=False), upper=True)
+    half: Tensor = torch.linalg.solve_triangular(lower, right, upper=False)
+    whole: Tensor = torch.linalg.solve_triangular(lower.mT, half, upper=True)
+    return whole
 
 
 def dead_channels(moment: Tensor) -> Tensor:
