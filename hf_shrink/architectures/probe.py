@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
 
+from hf_shrink.architectures.reads import accepted_names
 from hf_shrink.architectures.tiny import VOCABULARY
 
 Inputs = dict[str, Tensor]
@@ -75,7 +75,7 @@ def find_inputs(model: PreTrainedModel) -> Inputs:
 
 def outputs(model: PreTrainedModel, inputs: Inputs) -> list[Tensor]:
     """Every floating-point tensor that the model returns, without its KV cache. Raises ProbeError where it fails."""
-    accepted = inspect.signature(model.forward).parameters
+    accepted = accepted_names(model) or ()
     options = {"use_cache": False} if "use_cache" in accepted else {}
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -113,7 +113,7 @@ def difference(actual: list[Tensor], expected: list[Tensor]) -> float:
 
 def _candidates(model: PreTrainedModel) -> Iterator[Inputs]:
     """What the model may read, the likelier first."""
-    accepted = set(inspect.signature(model.forward).parameters)
+    accepted = accepted_names(model) or frozenset()
     main = model.main_input_name
     config = model.config
     generator = torch.Generator().manual_seed(2)

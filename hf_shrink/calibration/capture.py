@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.reads import accepted_names
 from hf_shrink.calibration.routing import routed
 from hf_shrink.errors import ArchitectureError, CalibrationError
 from hf_shrink.residence import Room, States, residence_of
@@ -219,9 +220,9 @@ def model_inputs(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
 
 def _takes_use_cache(model: nn.Module) -> bool:
     """Whether `forward` has the argument, or hands what it does not know on to a part of the model that has it."""
-    parameters = inspect.signature(model.forward).parameters
-    if "use_cache" in parameters:
+    if "use_cache" in (accepted_names(model) or ()):
         return True
+    parameters = inspect.signature(model.forward).parameters
     hands_on = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     inner = (part for part in model.modules() if isinstance(part, PreTrainedModel) and part is not model)
     return hands_on and any("use_cache" in inspect.signature(part.forward).parameters for part in inner)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from hf_shrink.calibration.inputs import MEDIA, accepted_names, placeholder_ids, setting
+from hf_shrink.architectures.reads import accepted_names
+from hf_shrink.calibration.inputs import MEDIA, placeholder_ids, setting
 from hf_shrink.calibration.targets import IGNORED, kind_of
 from hf_shrink.errors import CalibrationError
 

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -16,6 +15,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.feature_extraction_utils import FeatureExtractionMixin
 from transformers.image_processing_utils import BaseImageProcessor
 
+from hf_shrink.architectures.reads import accepted_names
 from hf_shrink.errors import CalibrationError
 
 Medium = Literal["text", "image", "audio"]
@@ -60,16 +60,6 @@ class ModelInputs:
     @property
     def medium(self) -> Medium:
         return MEDIA[self.media] if self.media else "text"
-
-
-def accepted_names(model: nn.Module) -> frozenset[str] | None:
-    """The argument names of `forward`; None when it takes any (a plain module with **kwargs)."""
-    parameters = inspect.signature(model.forward).parameters.values()
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    if takes_any and not isinstance(model, PreTrainedModel):
-        return None
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(p.name for p in parameters if p.kind in kinds)
 
 
 def inputs_of(model: nn.Module) -> ModelInputs:

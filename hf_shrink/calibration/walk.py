@@ -197,16 +197,14 @@ class StackWalk:
             further: False when nothing comes after this block, so that its outputs are not needed; the walk then stays.
             dense: in front of this block too: it goes along, so that statistics have a `drift`, and to the next block.
             longest: by path of a matrix, as of `InputStatistics`; None for matrices that are not in it.
-            in_place: `solve` may change weights, so that the dense stream needs copies. Otherwise it puts other modules
-                in the place of matrices and leaves these as they are.
+            in_place: `solve` may change weights, of which the dense stream then needs copies, not only replace modules.
 
         Returns:
             The block's outputs for the first batch. None, with nothing done, when the block cannot be stopped
             in between (a matrix runs twice or not at all) or its waiting batches would be larger than MOST_WAITING.
 
         Raises:
-            CalibrationError: a matrix saw no tokens, or numbers are not finite; an expert saw too few, which is
-                found before any expert of the block is solved.
+            CalibrationError: as `statistics`; an expert that saw too few is found before any of the block is solved.
         """
         found = find_stages(matrices, self.call, self._experts.phase)
         # A waiting batch holds about three more tensors like its hidden states. Decided by sizes alone, never by what
@@ -223,9 +221,8 @@ class StackWalk:
             dense = None
         with ExitStack() as stack:
             # Before the block's modules are made to wait, which a copy of them must not.
-            follower = None
-            if dense is not None:
-                follower = stack.enter_context(dense.following(block, matrices, stages, copies=in_place))
+            following = None if dense is None else dense.following(block, matrices, stages, copies=in_place)
+            follower = None if following is None else stack.enter_context(following)
             own = stack.enter_context(self.staged(matrices, stages, current, block))
             sums = StageSums(self._experts, self.real_tokens, self.share, longest or {}, follower)
             for stage, paths in enumerate(stages):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from hf_shrink.calibration.inputs import accepted_names
+from hf_shrink.architectures.reads import accepted_names
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.scored import finite
 from hf_shrink.evaluation.tasks.base import Progressing, Subject

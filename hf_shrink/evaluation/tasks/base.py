@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from hf_shrink.calibration.inputs import MediaProcessor, accepted_names, longest_text, media_processor_of, tokenizer_of
+from hf_shrink.architectures.reads import accepted_names
+from hf_shrink.calibration.inputs import MediaProcessor, longest_text, media_processor_of, tokenizer_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.observed import Columns
 from hf_shrink.evaluation.scored import device_of
