@@ -164,7 +164,7 @@ def _count_corrections(firsts: Iterable[Task]) -> None:
     """Let drifts know how many groups, of which these are the first tasks, are corrected by them at most."""
     drifts = [task.statistics.drift for task in firsts if task.statistics is not None]
     for drift in drifts:
-        if drift is not None:
+        if drift is not None and drift.corrections is None:
             drift.corrections = sum(drift is other for other in drifts)
 
 
