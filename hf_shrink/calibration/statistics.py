@@ -35,7 +35,7 @@ class Drift:
         return Drift(self.measured.with_constant(size), self.held.with_constant(size))
 
     def corrected_once(self) -> None:
-        """A correction was made. With the last go two matrices, of which the widest inputs' are the largest of a run."""
+        """A correction was made. With the last one go two matrices, each as wide and as high as there are inputs."""
         if self.corrections is not None:
             self.corrections -= 1
             if self.corrections == 0:
