@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from hf_shrink.residence.files import map_tensors, write_tensors
 from hf_shrink.residence.pages import can_tell, is_own, let_go
 from hf_shrink.residence.room import Room
-from hf_shrink.residence.trim import release_free_memory
+from hf_shrink.residence.trim import give_back_large, release_free_memory
 from hf_shrink.residence.visiting import Visits
 
 ATTRIBUTE = "_hf_shrink_residence"
@@ -58,6 +58,8 @@ class Residence:
         """The source's weights have so many bytes."""
         self.weights = weights
         self._rests = can_tell() and weights > self.max_memory // 2
+        if self._rests:
+            give_back_large()
         self.room.limit = self.max_memory if self._rests else self.max_memory - weights
 
     @property

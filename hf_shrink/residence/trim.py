@@ -6,6 +6,10 @@ import ctypes
 import functools
 import sys
 from collections.abc import Callable
+from typing import Any
+
+_MMAP_THRESHOLD = -3  # of mallopt
+LARGE = 4 << 20  # bytes
 
 
 def release_free_memory() -> None:
@@ -13,14 +17,23 @@ def release_free_memory() -> None:
 
     Does nothing where the C library has no `malloc_trim` (only glibc has).
     """
-    trim = _malloc_trim()
+    trim = _of_c_library("malloc_trim")
     if trim is not None:
         trim(0)
 
 
+def give_back_large() -> None:
+    """From now on pieces of LARGE bytes and more go back to the system when they are freed, in all of this process.
+
+    Otherwise glibc keeps what is below 32 MB once such a piece was freed, and a run on block after block ends up with
+    more and more of it in pieces (100 MB on blocks of 54 MB). Costs a twentieth of the time, in pages handed over.
+    Does nothing where the C library has no `mallopt`.
+    """
+    mallopt = _of_c_library("mallopt")
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, LARGE)
+
+
 @functools.cache
-def _malloc_trim() -> Callable[[int], int] | None:
-    if not sys.platform.startswith("linux"):
-        return None
-    found: Callable[[int], int] | None = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    return found
+def _of_c_library(name: str) -> Callable[..., Any] | None:
+    return getattr(ctypes.CDLL(None), name, None) if sys.platform.startswith("linux") else None
