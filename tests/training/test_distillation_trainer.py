@@ -278,6 +278,20 @@ def test_attention_of_blocks_with_all_heads(dropped, tmp_path):
         made(narrow, dense, tmp_path, parts).compute_loss(narrow, dict(batch))
 
 
+def test_hidden_states_are_those_of_the_model_that_model_init_makes(tmp_path):
+    data = [{"input_ids": torch.randint(3, 320, (6,))} for _ in range(4)]
+    trainer = DistillationTrainer(
+        args=one_step(tmp_path, 2, 1),
+        model_init=lambda: tiny_llama(1, num_hidden_layers=2),
+        train_dataset=data,
+        teacher=tiny_llama(2, num_hidden_layers=2),
+        distillation={"logits": 0.0, "task": 0.0, "hidden": 1.0},
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first and trainer.state.log_history[0]["distillation_loss"] > 0
+
+
 def test_what_cannot_be_compared_is_refused_with_the_remedy(dropped, tmp_path):
     dense, small = dropped
     batch = {"input_ids": torch.randint(3, 320, (2, 6))}

@@ -24,6 +24,7 @@ from hf_shrink import (
     shrink,
 )
 from hf_shrink.plan import BlockPlan, StackPlan
+from hf_shrink.training.recovery import session
 from hf_shrink.training.recovery.session import Session
 
 HEADS = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -229,6 +230,16 @@ def test_a_classifier_learns_from_its_teacher() -> None:
     data = [{"input_ids": torch.randint(5, 60, (4, 9))} for _ in range(8)]
     found = recover(model, teacher=teacher, data=data, progress=False, **{**FEW, "tokens": 36})
     assert found.adopted and found.after < 0.7 * found.before
+
+
+def test_hidden_states_where_a_copy_is_trained(dense: Any, pruned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under FSDP, in one process."""
+    monkeypatch.setattr(session, "spreads", lambda: True)
+    model = copy.deepcopy(pruned)
+    found = recover(
+        model, teacher=dense, data=batches(8), method="full", hidden=0.1, progress=False, **{**FEW, "steps": 2}
+    )
+    assert found.steps == 2 and found.unit == "loss"
 
 
 def test_the_same_seed_gives_the_same_model(dense: Any, pruned: Any) -> None:

@@ -25,6 +25,7 @@ from hf_shrink.training.distillation.states import (
     pair_stacks,
     watching,
 )
+from hf_shrink.training.models import unwrapped
 from hf_shrink.tuning.divergence import largest_divergence
 
 _DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob")
@@ -72,7 +73,6 @@ class DistillationTrainer(Trainer):
         self.distillation = Distillation.of(distillation or {})
         self.teacher = CachedTeacher(teacher) if isinstance(teacher, str | os.PathLike) else teacher
         super().__init__(*arguments, **keywords)
-        self._student = _base(self.model)
         self._kind = kind_of(self._student)
         self._check()
         self._pairs: tuple[StackPair, ...] = ()
@@ -92,6 +92,11 @@ class DistillationTrainer(Trainer):
                 self.teacher.to(torch.device(self.args.device if teacher_device is None else teacher_device))  # type: ignore[arg-type]
             if self.distillation.inside:
                 self._pairs = pair_stacks(self._student, self.teacher, kept)
+
+    @property
+    def _student(self) -> Any:
+        """Trainer makes another model for every training where it was given `model_init`."""
+        return _base(self.model)
 
     def _check(self) -> None:
         parts, teacher = self.distillation, self.teacher
@@ -139,7 +144,8 @@ class DistillationTrainer(Trainer):
         batch = {key: value for key, value in inputs.items() if key != NUMBER}
         parts = self.distillation
         teaches = numbers is not None if isinstance(self.teacher, CachedTeacher) else self.teacher is not None
-        with watching([block for pair in self._pairs for block in pair.own] if parts.hidden else []) as own:
+        runs = _base(unwrapped(model))
+        with watching([block for pair in self._pairs for block in pair.own(runs)] if parts.hidden else []) as own:
             task, outputs = self._run(model, batch, num_items_in_batch, with_task=bool(parts.task) or not teaches)
         loss = task * (parts.task if teaches else 1.0) if task is not None else None
         if teaches and parts.needs_teacher:
@@ -209,7 +215,7 @@ class DistillationTrainer(Trainer):
         """What was seen of all stacks in a row, stack by stack."""
         found, first = [], 0
         for pair in self._pairs:
-            count = len(pair.own if own else pair.dense)
+            count = len(pair.kept if own else pair.dense)
             found.append({n - first: seen[n] for n in range(first, first + count) if n in seen})
             first += count
         return found
