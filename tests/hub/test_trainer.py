@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 from hub.server import Server
-from huggingface_hub import ModelCard
+from huggingface_hub import HfApi, ModelCard
 from tiny import tiny_llama
 from training.trained import language, trainer, width
+from transformers import TrainerCallback
 
 from hf_shrink import ShrinkCallback
 from hf_shrink.training.card import joined
+from hf_shrink.training.state import STATE_NAME
 
 
 def trained(folder: Path, callbacks: list[Any], attach: ShrinkCallback | None = None) -> Any:
@@ -42,6 +45,34 @@ def test_without_attach_one_line_says_what_to_call(
     trained(tmp_path / "out", [ShrinkCallback(width())]).push_to_hub()
     assert caplog.text.count("ShrinkCallback.attach(trainer)") == 1
     assert "made smaller" not in ModelCard(hub.hub.repositories["me/trained"].files()["README.md"].decode()).text
+
+
+def test_a_checkpoint_that_goes_up_has_the_state(
+    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = state.global_step == 4
+
+    seen: dict[str, set[str]] = {}
+
+    def upload(self: HfApi, *, folder_path: str, path_in_repo: str = "", **rest: Any) -> Future[None]:
+        seen[path_in_repo] = {path.name for path in Path(folder_path).iterdir()}
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    monkeypatch.setattr(HfApi, "upload_folder", upload)
+    settings = {"push_to_hub": True, "hub_strategy": "all_checkpoints", "save_strategy": "steps", "save_steps": 2}
+    callbacks = [ShrinkCallback(width()), Stop()]
+    folder, model = tmp_path / "out", tiny_llama(num_hidden_layers=1)
+    run = trainer(model, language, folder, callbacks, hub_model_id="me/trained", **settings)
+    run.train()
+    assert all(STATE_NAME in seen[f"checkpoint-{step}"] for step in (2, 4))
+    state = folder / "checkpoint-4" / STATE_NAME
+    state.unlink()
+    run.push_to_hub()
+    assert not state.exists() and "" in seen
 
 
 def test_joined_cards_have_the_results_and_tags_of_both() -> None:
