@@ -76,11 +76,11 @@ def tune(
         with torch.enable_grad(), rerunning_blocks([block.module for block in bind(model).blocks]):
             allowance = Allowance(options.steps, seconds)
             steps = _train(model, teacher, training, opened.parameter_groups(options), allowance, seed, progress)
-        stack.pop_all()
-    opened.close()
-    after = _mean_loss(model, teacher, held_out)
+        opened.close()
+        after = _mean_loss(model, teacher, held_out)
+        if after < before:
+            stack.pop_all()
     if not after < before:
-        opened.undo()
         note = f"tuning was taken back: {teacher.unit} on held-out batches {before:.4g} before, {after:.4g} after"
         return Tuned(before, after, steps, (note,))
     notes = [f"tuning took the {teacher.unit} on held-out batches from {before:.4g} to {after:.4g}"]

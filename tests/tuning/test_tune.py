@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -132,6 +133,25 @@ def test_what_gets_worse_is_taken_back(plain: Any) -> None:
     for name, tensor in plain.state_dict().items():
         assert torch.equal(tensor, ruined.state_dict()[name]), name
     assert [p.requires_grad for p in ruined.parameters()] == [p.requires_grad for p in plain.parameters()]
+
+
+def test_an_interrupt_while_it_is_judged_leaves_the_model_as_it_was(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(*arguments: Any) -> float:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return 1.0
+
+    calls: list[Any] = []
+    monkeypatch.setattr(distill, "_mean_loss", judged)
+    model, before = copy.deepcopy(plain), plain.state_dict()
+    teacher = Teacher(small_llama(), batches(4), lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, teacher, Tuning(steps=2, learning_rate=0.1, rounding=True), 0, lambda *_: None)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
 
 
 def test_same_seed_same_bytes() -> None:
