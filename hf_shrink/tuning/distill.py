@@ -65,7 +65,7 @@ def tune(
         raise CalibrationError(
             "tune needs at least 2 batches, one of them held out; raise calibration.samples or lower batch_size"
         )
-    held = max(1, round(batches * options.held_out))
+    held = min(batches - 1, max(1, round(batches * options.held_out)))
     training, held_out = range(batches - held), range(batches - held, batches)
     before = _mean_loss(model, teacher, held_out)
     weights = sum(module.numel for module in model.modules() if type(module) is CompressedLinear)

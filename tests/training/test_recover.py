@@ -242,6 +242,12 @@ def test_hidden_states_where_a_copy_is_trained(dense: Any, pruned: Any, monkeypa
     assert found.steps == 2 and found.unit == "loss"
 
 
+def test_a_batch_is_left_to_train_on(dense: Any, pruned: Any) -> None:
+    options = {**FEW, "steps": 2, "held_out": 0.99}
+    found = recover(copy.deepcopy(pruned), teacher=dense, data=batches(2), method="full", progress=False, **options)
+    assert found.steps == 2
+
+
 def test_the_same_seed_gives_the_same_model(dense: Any, pruned: Any) -> None:
     models = [copy.deepcopy(pruned) for _ in range(2)]
     for model in models:

@@ -198,6 +198,11 @@ def test_blocks_that_run_again_give_the_same_gradients() -> None:
     assert not any("forward" in vars(layer) for layer in model.model.layers)
 
 
+def test_a_batch_is_left_to_train_on() -> None:
+    model = shrunk(small_llama(), {"steps": 2, "held_out": 0.9}, batches(2))
+    assert any("tuning" in note for note in model.shrink_report.notes)
+
+
 def test_one_batch_is_not_enough() -> None:
     with pytest.raises(CalibrationError, match=r"at least 2 batches.*calibration.samples"):
         shrunk(small_llama(), {"steps": 2}, batches(1))

@@ -212,9 +212,9 @@ def _by_training(
 ) -> tuple[Any, float, float, str, int]:
     size, accumulate = _sizes(model, recovery.step(method), ranks().size)
     groups = regrouped(batches, size)
-    count = max(1, round(len(groups) * recovery.held_out))
     if len(groups) < 2:
         raise CalibrationError("recovery needs at least 2 batches, one of them held out; give more data")
+    count = min(len(groups) - 1, max(1, round(len(groups) * recovery.held_out)))
     parts = Distillation(
         logits=float(teacher is not None),
         task=recovery.task if teacher is not None else 1.0,
