@@ -236,7 +236,7 @@ class ShrinkCallback(TrainerCallback):
             vars(model)["save_pretrained"] = SaveWhole(model, self.parts, lambda: self._record(model, state, args.seed))
         else:
             if is_peft(inner):
-                inner.merge_and_unload()  # type: ignore[operator]
+                inner.merge_and_unload(safe_merge=True)  # type: ignore[operator]  # rounds as training did
             make_real(model, self.parts, record)
             if inner is not model:  # the PEFT model, which the Trainer saves
                 vars(inner).update(save_pretrained=model.save_pretrained, push_to_hub=model.push_to_hub)

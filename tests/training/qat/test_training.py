@@ -19,6 +19,7 @@ import hf_shrink
 from hf_shrink import CalibrationError, DistillationTrainer, RecipeError, ShrinkCallback, ShrinkError
 from hf_shrink.pipeline.recipes import load_recipe
 from hf_shrink.runtime.linear import CompressedLinear
+from hf_shrink.training.qat.adapters import merged_weight
 from hf_shrink.training.qat.plan import plan_training
 
 
@@ -251,6 +252,25 @@ def test_adapters_are_part_of_the_weight_that_is_rounded(tmp_path: Path) -> None
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for key, value in base.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_adapters_on_a_model_in_bfloat16_are_merged_as_they_were_trained(tmp_path: Path) -> None:
+    class Merged(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for path, layer in paths.items():
+                found = base.get_submodule(path).base_layer.weight_quantizer.quantized(merged_weight(layer))
+                trained[path] = found.values.clone()
+
+    base = tiny_llama(num_hidden_layers=1).bfloat16()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(base, config)
+    paths = {n: m for n, m in base.named_modules() if n.endswith(("q_proj", "down_proj"))}
+    trained: dict[str, Tensor] = {}
+    recipe = quantize("W8A16", strategy="channel")
+    trainer(model, language, tmp_path, [Merged(), ShrinkCallback(recipe, start=0)]).train()
+    for path, values in trained.items():
+        packed = base.get_submodule(path)
+        assert isinstance(packed, CompressedLinear) and torch.equal(packed.unpacked()[0], values), path
 
 
 @pytest.mark.parametrize("kind", ["plain", "tied head", "adapters"])
