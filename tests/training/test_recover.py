@@ -23,6 +23,7 @@ from hf_shrink import (
     recover,
     shrink,
 )
+from hf_shrink.calibration.data import calibration_batches
 from hf_shrink.plan import BlockPlan, StackPlan
 from hf_shrink.training.recovery import session
 from hf_shrink.training.recovery.session import Session
@@ -240,6 +241,28 @@ def test_hidden_states_where_a_copy_is_trained(dense: Any, pruned: Any, monkeypa
         model, teacher=dense, data=batches(8), method="full", hidden=0.1, progress=False, **{**FEW, "steps": 2}
     )
     assert found.steps == 2 and found.unit == "loss"
+
+
+@pytest.mark.parametrize("method", ["full", "scales"])
+def test_a_teacher_writes_without_dropout_and_is_left_as_it_was(method: str, pruned: Any, packed: Any, monkeypatch):
+    seen: list[bool] = []
+
+    def watched(*arguments: Any, model: Any, **more: Any) -> Any:
+        seen.append(any(module.training for module in model.modules()))
+        return calibration_batches(*arguments, model=model, **more)
+
+    monkeypatch.setitem(recover.__globals__, "calibration_batches", watched)  # its module has its name
+    teacher = dense_model().train()
+    teacher.model.layers[0].eval()
+    modes = [module.training for module in teacher.modules()]
+    model = copy.deepcopy(packed if method == "scales" else pruned)
+    recover(model, teacher=teacher, data=batches(8), method=method, progress=False, **{**FEW, "steps": 1})
+    assert seen == [False] and [module.training for module in teacher.modules()] == modes
+    with torch.device("meta"):
+        elsewhere = tiny_llama(num_hidden_layers=1)
+    with session.in_eval_mode(elsewhere):
+        elsewhere.to_empty(device="cpu")
+    assert elsewhere.device == torch.device("meta")
 
 
 def test_a_batch_is_left_to_train_on(dense: Any, pruned: Any) -> None:
