@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import yaml
+from from_scripts import load_script
 from hub.server import Server
 from huggingface_hub import HfApi, ModelCard
-from tiny import tiny_llama
+from tiny import TEXT, tiny_llama, tiny_tokenizer
+from training.test_example import ACCURACY
 from training.trained import language, trainer, width
-from transformers import TrainerCallback
+from transformers import LlamaForSequenceClassification, TrainerCallback
 
 from hf_shrink import ShrinkCallback
 from hf_shrink.training.card import joined
@@ -47,9 +49,7 @@ def test_without_attach_one_line_says_what_to_call(
     assert "made smaller" not in ModelCard(hub.hub.repositories["me/trained"].files()["README.md"].decode()).text
 
 
-def test_a_checkpoint_that_goes_up_has_the_state(
-    hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_checkpoint_that_goes_up_has_the_state(hub: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Stop(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             control.should_training_stop = state.global_step == 4
@@ -73,6 +73,37 @@ def test_a_checkpoint_that_goes_up_has_the_state(
     state.unlink()
     run.push_to_hub()
     assert not state.exists() and "" in seen
+
+
+@pytest.mark.parametrize("name", ["train_causal_lm.py", "train_text_classification.py"])
+def test_the_example_scripts_push_once_with_our_card(name: str, hub: Server, tmp_path: Path) -> None:
+    classes = name == "train_text_classification.py"
+    dense = tiny_llama(num_hidden_layers=1, pad_token_id=0)
+    kind = LlamaForSequenceClassification(dense.config) if classes else dense
+    kind.save_pretrained(tmp_path / "dense")
+    tiny_tokenizer().save_pretrained(tmp_path / "dense")
+    files = [tmp_path / f"{part}.{'csv' if classes else 'txt'}" for part in ("train", "validation")]
+    for file in files:
+        file.write_text("text,label\n" + "the tide goes out,t\na child counts stones,b\n" * 8 if classes else TEXT)
+    (tmp_path / "own_accuracy.py").write_text(ACCURACY)
+    settings = {
+        "model_name_or_path": tmp_path / "dense",
+        "train_file": files[0],
+        "validation_file": files[1],
+        "output_dir": tmp_path / "out",
+        "max_steps": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "push_to_hub": True,
+        "hub_model_id": "me/example",
+        **({"metrics": tmp_path / "own_accuracy.py"} if classes else {"block_size": 16}),
+    }
+    load_script(name).main([str(word) for key, value in settings.items() for word in (f"--{key}", value)])
+    repository = hub.hub.repositories["me/example"]
+    assert [commit.message for commit in repository.branches["main"][1:]] == ["Model save"]
+    assert "## How it was made smaller" in repository.files()["README.md"].decode()
 
 
 def test_joined_cards_have_the_results_and_tags_of_both() -> None:
