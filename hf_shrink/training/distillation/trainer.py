@@ -144,8 +144,8 @@ class DistillationTrainer(Trainer):
         batch = {key: value for key, value in inputs.items() if key != NUMBER}
         parts = self.distillation
         teaches = numbers is not None if isinstance(self.teacher, CachedTeacher) else self.teacher is not None
-        runs = _base(unwrapped(model))
-        with watching([block for pair in self._pairs for block in pair.own(runs)] if parts.hidden else []) as own:
+        runs = _base(unwrapped(model)) if parts.hidden else None
+        with watching([] if runs is None else [block for pair in self._pairs for block in pair.own(runs)]) as own:
             task, outputs = self._run(model, batch, num_items_in_batch, with_task=bool(parts.task) or not teaches)
         loss = task * (parts.task if teaches else 1.0) if task is not None else None
         if teaches and parts.needs_teacher:
