@@ -87,15 +87,13 @@ def main(words: list[str] | None = None) -> dict[str, float]:
             data_collator=default_data_collator,
             compute_metrics=perplexity,
             preprocess_logits_for_metrics=losses_of,
-            callbacks=[ShrinkCallback(arguments.recipe, start=arguments.start, end=max(arguments.start, 0.7))],
         )
+        ShrinkCallback(arguments.recipe, start=arguments.start, end=max(arguments.start, 0.7)).attach(trainer)
         trainer.log_metrics("dense", trainer.evaluate())
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         measured = trainer.evaluate()
         trainer.log_metrics("packed", measured)
-    trainer.save_model()  # packed, with its card and its record
-    if training.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model()  # packed, with its card and its record; with --push_to_hub on the Hub too
     return measured
 
 

@@ -122,14 +122,12 @@ def main(words: list[str] | None = None) -> dict[str, float]:
         data_collator=DataCollatorWithPadding(tokenizer),
         processing_class=tokenizer,
         compute_metrics=compute_metrics,
-        callbacks=[shrink.callback()],
     )
+    shrink.callback().attach(trainer)
     trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
     measured = trainer.evaluate()
     trainer.log_metrics("eval", measured)
-    trainer.save_model()  # the small model, its card and its record
-    if training.push_to_hub:
-        trainer.push_to_hub()
+    trainer.save_model()  # the small model, its card and its record; with --push_to_hub on the Hub too
     return measured
 
 

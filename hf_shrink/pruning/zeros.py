@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from types import TracebackType
 from typing import Any
 
@@ -33,15 +33,19 @@ class ZeroKeeper:
         self.update()
         self._step = register_optimizer_step_post_hook(self._after_step)
 
-    def update(self) -> None:
-        """Hold the zeros that the model has now: after more of its weights were pruned, or other ones."""
+    def update(self, pruned: Collection[str] = ()) -> None:
+        """Hold the zeros that the model has now: after more of its weights were pruned, or other ones.
+
+        Args:
+            pruned: paths of parameters that pruning may have emptied. Others that are zero altogether are new ones.
+        """
         self._forget_gradients()
         self.kept, self._paths = {}, {}
         for path, parameter in self._model.named_parameters():
             if parameter.dim() < 2 or not parameter.requires_grad:
                 continue
             kept = parameter.detach() != 0
-            if kept.all() or not kept.any():
+            if kept.all() or not (path in pruned or kept.any()):
                 continue
             self.kept[path], self._paths[id(parameter)] = kept, path
             self._handles.append(parameter.register_hook(self._gradient_hook(path)))  # type: ignore[no-untyped-call]
@@ -103,7 +107,8 @@ def keep_zeros(model: nn.Module) -> ZeroKeeper:
         model.save_pretrained(...)          # has the zeros
 
     Held are the zeros of every parameter that has two dimensions or more and wants gradients; not biases and norms.
-    Parameters that are zero altogether are left alone: they are new ones that are to be trained (LoRA's B).
+    Parameters that are zero altogether are left alone: they are new ones that are to be trained (LoRA's B); where
+    pruning emptied some, name them to `ZeroKeeper.update`.
 
     Not for optimizers that train copies of the parameters (DeepSpeed, FSDP): call `ZeroKeeper.apply` there after
     loading the trained weights back.

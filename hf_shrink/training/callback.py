@@ -13,14 +13,13 @@ from torch import nn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.utils import logging
 
-from hf_shrink.checkpoint.record import ShrinkRecord, named
+from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.errors import CheckpointError, ShrinkError
 from hf_shrink.pipeline.recipes import RecipeLike, read_recipe
-from hf_shrink.plan import Plan
 from hf_shrink.report import ShrinkReport
 from hf_shrink.training.card import keep_card
 from hf_shrink.training.checks import check_deepspeed, check_one_device, check_sharded
-from hf_shrink.training.finishing import SaveWhole, make_real
+from hf_shrink.training.finishing import SaveWhole, first_record, make_real
 from hf_shrink.training.models import bare, is_peft, is_sharded, unwrapped
 from hf_shrink.training.part import Part
 from hf_shrink.training.parts import build_parts
@@ -205,16 +204,14 @@ class ShrinkCallback(TrainerCallback):
         state.log_history[-1].update(figures)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        folder = checkpoint_folder(args, state)
-        if args.should_save and folder.is_dir():
-            assert self._window is not None
-            tensors = [part.tensors() for part in self.parts]
-            write_state(folder, tensors, self._described(), self.schedule, self._window)
+        self._write(args, state)
         self._forget_best(state)
 
     def on_push_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
+        if control.should_save and not self._finished:  # within a save, and what it wrote goes up before `on_save`
+            self._write(args, state)
         if self._finished and not self._card_kept:
             logger.warning("the model card does not say how it was made smaller: call ShrinkCallback.attach(trainer)")
 
@@ -239,12 +236,19 @@ class ShrinkCallback(TrainerCallback):
             vars(model)["save_pretrained"] = SaveWhole(model, self.parts, lambda: self._record(model, state, args.seed))
         else:
             if is_peft(inner):
-                inner.merge_and_unload()  # type: ignore[operator]
+                inner.merge_and_unload(safe_merge=True)  # type: ignore[operator]  # rounds as training did
             make_real(model, self.parts, record)
             if inner is not model:  # the PEFT model, which the Trainer saves
                 vars(inner).update(save_pretrained=model.save_pretrained, push_to_hub=model.push_to_hub)
             _recompile(args)
         self._finished = True
+
+    def _write(self, args: TrainingArguments, state: TrainerState) -> None:
+        folder = checkpoint_folder(args, state)
+        if args.should_save and folder.is_dir():
+            assert self._window is not None
+            tensors = [part.tensors() for part in self.parts]
+            write_state(folder, tensors, self._described(), self.schedule, self._window)
 
     def _saved(self, folder: Path) -> Saved:
         return read_state(folder, self._described(), self.schedule, len(self.parts))
@@ -285,11 +289,7 @@ class ShrinkCallback(TrainerCallback):
             f"made while training: {state.global_step} optimizer steps, changes between steps {self._window.start} and "
             f"{self._window.end}{f'; this process began at step {began}' if began else ''}"
         )
-        config = getattr(model, "config", None)
-        source = str(getattr(config, "_name_or_path", "") or type(model).__name__)
-        return ShrinkRecord(
-            named(source, whole=False), self._described(), Plan(str(getattr(config, "model_type", ""))), report
-        )
+        return first_record(model, self._described(), report)
 
 
 def _recompile(args: TrainingArguments) -> None:

@@ -8,24 +8,33 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_shrink.architectures.binding import same_family
-from hf_shrink.checkpoint.record import ShrinkRecord
+from hf_shrink.checkpoint.record import ShrinkRecord, named
 from hf_shrink.checkpoint.save import bind, model_portability, save_model
 from hf_shrink.checkpoint.ties import settle_ties
 from hf_shrink.errors import CheckpointError
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.planning import find_binding
+from hf_shrink.plan import Plan
+from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting.card import model_card
 from hf_shrink.reporting.layout import layout_of
 from hf_shrink.reporting.source_card import find_source_card
 from hf_shrink.runtime.packed import count_parameters
 from hf_shrink.surgery import settle_config, settle_generation
 from hf_shrink.training.part import Part
+
+
+def first_record(model: nn.Module, recipe: dict[str, Any], report: ShrinkReport) -> ShrinkRecord:
+    """The record of a model in training, to which the parts add what they did."""
+    config = getattr(model, "config", None)
+    source = str(getattr(config, "_name_or_path", "") or type(model).__name__)
+    return ShrinkRecord(named(source, whole=False), recipe, Plan(str(getattr(config, "model_type", ""))), report)
 
 
 def make_real(model: PreTrainedModel, parts: Sequence[Part], record: ShrinkRecord) -> None:

@@ -65,7 +65,7 @@ def tune(
         raise CalibrationError(
             "tune needs at least 2 batches, one of them held out; raise calibration.samples or lower batch_size"
         )
-    held = max(1, round(batches * options.held_out))
+    held = min(batches - 1, max(1, round(batches * options.held_out)))
     training, held_out = range(batches - held), range(batches - held, batches)
     before = _mean_loss(model, teacher, held_out)
     weights = sum(module.numel for module in model.modules() if type(module) is CompressedLinear)
@@ -76,11 +76,11 @@ def tune(
         with torch.enable_grad(), rerunning_blocks([block.module for block in bind(model).blocks]):
             allowance = Allowance(options.steps, seconds)
             steps = _train(model, teacher, training, opened.parameter_groups(options), allowance, seed, progress)
-        stack.pop_all()
-    opened.close()
-    after = _mean_loss(model, teacher, held_out)
+        opened.close()
+        after = _mean_loss(model, teacher, held_out)
+        if after < before:
+            stack.pop_all()
     if not after < before:
-        opened.undo()
         note = f"tuning was taken back: {teacher.unit} on held-out batches {before:.4g} before, {after:.4g} after"
         return Tuned(before, after, steps, (note,))
     notes = [f"tuning took the {teacher.unit} on held-out batches from {before:.4g} to {after:.4g}"]

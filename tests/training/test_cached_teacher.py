@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from tiny import tiny_llama
-from transformers import TrainingArguments
+from transformers import BertConfig, BertForSequenceClassification, TrainingArguments
 
 from hf_shrink import CachedTeacher, CalibrationError, CheckpointError, DistillationTrainer, RecipeError, cache_teacher
 from hf_shrink.training.distillation import cache
@@ -111,6 +111,15 @@ def test_what_cannot_be_cached(teacher, tmp_path):
     assert not list(tmp_path.iterdir())  # nothing half written
     with pytest.raises(CheckpointError, match="cache_teacher"):
         CachedTeacher(tmp_path)
+
+
+@pytest.mark.parametrize("problem", [None, "multi_label_classification", "regression"])
+def test_heads_that_do_not_choose_one_class_cannot_be_cached(problem, tmp_path):
+    sizes = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 3, "intermediate_size": 40}
+    config = BertConfig(vocab_size=60, num_labels=4, problem_type=problem, **sizes)
+    rows = [{"input_ids": torch.randint(5, 60, (6,)), "labels": torch.ones(4)} for _ in range(3)]
+    with pytest.raises(CalibrationError, match="no distribution over classes"):
+        cache_teacher(BertForSequenceClassification(config), rows, tmp_path / "no", k=2)
 
 
 def test_a_damaged_or_missing_file_is_found_at_once(cached, tmp_path):

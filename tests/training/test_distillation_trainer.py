@@ -107,6 +107,40 @@ def test_every_head(head, tmp_path):
     assert sum(float(p.grad.norm()) for p in pair[0].parameters() if p.grad is not None) > 0
 
 
+@pytest.mark.parametrize("said_by", ["labels", "teacher", "student"])
+def test_several_classes_and_numbers_are_told_by_configs_or_labels(said_by, tmp_path):
+    batch = {**texts(), "labels": torch.randint(2, (3, 4)).float()}
+    if said_by == "labels":
+        problems = (None, None)
+    else:
+        problems = ("regression", None) if said_by == "student" else (None, "multi_label_classification")
+        del batch["labels"]
+    pair = [
+        bert(BertForSequenceClassification, s, num_labels=4, problem_type=p)
+        for s, p in zip((1, 2), problems, strict=True)
+    ]
+    found = made(*pair, tmp_path).compute_loss(pair[0], dict(batch))
+    own, dense = (output.logits for output in outputs_of(pair, batch))
+    if said_by == "student":
+        wanted = (own - dense).square().sum() / dense.square().sum()
+    else:
+        entropy = F.binary_cross_entropy_with_logits(dense, dense.sigmoid())
+        wanted = F.binary_cross_entropy_with_logits(own, dense.sigmoid()) - entropy
+    torch.testing.assert_close(found.detach(), wanted, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("problem", [None, "regression"])
+def test_a_step_of_several_labels_or_numbers_counts_each_of_them(problem, tmp_path):
+    batch = {**texts(), "labels": torch.randint(2, (3, 4)).float()}
+    pair = [bert(BertForSequenceClassification, s, num_labels=4, problem_type=problem) for s in (1, 2)]
+    trainer = made(*pair, tmp_path)
+    trainer.model_accepts_loss_kwargs = True
+    whole, of_step = (
+        trainer.compute_loss(pair[0], dict(batch), num_items_in_batch=items) for items in (None, torch.tensor(24))
+    )
+    torch.testing.assert_close(of_step, whole / 2)  # half of the step's 24 labels
+
+
 def test_next_tokens_temperature_and_the_task(tmp_path):
     student, teacher = tiny_llama(1, num_hidden_layers=2), tiny_llama(2, num_hidden_layers=2)
     ids, mask = torch.randint(3, 320, (2, 7)), torch.ones(2, 7, dtype=torch.long)
@@ -242,6 +276,20 @@ def test_attention_of_blocks_with_all_heads(dropped, tmp_path):
     narrow.set_attn_implementation("eager")
     with pytest.raises(ArchitectureError, match="number of heads"):
         made(narrow, dense, tmp_path, parts).compute_loss(narrow, dict(batch))
+
+
+def test_hidden_states_are_those_of_the_model_that_model_init_makes(tmp_path):
+    data = [{"input_ids": torch.randint(3, 320, (6,))} for _ in range(4)]
+    trainer = DistillationTrainer(
+        args=one_step(tmp_path, 2, 1),
+        model_init=lambda: tiny_llama(1, num_hidden_layers=2),
+        train_dataset=data,
+        teacher=tiny_llama(2, num_hidden_layers=2),
+        distillation={"logits": 0.0, "task": 0.0, "hidden": 1.0},
+    )
+    first = trainer.model
+    trainer.train()
+    assert trainer.model is not first and trainer.state.log_history[0]["distillation_loss"] > 0
 
 
 def test_what_cannot_be_compared_is_refused_with_the_remedy(dropped, tmp_path):

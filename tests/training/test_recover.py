@@ -23,7 +23,9 @@ from hf_shrink import (
     recover,
     shrink,
 )
+from hf_shrink.calibration.data import calibration_batches
 from hf_shrink.plan import BlockPlan, StackPlan
+from hf_shrink.training.recovery import session
 from hf_shrink.training.recovery.session import Session
 
 HEADS = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
@@ -229,6 +231,44 @@ def test_a_classifier_learns_from_its_teacher() -> None:
     data = [{"input_ids": torch.randint(5, 60, (4, 9))} for _ in range(8)]
     found = recover(model, teacher=teacher, data=data, progress=False, **{**FEW, "tokens": 36})
     assert found.adopted and found.after < 0.7 * found.before
+
+
+def test_hidden_states_where_a_copy_is_trained(dense: Any, pruned: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under FSDP, in one process."""
+    monkeypatch.setattr(session, "spreads", lambda: True)
+    model = copy.deepcopy(pruned)
+    found = recover(
+        model, teacher=dense, data=batches(8), method="full", hidden=0.1, progress=False, **{**FEW, "steps": 2}
+    )
+    assert found.steps == 2 and found.unit == "loss"
+
+
+@pytest.mark.parametrize("method", ["full", "scales"])
+def test_a_teacher_writes_without_dropout_and_is_left_as_it_was(method: str, pruned: Any, packed: Any, monkeypatch):
+    seen: list[bool] = []
+
+    def watched(*arguments: Any, model: Any, **more: Any) -> Any:
+        seen.append(any(module.training for module in model.modules()))
+        return calibration_batches(*arguments, model=model, **more)
+
+    monkeypatch.setitem(recover.__globals__, "calibration_batches", watched)  # its module has its name
+    teacher = dense_model().train()
+    teacher.model.layers[0].eval()
+    modes = [module.training for module in teacher.modules()]
+    model = copy.deepcopy(packed if method == "scales" else pruned)
+    recover(model, teacher=teacher, data=batches(8), method=method, progress=False, **{**FEW, "steps": 1})
+    assert seen == [False] and [module.training for module in teacher.modules()] == modes
+    with torch.device("meta"):
+        elsewhere = tiny_llama(num_hidden_layers=1)
+    with session.in_eval_mode(elsewhere):
+        elsewhere.to_empty(device="cpu")
+    assert elsewhere.device == torch.device("meta")
+
+
+def test_a_batch_is_left_to_train_on(dense: Any, pruned: Any) -> None:
+    options = {**FEW, "steps": 2, "held_out": 0.99}
+    found = recover(copy.deepcopy(pruned), teacher=dense, data=batches(2), method="full", progress=False, **options)
+    assert found.steps == 2
 
 
 def test_the_same_seed_gives_the_same_model(dense: Any, pruned: Any) -> None:

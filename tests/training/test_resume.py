@@ -59,6 +59,14 @@ def test_resumed_is_unbroken(name: str, tmp_path: Path) -> None:
             assert torch.equal(value, resumed[key]), (stop, key)
 
 
+@pytest.mark.parametrize("amount", [{"threshold": 10.0}, {"sparsity": 1.0}], ids=str)
+def test_emptied_matrices_stay_empty_resumed_or_not(amount: dict[str, float], tmp_path: Path) -> None:
+    unbroken = train(weights(**amount), tmp_path / "unbroken")
+    train(weights(**amount), tmp_path / "stopped", stop=7)  # the window has ended
+    for found in (unbroken, train(weights(**amount), tmp_path / "stopped", resume=True)):
+        assert all(not tensor.any() for name, tensor in found.items() if "_proj" in name)
+
+
 def test_a_checkpoint_without_or_with_another_recipe_is_refused(tmp_path: Path) -> None:
     train(RECIPES["2:4 by taylor"], tmp_path, stop=3)
     with pytest.raises(CheckpointError, match="another recipe"):

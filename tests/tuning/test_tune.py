@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -134,6 +135,25 @@ def test_what_gets_worse_is_taken_back(plain: Any) -> None:
     assert [p.requires_grad for p in ruined.parameters()] == [p.requires_grad for p in plain.parameters()]
 
 
+def test_an_interrupt_while_it_is_judged_leaves_the_model_as_it_was(
+    plain: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def judged(*arguments: Any) -> float:
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return 1.0
+
+    calls: list[Any] = []
+    monkeypatch.setattr(distill, "_mean_loss", judged)
+    model, before = copy.deepcopy(plain), plain.state_dict()
+    teacher = Teacher(small_llama(), batches(4), lambda *_: None)
+    with pytest.raises(KeyboardInterrupt):
+        tune(model, teacher, Tuning(steps=2, learning_rate=0.1, rounding=True), 0, lambda *_: None)
+    assert before.keys() == model.state_dict().keys()
+    assert all(torch.equal(tensor, model.state_dict()[name]) for name, tensor in before.items())
+
+
 def test_same_seed_same_bytes() -> None:
     first, second = (shrunk(small_llama(), {"steps": 6, "rounding": True}) for _ in range(2))
     for name, tensor in first.state_dict().items():
@@ -176,6 +196,11 @@ def test_blocks_that_run_again_give_the_same_gradients() -> None:
     for name, gradient in expected.items():
         torch.testing.assert_close(model.get_parameter(name).grad, gradient, rtol=1e-4, atol=1e-6)
     assert not any("forward" in vars(layer) for layer in model.model.layers)
+
+
+def test_a_batch_is_left_to_train_on() -> None:
+    model = shrunk(small_llama(), {"steps": 2, "held_out": 0.9}, batches(2))
+    assert any("tuning" in note for note in model.shrink_report.notes)
 
 
 def test_one_batch_is_not_enough() -> None:

@@ -22,7 +22,7 @@ from hf_shrink.calibration.targets import kind_of, model_inputs
 from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.errors import CalibrationError, CheckpointError
 from hf_shrink.progress import ProgressCallback, quiet
-from hf_shrink.training.distillation.counted import Counted, chooses_several, counted, some
+from hf_shrink.training.distillation.counted import Choice, Counted, choice_of, counted, some
 from hf_shrink.tuning.divergence import Largest, largest
 
 INDEX_NAME = "teacher.json"
@@ -93,9 +93,11 @@ def cache_teacher(
                 numbers = range(first, min(first + batch_size, len(dataset)))
                 batch = dict(data_collator([dataset[number] for number in numbers]))
                 batch = {key: v.to(teacher.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-                rows = some(counted(kind, batch, teacher(**model_inputs(kind, batch))))
+                outputs = teacher(**model_inputs(kind, batch))
+                choice = choice_of(kind, batch, outputs, teacher)
+                rows = some(counted(kind, batch, outputs, choice))
                 if writer is None:
-                    _check_cacheable(teacher, rows, batch, k)
+                    _check_cacheable(choice, rows, batch, k)
                     writer = _Writer(partial, rows.values.shape[1], k, temperature)
                 writer.add(rows, fingerprints(teacher, batch))
                 progress("caching the teacher", numbers.stop, len(dataset))
@@ -208,8 +210,8 @@ def _number(row: Tensor) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _check_cacheable(teacher: PreTrainedModel, rows: Counted, batch: Mapping[str, Any], k: int) -> None:
-    if not rows.distribution or chooses_several(teacher):
+def _check_cacheable(choice: Choice, rows: Counted, batch: Mapping[str, Any], k: int) -> None:
+    if not rows.distribution or choice != "one class":
         raise CalibrationError(
             "the teacher puts out no distribution over classes, of which the largest could be kept; use it in memory"
         )

@@ -29,14 +29,20 @@ class StackPair:
 
     Attributes:
         name: of the stack.
-        own, dense: all blocks of both.
+        path: where the student has it; the blocks are those of the model that runs, which may not be the one that was
+            paired (a copy of it, or made anew).
+        dense: all blocks of the teacher.
         kept: which of the teacher's blocks each of the student's was, ascending.
     """
 
     name: str
-    own: tuple[nn.Module, ...]
+    path: str
     dense: tuple[nn.Module, ...]
     kept: tuple[int, ...]
+
+    def own(self, model: nn.Module) -> tuple[nn.Module, ...]:
+        """All blocks of a student."""
+        return tuple(model.get_submodule(self.path).children())
 
     @property
     def behind(self) -> tuple[int, ...]:
@@ -72,7 +78,7 @@ def pair_stacks(model: nn.Module, teacher: PreTrainedModel, kept: Kept | None = 
                 )
                 + f"; pass kept={{{stack.name!r}: [...]}} with the teacher's number of each of the model's blocks"
             )
-        pairs.append(StackPair(stack.name, own, dense, numbers))
+        pairs.append(StackPair(stack.name, stack.path, dense, numbers))
     return tuple(pairs)
 
 
@@ -152,7 +158,7 @@ def attention_divergence(
     Raises:
         ArchitectureError: no block has the teacher's number of heads.
     """
-    if len(own) != len(pair.own) or len(dense) != len(pair.dense):
+    if len(own) != len(pair.kept) or len(dense) != len(pair.dense):
         raise ArchitectureError(
             f"stack {pair.name!r} has blocks without attention, so its attention cannot be compared; set attention to 0"
         )

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, Trainer
 from hf_shrink.calibration.targets import kind_of, model_inputs
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.training.distillation.cache import CachedTeacher, fingerprints
-from hf_shrink.training.distillation.counted import Counted, chooses_several, counted, divergence_of, several_labels
+from hf_shrink.training.distillation.counted import Counted, choice_of, counted, divergence_of
 from hf_shrink.training.distillation.numbered import NUMBER, Numbered, NumberedCollator
 from hf_shrink.training.distillation.options import Distillation
 from hf_shrink.training.distillation.states import (
@@ -25,6 +25,7 @@ from hf_shrink.training.distillation.states import (
     pair_stacks,
     watching,
 )
+from hf_shrink.training.models import unwrapped
 from hf_shrink.tuning.divergence import largest_divergence
 
 _DROPOUTS = ("attention_dropout", "attention_probs_dropout_prob")
@@ -72,9 +73,7 @@ class DistillationTrainer(Trainer):
         self.distillation = Distillation.of(distillation or {})
         self.teacher = CachedTeacher(teacher) if isinstance(teacher, str | os.PathLike) else teacher
         super().__init__(*arguments, **keywords)
-        self._student = _base(self.model)
         self._kind = kind_of(self._student)
-        self._several = chooses_several(self._student)
         self._check()
         self._pairs: tuple[StackPair, ...] = ()
         self._logged: dict[str, tuple[Tensor, float]] = {}  # sums of parts of the loss, and of how many steps
@@ -93,6 +92,11 @@ class DistillationTrainer(Trainer):
                 self.teacher.to(torch.device(self.args.device if teacher_device is None else teacher_device))  # type: ignore[arg-type]
             if self.distillation.inside:
                 self._pairs = pair_stacks(self._student, self.teacher, kept)
+
+    @property
+    def _student(self) -> Any:
+        """Trainer makes another model for every training where it was given `model_init`."""
+        return _base(self.model)
 
     def _check(self) -> None:
         parts, teacher = self.distillation, self.teacher
@@ -140,13 +144,14 @@ class DistillationTrainer(Trainer):
         batch = {key: value for key, value in inputs.items() if key != NUMBER}
         parts = self.distillation
         teaches = numbers is not None if isinstance(self.teacher, CachedTeacher) else self.teacher is not None
-        with watching([block for pair in self._pairs for block in pair.own] if parts.hidden else []) as own:
+        runs = _base(unwrapped(model)) if parts.hidden else None
+        with watching([] if runs is None else [block for pair in self._pairs for block in pair.own(runs)]) as own:
             task, outputs = self._run(model, batch, num_items_in_batch, with_task=bool(parts.task) or not teaches)
         loss = task * (parts.task if teaches else 1.0) if task is not None else None
         if teaches and parts.needs_teacher:
             rows = self._counted(batch, outputs)
             distance = self._distance(batch, numbers, rows, outputs, own)
-            scaled = distance * self._share(rows, num_items_in_batch)
+            scaled = distance * self._share(rows, batch, num_items_in_batch)
             loss = scaled if loss is None else loss + scaled
             self._note("distillation_loss", scaled, num_items_in_batch)
         if task is not None and teaches:
@@ -165,8 +170,8 @@ class DistillationTrainer(Trainer):
         return None, model(**model_inputs(self._kind, inputs))
 
     def _counted(self, batch: dict[str, Any], outputs: Any) -> Counted:
-        rows = counted(self._kind, batch, outputs)
-        return several_labels(rows) if self._several and rows.distribution else rows
+        known = (self._student, self.teacher)
+        return counted(self._kind, batch, outputs, choice_of(self._kind, batch, outputs, *known))
 
     def _distance(
         self, batch: dict[str, Any], numbers: Tensor | None, rows: Counted, outputs: Any, own: Mapping[int, Tensor]
@@ -210,19 +215,22 @@ class DistillationTrainer(Trainer):
         """What was seen of all stacks in a row, stack by stack."""
         found, first = [], 0
         for pair in self._pairs:
-            count = len(pair.own if own else pair.dense)
+            count = len(pair.kept if own else pair.dense)
             found.append({n - first: seen[n] for n in range(first, first + count) if n in seen})
             first += count
         return found
 
-    def _share(self, rows: Counted, items: Tensor | int | None) -> Any:
+    def _share(self, rows: Counted, batch: dict[str, Any], items: Tensor | int | None) -> Any:
         """What a mean over this batch counts for in the step, as Trainer weighs its own loss."""
         if not len(rows.values):
             return 0.0  # and the whole step may have none
         if items is None or not self._of_step(items):
             return 1.0
         processes = self.accelerator.num_processes if self.args.average_tokens_across_devices else 1
-        return len(rows.values) * processes / items
+        labels = batch.get("labels")
+        each = not rows.distribution and labels is not None and labels.shape == rows.values.shape
+        count = rows.values.numel() if each else len(rows.values)  # as Trainer counts labels: one by one
+        return count * processes / items
 
     def _of_step(self, items: Tensor | int | None) -> bool:
         """Whether a batch's loss is its share of the step's, to be added up, and no mean of its own."""

@@ -105,7 +105,7 @@ class GradualWeights:
             changed, total = changed + int((gone & ~before).sum()), total + gone.numel()
             ref.write(view.rows.masked_fill(gone, 0.0))
         self._changed = changed / total
-        self._keeper.update()
+        self._keeper.update(self._refs)
         if step == self._window.end:
             self._scores = {}
 
@@ -133,6 +133,8 @@ class GradualWeights:
         self._scores = {
             path: tensors[path].to(ref.parameter.device) for path, ref in self._refs.items() if path in tensors
         }
+        assert self._keeper is not None
+        self._keeper.update(self._refs)  # also where pruning has emptied a matrix
 
     def figures(self) -> dict[str, float]:
         """The fraction of the chosen weights that is zero, how many of the model's parameters are not one of these

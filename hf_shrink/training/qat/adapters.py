@@ -51,6 +51,13 @@ def attach_adapted(layer: nn.Module, path: str) -> None:
     layer.forward = MethodType(_merged_forward, layer)
 
 
+def detach_adapted(model: nn.Module) -> None:
+    """Let all layers with adapters compute again as they did before `attach_adapted`."""
+    for layer in adapted_layers(model).values():
+        if getattr(vars(layer).get("forward"), "__func__", None) is _merged_forward:
+            del layer.forward
+
+
 def merged_weight(layer: Any) -> Tensor:
     """The base layer's weight, in its own shape, with the active adapters in it; with gradients to them."""
     weight: Tensor = layer.base_layer.weight

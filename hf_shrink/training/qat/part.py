@@ -17,8 +17,8 @@ from hf_shrink.errors import CalibrationError, ShrinkError
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import Recipe
 from hf_shrink.training.models import is_sharded, whole, without_adapters
-from hf_shrink.training.qat.adapters import adapted_layers, attach_adapted, weight_now
-from hf_shrink.training.qat.forward import owned_quantizers
+from hf_shrink.training.qat.adapters import adapted_layers, attach_adapted, detach_adapted, weight_now
+from hf_shrink.training.qat.forward import detach_all, owned_quantizers
 from hf_shrink.training.qat.placing import pack_trained, place_quantizers
 from hf_shrink.training.qat.plan import plan_training
 from hf_shrink.training.qat.quantizer import Start, WeightQuantizer
@@ -61,8 +61,10 @@ class QuantizationTraining:
 
     def attach(self, model: PreTrainedModel) -> None:
         self._model = model
+        detach_adapted(model)
         self._layers: Mapping[int, nn.Module] = adapted_layers(model)
         with without_adapters(model):
+            detach_all(model)
             planned = plan_training(model, self._recipe)
             schemes, self._notes = planned.plan.schemes, planned.notes
             self._losing = frozenset(path for path, axis in self._cuts() if axis == "in")

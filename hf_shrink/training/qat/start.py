@@ -61,7 +61,7 @@ def start_on_data(
     """
     twin = copy.deepcopy(model)
     for layer in adapted_layers(twin).values():
-        layer.merge()  # type: ignore[operator]
+        layer.merge(safe_merge=True)  # type: ignore[operator]  # rounds as training does
     with without_adapters(twin), evaluating(twin):
         for path in plan.schemes:
             detach(twin.get_submodule(path))

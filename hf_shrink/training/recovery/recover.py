@@ -26,7 +26,7 @@ from hf_shrink.training.distillation.states import Kept
 from hf_shrink.training.recovery.changes import Change, Full
 from hf_shrink.training.recovery.lora import Lora
 from hf_shrink.training.recovery.options import Method, Recovery
-from hf_shrink.training.recovery.session import Batch, Session, left_as_found
+from hf_shrink.training.recovery.session import Batch, Session, in_eval_mode, left_as_found
 from hf_shrink.training.recovery.spread import alike, spreads
 from hf_shrink.tuning import Teacher, Tuning, regrouped, tune
 from hf_shrink.tuning.allowance import Allowance
@@ -89,7 +89,8 @@ def recover(
         model: pruned, packed by hf_shrink, in NF4 by bitsandbytes, or plainly dense. Is changed in place.
         data: as `shrink`'s calibration: "self" (text that the teacher writes), another data recipe's name, the path of
             a .txt, .jsonl or .parquet file, a `datasets.Dataset`, a list of texts, or an iterable of model-input dicts.
-        teacher: the dense model; None: the data's own tokens or labels are learned, which is not what it was.
+        teacher: the dense model, which is afterwards as it was; None: the data's own tokens or labels are learned,
+            which is not what it was.
         tokenizer: needed for text.
         kept: see `DistillationTrainer`; for hidden states only.
         exclude: texts that must not be learned from, because the model will be measured on them.
@@ -106,16 +107,17 @@ def recover(
     recovery = Recovery.from_options(options)
     method = _method_for(model, recovery)
     _check(model, teacher, method, recovery)
-    with together() as here, showing(progress) as show, silence(), left_as_found(model):
+    with together() as here, showing(progress) as show, silence(), left_as_found(model), in_eval_mode(teacher):
         _check_processes(here, method, recovery)
         alike(model, teacher)
         spec = CalibrationSpec(samples=recovery.samples, length=recovery.length, batch_size=1)
         author = model if teacher is None else teacher
-        made = here.on_first(
-            lambda: calibration_batches(
-                spec, source=data, model=author, tokenizer=tokenizer, seed=seed, exclude=exclude, progress=show
+        with in_eval_mode(author):  # text is sampled from it
+            made = here.on_first(
+                lambda: calibration_batches(
+                    spec, source=data, model=author, tokenizer=tokenizer, seed=seed, exclude=exclude, progress=show
+                )
             )
-        )
         batches = [_labelled(model, batch) if _needs_labels(recovery, teacher) else batch for batch in made.batches]
         until = None if recovery.minutes is None else started + recovery.minutes * 60
         if method == "scales":
@@ -185,7 +187,7 @@ def _by_scales(
     optimized = any(module.kernel is not None for module in model.modules() if isinstance(module, PackedModule))
     model.eval()
     tokens = recovery.step("scales")
-    known = Teacher(teacher.eval(), regrouped(batches, tokens), progress)
+    known = Teacher(teacher, regrouped(batches, tokens), progress)
     options = Tuning(
         steps=recovery.steps or MOST_STEPS,
         learning_rate=recovery.learning_rate,  # None: by the bits
@@ -212,9 +214,9 @@ def _by_training(
 ) -> tuple[Any, float, float, str, int]:
     size, accumulate = _sizes(model, recovery.step(method), ranks().size)
     groups = regrouped(batches, size)
-    count = max(1, round(len(groups) * recovery.held_out))
     if len(groups) < 2:
         raise CalibrationError("recovery needs at least 2 batches, one of them held out; give more data")
+    count = min(len(groups) - 1, max(1, round(len(groups) * recovery.held_out)))
     parts = Distillation(
         logits=float(teacher is not None),
         task=recovery.task if teacher is not None else 1.0,

@@ -185,6 +185,23 @@ def _the_only(examples: list[Batch]) -> dict[str, Any]:
 
 
 @contextmanager
+def in_eval_mode(model: nn.Module | None) -> Iterator[None]:
+    """The model, where there is one, without dropout; its modules' modes and its device are as they were afterwards."""
+    if model is None:
+        yield
+        return
+    modes, device = [(module, module.training) for module in model.modules()], next(model.parameters()).device
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+        if next(model.parameters()).device != device:
+            model.to(device)
+
+
+@contextmanager
 def left_as_found(model: PreTrainedModel) -> Iterator[None]:
     """What Trainer, accelerate and PEFT put on a model is gone afterwards; modes of modules and the CPU's generators
     of random numbers are as they were."""

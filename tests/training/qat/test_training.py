@@ -19,6 +19,7 @@ import hf_shrink
 from hf_shrink import CalibrationError, DistillationTrainer, RecipeError, ShrinkCallback, ShrinkError
 from hf_shrink.pipeline.recipes import load_recipe
 from hf_shrink.runtime.linear import CompressedLinear
+from hf_shrink.training.qat.adapters import merged_weight
 from hf_shrink.training.qat.plan import plan_training
 
 
@@ -251,6 +252,53 @@ def test_adapters_are_part_of_the_weight_that_is_rounded(tmp_path: Path) -> None
     resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
     for key, value in base.state_dict().items():
         assert torch.equal(value, again.state_dict()[key]), key
+
+
+def test_adapters_on_a_model_in_bfloat16_are_merged_as_they_were_trained(tmp_path: Path) -> None:
+    class Merged(TrainerCallback):
+        def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            for path, layer in paths.items():
+                found = base.get_submodule(path).base_layer.weight_quantizer.quantized(merged_weight(layer))
+                trained[path] = found.values.clone()
+
+    base = tiny_llama(num_hidden_layers=1).bfloat16()
+    config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
+    model = peft.get_peft_model(base, config)
+    paths = {n: m for n, m in base.named_modules() if n.endswith(("q_proj", "down_proj"))}
+    trained: dict[str, Tensor] = {}
+    recipe = quantize("W8A16", strategy="channel")
+    trainer(model, language, tmp_path, [Merged(), ShrinkCallback(recipe, start=0)]).train()
+    for path, values in trained.items():
+        packed = base.get_submodule(path)
+        assert isinstance(packed, CompressedLinear) and torch.equal(packed.unpacked()[0], values), path
+
+
+@pytest.mark.parametrize("kind", ["plain", "tied head", "adapters"])
+def test_a_training_that_was_given_up_leaves_nothing_in_the_way_of_the_next(kind: str, tmp_path: Path) -> None:
+    class GiveUp(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            raise KeyboardInterrupt
+
+    base = tiny_llama(num_hidden_layers=1, tie_word_embeddings=kind == "tied head")
+    model: Any = base
+    if kind == "adapters":
+        config = peft.LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
+        model = peft.get_peft_model(base, config)
+    recipe = quantize(head="W8A16") if kind == "tied head" else quantize()
+    before, names = outputs(model, language)["logits"], set(model.state_dict())
+    still = {"learning_rate": 0.0, "weight_decay": 0.0, "max_steps": 2}
+    run = trainer(model, language, tmp_path, [ShrinkCallback(recipe, start=0), GiveUp()], **still)
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    attached = set(model.state_dict())
+    assert not torch.equal(outputs(model, language)["logits"], before)  # it rounds
+    said = Before()
+    again = trainer(model, language, tmp_path, [said, ShrinkCallback(recipe, start=0)], **still)
+    assert set(model.state_dict()) == attached > names
+    assert torch.equal(outputs(model, language)["logits"], before)  # until rounding begins anew
+    again.train()
+    assert type(base.model.layers[0].mlp.down_proj) is CompressedLinear
+    torch.testing.assert_close(outputs(base, language)["logits"], said.said["logits"], rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
