@@ -21,7 +21,9 @@ def optimize_for_inference(model: Module, *, device: torch.device | str | None =
     Each weight is then held once, in its kernel's layout. Everything else stays as it was: `state_dict` and
     `save_pretrained` give the same checkpoint, bit for bit; casts, moves to other devices, copies and training work.
     The kernels take bfloat16: up to some tens of tokens, a float32 model's inputs are rounded to it for each Linear.
-    Attention by transformers' "sdpa" takes another way to the same result for single tokens (`runtime/attention.py`).
+    Attention by transformers' "sdpa" takes another way to the same result for single tokens (`runtime/attention.py`),
+    which has a name of its own. transformers' `generate_batch` (continuous batching) knows stock names only: call
+    `model.set_attn_implementation("sdpa")` before it.
     `kernel_summary(model)` says what runs on what, and why the rest does not.
 
     `shrink` does this by itself unless called with `optimize=False`, and `from_pretrained` with checkpoints of ours
