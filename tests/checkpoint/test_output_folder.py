@@ -164,7 +164,7 @@ def test_what_embeddings_and_rare_tokenizers_need_comes_along(tmp_path: Path) ->
     source, out = tmp_path / "source", tmp_path / "out"
     out.mkdir()
     tiny_llama().save_pretrained(source)
-    kept = ("spm.model", "source.spm", "bpe.codes", "sentence_bert_config.json", "1_Pooling/config.json")
+    kept = ("tekken.json", "spm.model", "source.spm", "bpe.codes", "sentence_bert_config.json", "1_Pooling/config.json")
     for name in (*kept, "2_Dense/model.safetensors", "2_Dense/notes.txt", "0_Transformer/config.json"):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
