@@ -175,3 +175,11 @@ def test_what_comes_from_memory_is_held_in_planes():
     assert kernel_for(scheme, 49152, 576, device, torch.bfloat16)[1] == "int4 twice"
     assert kernel_for(scheme, 4096, 576, device, torch.bfloat16)[1] == "int8"
     assert kernel_for(scheme, 524288, 48, device, torch.bfloat16)[0] is None
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_unpacked_it_is_the_stored_weight(bits, dtype):
+    """Zero points are in the kernel's scales, rounded to bfloat16; what is stored are whole numbers."""
+    plain, fast = optimized(Scheme(bits, False, "group", 64), dtype=dtype)
+    assert torch.equal(fast.kernel.unpacked(0, fast.out_features, dtype).T, plain.weight)

@@ -130,14 +130,13 @@ class Int4(Kernel):
 
     def _scaled(self, values: Tensor, middle: int, zero: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """(values - middle) * scale + zero, in place of float32 values (columns, n); with the stored scales, not the
-        kernel's, where `dtype` can tell them apart."""
+        kernel's, where `dtype` can tell them apart. `zero` is rounded to bfloat16, its zero points are whole."""
         scale = self._near[:, start : start + values.shape[1]].float()
+        steps = (zero / scale).round_().nan_to_num_()  # rows that fill up have a scale of 0
         if self._rest is not None and dtype != torch.bfloat16:
-            steps = (zero / scale).round_().nan_to_num_()
             scale = self._stored_columns(scale, start, stop)
-            zero = steps * scale
         grouped = values.view(-1, self._group, values.shape[1])
-        shift = (zero - middle * scale)[:, None]
+        shift = ((steps - middle) * scale)[:, None]
         if torch.compiler.is_compiling():  # it refuses `out` where that has gaps, and saves the memory by itself
             values = torch.addcmul(shift, grouped, scale[:, None]).view(values.shape)
         else:
