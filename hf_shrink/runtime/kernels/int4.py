@@ -51,7 +51,7 @@ class Int4(Kernel):
         self._group, self._weight, self._rest = group, tensors["weight"], tensors.get("rest")
         self._scales = tensors["scales"].view(torch.bfloat16)
         self._padded = self._scales.shape[1] != rows
-        self._layout = self._blocks()  # not when it is needed: that may be inside a compiled graph
+        self._layout = self.blocks()  # not when it is needed: that may be inside a compiled graph
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
@@ -96,8 +96,7 @@ class Int4(Kernel):
     # What the device decides: how nibbles lie, and who multiplies them.
 
     @classmethod
-    def _blocks(cls) -> Layout | None:
-        """How rows lie in the kernel's blocks, where that is not the same everywhere."""
+    def blocks(cls) -> Layout | None:
         return kernel_layout()
 
     @classmethod
