@@ -133,6 +133,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         self._ours = bool(getattr(quantization_config, "made_by_hf_shrink", False))
         self._to_dense = False
         self._ties: list[Pair] = []
+        self.given_state: dict[str, Any] | None = None  # while the model is saved: see `save_model`
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self._ours:
@@ -176,7 +177,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         # transformers lets this replace the state dict that it was given, so that it has to be the right one.
         if self._ours:
-            return saved_state(model), {}
+            return saved_state(model) if self.given_state is None else self.given_state, {}
         state, metadata = super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call]
         return state, metadata
 

@@ -90,9 +90,10 @@ def save_model(
     streams = residence_of(model) is not None and getattr(model, "hf_quantizer", None) is None and not kwargs
     with at_home(model), _block_in_config(model):
         state = saved_state(model, state_dict)
-        type(model).save_pretrained(
-            model, directory, is_main_process, {} if streams else state, push_to_hub=False, **kwargs
-        )
+        with _handed_through(model, state):
+            type(model).save_pretrained(
+                model, directory, is_main_process, {} if streams else state, push_to_hub=False, **kwargs
+            )
     if streams:
         save_streamed(model, directory, state)
     record = getattr(model, "shrink_record", None)
@@ -143,6 +144,20 @@ def _block_in_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         _set_block(model, before)
+
+
+@contextmanager
+def _handed_through(model: PreTrainedModel, state: dict[str, Any]) -> Iterator[None]:
+    """transformers puts what a loaded model's quantizer gives in the place of the state dict: that is to be `state`."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not hasattr(quantizer, "given_state"):
+        yield
+        return
+    quantizer.given_state = state
+    try:
+        yield
+    finally:
+        quantizer.given_state = None
 
 
 def _set_block(model: PreTrainedModel, block: Any) -> None:

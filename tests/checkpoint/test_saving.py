@@ -173,3 +173,18 @@ def test_names_of_tensors_are_those_of_the_bare_checkpoint(tmp_path: Path) -> No
     names = set(load_file(tmp_path / "model.safetensors"))
     assert {f"transformer.h.0.mlp.c_fc.weight_{part}" for part in ("packed", "scale", "shape")} <= names
     assert "lm_head.weight" not in names
+
+
+def test_a_loaded_model_saves_the_state_dict_that_it_is_given(tmp_path: Path) -> None:
+    """transformers asks the quantizer for another one; it has to be the same."""
+    packed_llama().save_pretrained(tmp_path / "first")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.norm.weight"] += 1
+    model.save_pretrained(tmp_path / "second", state_dict=state)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert torch.equal(second["model.norm.weight"], state["model.norm.weight"])
+    model.save_pretrained(tmp_path / "third")  # its own again
+    third = load_file(tmp_path / "third" / "model.safetensors")
+    assert torch.equal(third["model.norm.weight"], model.model.norm.weight)
