@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from hf_shrink.checkpoint.casts import allow_casts
 from hf_shrink.checkpoint.others import take_over
 from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.attention import use_grouped_attention
@@ -41,6 +42,7 @@ def optimize_for_inference(model: Module, *, device: torch.device | str | None =
         CheckpointError: another tool's checkpoint is stored in a way that hf_shrink does not know, or is dense already.
     """
     take_over(model)
+    allow_casts(model)
     if device is not None:
         model.to(device)
     use_kernels(model)

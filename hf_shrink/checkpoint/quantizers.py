@@ -21,6 +21,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_shrink.checkpoint.casts import allow_casts
 from hf_shrink.checkpoint.experts import without_merging
 from hf_shrink.checkpoint.format import NEEDS_HF_SHRINK, OWN_KEY, PRUNED_METHOD
 from hf_shrink.checkpoint.inference import optimize_for_inference
@@ -154,6 +155,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         for pair in self._ties:
             tie_modules(model, pair)
         check_loaded(model)
+        allow_casts(model)
         bind(model, _record_beside(model))
         if self._to_dense:
             return cast(PreTrainedModel, model.dequantize())
