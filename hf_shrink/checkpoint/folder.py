@@ -28,8 +28,8 @@ class OutputFolder:
         overwrite: replace a model that is there already.
 
     Raises:
-        CheckpointError: on entry, when the target cannot be written, is a file, or is not empty and may not be
-            replaced; on exit, when it appeared meanwhile.
+        CheckpointError: on entry, when the target cannot be written, is a file or a mount point, or is not empty
+            and may not be replaced; on exit, when it appeared meanwhile.
     """
 
     def __init__(self, path: str | os.PathLike[str], overwrite: bool = False) -> None:
@@ -47,6 +47,11 @@ class OutputFolder:
         """Raises CheckpointError when the target may not be written, before anything is."""
         if self.path.exists() and not self.path.is_dir():
             raise CheckpointError(f"{self.path} is a file; give a folder that does not exist yet")
+        if self.path.is_mount():
+            raise CheckpointError(
+                f"{self.path} is a mount point, so that no finished folder can be put into its place; give a folder "
+                f"inside it: {self.path / 'model'}"
+            )
         if not self.path.is_dir() or not any(self.path.iterdir()):
             return
         if not self._overwrite:

@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from hf_shrink.checkpoint.casts import allow_casts
 from hf_shrink.checkpoint.others import take_over
 from hf_shrink.residence.trim import release_free_memory
 from hf_shrink.runtime.attention import use_grouped_attention
@@ -21,7 +22,9 @@ def optimize_for_inference(model: Module, *, device: torch.device | str | None =
     Each weight is then held once, in its kernel's layout. Everything else stays as it was: `state_dict` and
     `save_pretrained` give the same checkpoint, bit for bit; casts, moves to other devices, copies and training work.
     The kernels take bfloat16: up to some tens of tokens, a float32 model's inputs are rounded to it for each Linear.
-    Attention by transformers' "sdpa" takes another way to the same result for single tokens (`runtime/attention.py`).
+    Attention by transformers' "sdpa" takes another way to the same result for single tokens (`runtime/attention.py`),
+    which has a name of its own. transformers' `generate_batch` (continuous batching) knows stock names only: call
+    `model.set_attn_implementation("sdpa")` before it.
     `kernel_summary(model)` says what runs on what, and why the rest does not.
 
     `shrink` does this by itself unless called with `optimize=False`, and `from_pretrained` with checkpoints of ours
@@ -39,6 +42,7 @@ def optimize_for_inference(model: Module, *, device: torch.device | str | None =
         CheckpointError: another tool's checkpoint is stored in a way that hf_shrink does not know, or is dense already.
     """
     take_over(model)
+    allow_casts(model)
     if device is not None:
         model.to(device)
     use_kernels(model)

@@ -35,7 +35,8 @@ def push_folder(
 
     Args:
         directory: with weights, config, shrink.json and model card. What training leaves (`checkpoint-*`, `*.bin`, ...)
-            and hidden files stay behind; paths of this machine are taken out of the pushed shrink.json.
+            and hidden files stay behind, but for weights in folders of modules.json; paths of this machine are taken
+            out of the pushed shrink.json.
         destination: need not be checked before.
         message: of the commit; None: what was done and what came of it.
         description: the rest of the commit message.

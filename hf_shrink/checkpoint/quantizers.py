@@ -21,6 +21,7 @@ from transformers.utils import logging
 from transformers.utils.hub import cached_file
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from hf_shrink.checkpoint.casts import allow_casts
 from hf_shrink.checkpoint.experts import without_merging
 from hf_shrink.checkpoint.format import NEEDS_HF_SHRINK, OWN_KEY, PRUNED_METHOD
 from hf_shrink.checkpoint.inference import optimize_for_inference
@@ -133,6 +134,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         self._ours = bool(getattr(quantization_config, "made_by_hf_shrink", False))
         self._to_dense = False
         self._ties: list[Pair] = []
+        self.given_state: dict[str, Any] | None = None  # while the model is saved: see `save_model`
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         if not self._ours:
@@ -153,6 +155,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
         for pair in self._ties:
             tie_modules(model, pair)
         check_loaded(model)
+        allow_casts(model)
         bind(model, _record_beside(model))
         if self._to_dense:
             return cast(PreTrainedModel, model.dequantize())
@@ -176,7 +179,7 @@ class PackedQuantizer(CompressedTensorsHfQuantizer):
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[Any, dict[str, str]]:
         # transformers lets this replace the state dict that it was given, so that it has to be the right one.
         if self._ours:
-            return saved_state(model), {}
+            return saved_state(model) if self.given_state is None else self.given_state, {}
         state, metadata = super().get_state_dict_and_metadata(model)  # type: ignore[no-untyped-call]
         return state, metadata
 

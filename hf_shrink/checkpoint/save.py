@@ -18,6 +18,7 @@ from hf_shrink.checkpoint.packed import packed_schemes
 from hf_shrink.checkpoint.portability import portability
 from hf_shrink.checkpoint.push import push_shrunk_to_hub
 from hf_shrink.checkpoint.record import ShrinkRecord
+from hf_shrink.checkpoint.shards import one_layout
 from hf_shrink.checkpoint.streamed import save_streamed
 from hf_shrink.checkpoint.ties import saved_state, settle_ties
 from hf_shrink.errors import CheckpointError
@@ -80,7 +81,7 @@ def save_model(
     """transformers' `save_pretrained` for a shrunken model, with its arguments (`max_shard_size`, `variant`, ...).
 
     Writes what it writes, with our block in config.json, and shrink.json and README.md when the model has a
-    `shrink_record` (with a card).
+    `shrink_record` (with a card). Weights of an earlier save that `from_pretrained` would read instead are removed.
 
     Raises:
         CheckpointError: the model is uneven in a way that stock transformers would load wrong without an error.
@@ -88,13 +89,15 @@ def save_model(
     directory = Path(directory)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs} if push_to_hub else {}
     streams = residence_of(model) is not None and getattr(model, "hf_quantizer", None) is None and not kwargs
-    with at_home(model), _block_in_config(model):
-        state = saved_state(model, state_dict)
-        type(model).save_pretrained(
-            model, directory, is_main_process, {} if streams else state, push_to_hub=False, **kwargs
-        )
-    if streams:
-        save_streamed(model, directory, state)
+    with one_layout(directory, kwargs.get("variant"), is_main_process):
+        with at_home(model), _block_in_config(model):
+            state = saved_state(model, state_dict)
+            with _handed_through(model, state):
+                type(model).save_pretrained(
+                    model, directory, is_main_process, {} if streams else state, push_to_hub=False, **kwargs
+                )
+        if streams:
+            save_streamed(model, directory, state)
     record = getattr(model, "shrink_record", None)
     if record is not None and is_main_process:
         record.write(directory)
@@ -143,6 +146,20 @@ def _block_in_config(model: PreTrainedModel) -> Iterator[None]:
         yield
     finally:
         _set_block(model, before)
+
+
+@contextmanager
+def _handed_through(model: PreTrainedModel, state: dict[str, Any]) -> Iterator[None]:
+    """transformers puts what a loaded model's quantizer gives in the place of the state dict: that is to be `state`."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not hasattr(quantizer, "given_state"):
+        yield
+        return
+    quantizer.given_state = state
+    try:
+        yield
+    finally:
+        quantizer.given_state = None
 
 
 def _set_block(model: PreTrainedModel, block: Any) -> None:

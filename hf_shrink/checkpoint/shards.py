@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -75,3 +77,29 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(data, dict):
         raise CheckpointError(f"{path} is not a JSON object; download or save the model again")
     return data
+
+
+@contextmanager
+def one_layout(folder: Path, variant: str | None, is_main_process: bool = True) -> Iterator[None]:
+    """Saves weights, and leaves no older ones beside them: of the file for all and the index of shards, the one that
+    was not written is removed. Files of other variants stay; shards that an index named go with transformers."""
+    names = (SAFE_WEIGHTS_NAME, SAFE_WEIGHTS_INDEX_NAME)
+    paths = [folder / (name if variant is None else f".{variant}.".join(name.rsplit(".", 1))) for name in names]
+    before = [_version(path) for path in paths]
+    yield
+    if not is_main_process:
+        return
+    written = [_version(path) != old for path, old in zip(paths, before, strict=True)]
+    if any(written):
+        for path, new in zip(paths, written, strict=True):
+            if not new:
+                path.unlink(missing_ok=True)
+
+
+def _version(path: Path) -> tuple[int, int, int] | None:
+    """Differs once a file was written again; None without a file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_ino, found.st_size

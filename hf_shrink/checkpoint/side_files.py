@@ -64,16 +64,16 @@ def side_files(source: Source) -> Iterator[tuple[str, Path]]:
         if path is not None:
             yield name, path
             if name == MODULES:
-                yield from _modules(source, path)
+                found = ((inner, side_file(source, inner)) for inner in module_files(path))
+                yield from ((inner, file) for inner, file in found if file is not None)
 
 
-def _modules(source: Source, listed: Path) -> Iterator[tuple[str, Path]]:
-    """The files of what sentence-transformers does with a model's output: pooling and the like, each in a folder."""
+def module_files(listed: Path) -> list[str]:
+    """The files, there or not, of what sentence-transformers does with a model's output: pooling and the like, each in
+    a folder that modules.json lists. Raises CheckpointError where that is damaged."""
     try:
         modules = [(str(module["path"]), str(module["type"])) for module in json.loads(listed.read_text("utf-8"))]
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{listed} does not list modules ({error!r}); download the model again") from error
-    for place, kind in modules:
-        if place and Path(place).name == place and not kind.endswith("Transformer"):
-            found = ((f"{place}/{name}", side_file(source, f"{place}/{name}")) for name in _OF_MODULE)
-            yield from ((name, path) for name, path in found if path is not None)
+    places = [place for place, kind in modules if Path(place).name == place and not kind.endswith("Transformer")]
+    return [f"{place}/{name}" for place in places if place for name in _OF_MODULE]

@@ -26,6 +26,7 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
+    "tekken.json",
     "spiece.model",
     "sentencepiece.bpe.model",
     "vocab.json",

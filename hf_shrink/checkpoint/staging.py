@@ -15,10 +15,12 @@ from huggingface_hub import get_token
 
 from hf_shrink.checkpoint.record import CARD_NAME, RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.shards import find_shards, read_json
+from hf_shrink.checkpoint.side_files import MODULES, module_files
 from hf_shrink.errors import CheckpointError, HubError
 from hf_shrink.reporting.reproduce import is_hub_id, without_folders
 
-# What training leaves beside a model, and what is pickled: `training_args.bin` holds the Trainer's token.
+# What training leaves beside a model, and what is pickled: `training_args.bin` holds the Trainer's token. Of what is
+# pickled, only weights that modules.json names go along.
 LEFT_BEHIND = (".*", "*.bin", "*.pt", "*.pth", "*.pkl", "*.lock", "*.partial", "checkpoint-*", "runs", "__pycache__")
 SEARCHED = 64 << 20  # bytes: files up to that size are searched for the token; weights are not
 
@@ -45,26 +47,31 @@ def check_whole(folder: Path) -> ShrinkRecord:
 
 @contextmanager
 def staged(folder: Path, token: str | bool | None = None) -> Iterator[tuple[Path, list[str]]]:
-    """A folder of links to what is to be pushed, with paths of this machine taken out of shrink.json; and what is left
-    out.
+    """A folder of links to what is to be pushed, with paths of this machine taken out of shrink.json; and the paths of
+    what is left out.
 
     Raises:
+        CheckpointError: modules.json is damaged.
         HubError: a file contains the token.
     """
-    left = [path for path in sorted(folder.iterdir()) if _left_behind(path)]
-    kept = [path for path in sorted(folder.iterdir()) if path not in left]
+    listed = folder / MODULES
+    wanted = set(module_files(listed)) if listed.is_file() else set()  # pooling and the like may be pickled
+    left = [path.name for path in sorted(folder.iterdir()) if _left_behind(path.name, wanted)]
+    kept = [path for path in sorted(folder.iterdir()) if path.name not in left]
     _check_no_token(kept, token)
     with TemporaryDirectory(prefix="hf_shrink-push-") as place:
         stage = Path(place)
         for path in kept:
             if path.is_dir():
-                shutil.copytree(path.resolve(), stage / path.name, copy_function=_link, ignore=_ignored)
+                ignored = _Ignored(path, wanted)
+                shutil.copytree(path.resolve(), stage / path.name, copy_function=_link, ignore=ignored)
+                left += ignored.names
             elif path.name == RECORD_NAME:
                 record = json.loads(path.read_text(encoding="utf-8"))
                 put_text(stage / path.name, json.dumps(public(record), indent=1) + "\n")
             else:
                 _link(path.resolve(), stage / path.name)
-        yield stage, [path.name for path in left]
+        yield stage, sorted(left)
 
 
 def public(record: Mapping[str, Any]) -> dict[str, Any]:
@@ -87,12 +94,27 @@ def put_text(path: Path, text: str) -> None:
     path.write_text(text, encoding="utf-8")
 
 
-def _left_behind(path: Path) -> bool:
-    return any(fnmatch(path.name, pattern) for pattern in LEFT_BEHIND)
+def _left_behind(name: str, wanted: set[str]) -> bool:
+    """Of a path within the folder."""
+    return name not in wanted and any(fnmatch(name.rpartition("/")[2], pattern) for pattern in LEFT_BEHIND)
 
 
-def _ignored(folder: str, names: list[str]) -> list[str]:
-    return [name for name in names if _left_behind(Path(folder, name))]
+class _Ignored:
+    """What copytree leaves out of a folder.
+
+    Attributes:
+        names: within the output folder, of all that it has left out so far.
+    """
+
+    def __init__(self, path: Path, wanted: set[str]) -> None:
+        self._name, self._root, self._wanted = path.name, path.resolve(), wanted
+        self.names: list[str] = []
+
+    def __call__(self, folder: str, names: list[str]) -> list[str]:
+        place = Path(self._name, Path(folder).relative_to(self._root)).as_posix()
+        found = [name for name in sorted(names) if _left_behind(f"{place}/{name}", self._wanted)]
+        self.names += [f"{place}/{name}" for name in found]
+        return found
 
 
 def _link(source: str | Path, target: str | Path) -> None:

@@ -8,8 +8,12 @@ therefore multiplied and normalised some rows at a time. Everything else is hand
 
 from __future__ import annotations
 
+import inspect
+import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,6 +27,15 @@ from hf_shrink.ops.precision import multiplies_bfloat16
 
 NAME = "sdpa_by_group"
 ROWS = 64  # of queries at a time; for fewer, the kernel is as good
+
+# Code that asks for an implementation by its name, and would not know ours. No harm is in names that neither ours nor
+# "sdpa" is, and in transformers' tables (ALL_...), which ours is in.
+_ASKS_FOR_NAMES = re.compile(
+    r"""attn_impl\w*\s*(?:[=!]=|(?:not\s+)?in\b)(?!\s*(?:["'](?:eager|flex_attention|flash_attention_\d)["']|ALL_))
+    |["']sdpa["']\s*(?:[=!]=|(?:not\s+)?in\b)
+    |\b(?!ALL_)\w+(?:\[|\.get\()[^\])\n]*attn_impl""",
+    re.VERBOSE,
+)
 
 
 def sdpa_by_group(
@@ -110,7 +123,10 @@ def _some_rows_at_a_time(query: Tensor, key: Tensor, value: Tensor, scale: float
 
 
 def use_grouped_attention(model: nn.Module) -> None:
-    """Let the parts of a model that use "sdpa" use `sdpa_by_group`, in place. It is not saved with the model."""
+    """Let the parts of a model that use "sdpa" use `sdpa_by_group`, in place. It is not saved with the model.
+
+    Parts whose own code asks whether the name is "sdpa" keep it.
+    """
     _rename(model, "sdpa", NAME)
 
 
@@ -129,9 +145,26 @@ def _rename(model: nn.Module, old: str, new: str) -> bool:
     """From one implementation to another wherever the model may choose; whether any part did."""
     parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
     found = [p for p in parts if p.config._attn_implementation == old and p._can_set_attn_implementation()]
+    if new == NAME:  # parts can have one config together
+        kept = {id(part.config) for part in parts if _knows_stock_names_only(type(part))}
+        found = [part for part in found if id(part.config) not in kept]
     for part in found:
         part.config._attn_implementation_internal = new
     return bool(found)
+
+
+def _knows_stock_names_only(kind: type[PreTrainedModel]) -> bool:
+    parents = [parent for parent in kind.__mro__ if issubclass(parent, PreTrainedModel) and parent != PreTrainedModel]
+    return any(_asks_for_names(parent.__module__) for parent in parents)
+
+
+@cache
+def _asks_for_names(module: str) -> bool:
+    """Whether a module's code does; also where there is no code to look at."""
+    try:
+        return _ASKS_FOR_NAMES.search(inspect.getsource(sys.modules[module])) is not None
+    except (KeyError, OSError, TypeError):
+        return True
 
 
 def register() -> None:

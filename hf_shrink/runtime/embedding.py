@@ -60,8 +60,13 @@ class CompressedEmbedding(PackedModule):
         return embedding
 
     def forward(self, input: Tensor) -> Tensor:
-        """As nn.Embedding: indices (...) to (..., embedding_dim) in the dtype of `weight`."""
+        """As nn.Embedding: indices (...) to (..., embedding_dim) in the dtype of `weight`.
+
+        Raises:
+            IndexError: on the CPU and outside compiled graphs, an index is negative or too large.
+        """
         rows = input.flatten()
+        self._check(rows)
         zero_point = self._zero_point()
         if self.scheme.strategy != "tensor":
             zero_point = None if zero_point is None else zero_point[rows]
@@ -73,6 +78,18 @@ class CompressedEmbedding(PackedModule):
             scale = self.weight_scale if self.scheme.strategy == "tensor" else self.weight_scale[rows]
             found = self._unpack(self.weight_packed[rows], scale, zero_point)
         return found.view(*input.shape, self.embedding_dim)
+
+    def _check(self, rows: Tensor) -> None:
+        """Negative rows would be counted from the end, and a kernel has some of zeros behind the last. On other devices
+        looking would wait for them."""
+        if rows.device.type != "cpu" or torch.compiler.is_compiling() or not rows.numel():
+            return
+        lowest, highest = rows.aminmax()
+        if lowest < 0 or highest >= self.num_embeddings:
+            raise IndexError(
+                f"index {int(lowest if lowest < 0 else highest)} is out of range for an embedding of "
+                f"{self.num_embeddings} rows; give it ids of the model's own tokenizer"
+            )
 
     def extra_repr(self) -> str:
         """For print(model)."""

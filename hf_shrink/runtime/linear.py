@@ -131,5 +131,5 @@ class _PackedProduct(torch.autograd.Function):
         if needs_input:
             to_input = ctx.linear._input_gradient(gradient).to(ctx.dtype)
         if needs_bias:
-            to_bias = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+            to_bias = gradient.reshape(-1, gradient.shape[-1]).sum(0).to(ctx.bias_dtype)
         return to_input, to_bias, None

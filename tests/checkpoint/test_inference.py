@@ -130,3 +130,21 @@ def test_a_first_part_of_the_model_learns_through_it(packed):
         model(ids, labels=ids).loss.backward()
         gradients.append(model.get_input_embeddings().weight.grad)
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("options", [{}, {"quantization_config": LoadingConfig(optimize=False)}])
+def test_loaded_models_can_be_cast(packed, options, tmp_path):
+    packed.save_pretrained(tmp_path)
+    ids = torch.randint(96, (2, 100))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, **options)
+    for name, dtype in (("half", torch.float16), ("float", torch.float32), ("bfloat16", torch.bfloat16)):
+        model, other = copy.deepcopy(loaded).bfloat16(), copy.deepcopy(loaded).bfloat16()
+        with torch.no_grad():
+            assert torch.equal(getattr(model, name)()(ids).logits, other.to(dtype)(ids).logits)
+        assert model.dtype == dtype and loaded.dtype == torch.float32
+        assert model.model.layers[0].mlp.up_proj.weight_scale.dtype == dtype
+
+
+def test_models_of_other_tools_can_be_cast_once_they_are_optimized(packed, tmp_path):
+    fast = optimize_for_inference(AutoModelForCausalLM.from_pretrained(stock_checkpoint(packed, tmp_path)))
+    assert fast.half() is fast and fast.dtype == torch.float16

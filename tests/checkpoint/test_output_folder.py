@@ -164,7 +164,7 @@ def test_what_embeddings_and_rare_tokenizers_need_comes_along(tmp_path: Path) ->
     source, out = tmp_path / "source", tmp_path / "out"
     out.mkdir()
     tiny_llama().save_pretrained(source)
-    kept = ("spm.model", "source.spm", "bpe.codes", "sentence_bert_config.json", "1_Pooling/config.json")
+    kept = ("tekken.json", "spm.model", "source.spm", "bpe.codes", "sentence_bert_config.json", "1_Pooling/config.json")
     for name in (*kept, "2_Dense/model.safetensors", "2_Dense/notes.txt", "0_Transformer/config.json"):
         (source / name).parent.mkdir(exist_ok=True)
         (source / name).write_text(name)
@@ -204,3 +204,16 @@ def test_a_source_without_a_card(tmp_path: Path) -> None:
     tiny_llama().save_pretrained(tmp_path / "source")
     (tmp_path / "out").mkdir()
     assert copy_side_files(open_source(tmp_path / "source"), tmp_path / "out") is None
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_mount_point_is_refused_before_the_work(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No folder can be renamed into its place."""
+    monkeypatch.setattr(Path, "is_mount", lambda path: path == tmp_path)
+    with pytest.raises(CheckpointError, match=r"mount point.*inside it"), OutputFolder(tmp_path, overwrite):
+        pass
+    with OutputFolder(tmp_path / "model", overwrite) as folder:
+        write(folder, "new")
+    assert contents(tmp_path / "model")["config.json"] == "new"

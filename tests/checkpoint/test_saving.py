@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreT
 import hf_shrink  # noqa: F401  registers the loaders
 from hf_shrink.checkpoint.record import ShrinkRecord, current_versions, read_record
 from hf_shrink.checkpoint.save import bind
+from hf_shrink.checkpoint.shards import one_layout
 from hf_shrink.errors import CheckpointError
 from hf_shrink.plan import Plan, Scheme
 from hf_shrink.report import ShrinkReport
@@ -173,3 +174,49 @@ def test_names_of_tensors_are_those_of_the_bare_checkpoint(tmp_path: Path) -> No
     names = set(load_file(tmp_path / "model.safetensors"))
     assert {f"transformer.h.0.mlp.c_fc.weight_{part}" for part in ("packed", "scale", "shape")} <= names
     assert "lm_head.weight" not in names
+
+
+def test_a_loaded_model_saves_the_state_dict_that_it_is_given(tmp_path: Path) -> None:
+    """transformers asks the quantizer for another one; it has to be the same."""
+    packed_llama().save_pretrained(tmp_path / "first")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state["model.norm.weight"] += 1
+    model.save_pretrained(tmp_path / "second", state_dict=state)
+    first, second = (load_file(tmp_path / name / "model.safetensors") for name in ("first", "second"))
+    assert first.keys() == second.keys()
+    assert torch.equal(second["model.norm.weight"], state["model.norm.weight"])
+    model.save_pretrained(tmp_path / "third")  # its own again
+    third = load_file(tmp_path / "third" / "model.safetensors")
+    assert torch.equal(third["model.norm.weight"], model.model.norm.weight)
+
+
+@pytest.mark.parametrize("variant", [None, "new"])
+@pytest.mark.parametrize("sizes", [("20KB", "5GB"), ("5GB", "20KB")])
+def test_older_weights_of_the_other_layout_go(sizes: tuple[str, str], variant: str | None, tmp_path: Path) -> None:
+    model = packed_llama()
+    model.save_pretrained(tmp_path, max_shard_size=sizes[0], variant=variant)
+    others = ["optimizer.safetensors", f"model{'' if variant else '.other'}.safetensors", "pytorch_model.bin"]
+    for name in others:
+        (tmp_path / name).write_text("of somebody else")
+    with torch.no_grad():
+        model.model.norm.weight.mul_(3)
+    model.save_pretrained(tmp_path, max_shard_size=sizes[1], variant=variant)
+    assert all((tmp_path / name).read_text() == "of somebody else" for name in others)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, variant=variant)
+    assert torch.equal(again.model.norm.weight, model.model.norm.weight)
+    dot = f".{variant}" if variant else ""
+    names = (f"model{dot}.safetensors", f"model.safetensors.index{dot}.json")
+    assert [(tmp_path / name).is_file() for name in names] == [sizes[1] == "5GB", sizes[1] == "20KB"]
+    assert not list(tmp_path.glob("model*-00001-of-*")) or sizes[1] == "20KB"
+
+
+@pytest.mark.parametrize("written", [False, True])
+def test_weights_stay_where_another_process_saves_or_nothing_was_written(written: bool, tmp_path: Path) -> None:
+    names = ("model.safetensors", "model.safetensors.index.json")
+    for name in names:
+        (tmp_path / name).write_text("old")
+    with one_layout(tmp_path, None, is_main_process=not written):
+        if written:
+            (tmp_path / names[0]).write_text("newer")
+    assert all((tmp_path / name).is_file() for name in names)

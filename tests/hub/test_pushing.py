@@ -22,7 +22,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
 import hf_shrink
-from hf_shrink.checkpoint.staging import public
+from hf_shrink.checkpoint.staging import public, staged
 from hf_shrink.cli import main
 from hf_shrink.reporting.reproduce import is_hub_id
 
@@ -175,6 +175,23 @@ def test_what_training_leaves_is_not_pushed(hub: Server, folder: Path, caplog: p
     pushed = hub.hub.repositories["me/tiny"].files()
     assert not [name for name in pushed if "training_args" in name or "checkpoint" in name]
     shutil.rmtree(folder / "checkpoint-10")
+
+
+def test_what_comes_after_the_model_is_pushed_pickled_or_not(
+    hub: Server, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    modules = [("", "models.Transformer"), ("2_Dense", "models.Dense")]
+    (folder / "modules.json").write_text(json.dumps([{"path": path, "type": kind} for path, kind in modules]))
+    for name in ("2_Dense/pytorch_model.bin", "2_Dense/training_args.bin", "plots/pytorch_model.bin", "plots/in/a.pt"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"weights")
+    assert main(["push", str(folder), "dense-after", "--quiet"]) == 0
+    pushed = hub.hub.repositories["me/dense-after"].files()
+    assert "2_Dense/pytorch_model.bin" in pushed
+    left = {"2_Dense/training_args.bin", "plots/pytorch_model.bin", "plots/in/a.pt"}
+    assert not left & pushed.keys()
+    with staged(folder) as (_, names):
+        assert set(names) == left
 
 
 def test_a_model_in_memory_takes_record_report_and_its_own_card_along(hub: Server) -> None:

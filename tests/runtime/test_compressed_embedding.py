@@ -10,8 +10,9 @@ from torch.nn import functional as F
 
 from hf_shrink.plan import Scheme
 from hf_shrink.quantization.rtn import RTN
-from hf_shrink.runtime import CompressedEmbedding
+from hf_shrink.runtime import CompressedEmbedding, CompressedLinear
 from hf_shrink.runtime import packed as packed_module
+from hf_shrink.runtime.sharing import share
 
 SCHEMES = [
     Scheme(bits, symmetric, strategy, size)
@@ -63,6 +64,16 @@ def test_state_dict_casts_and_copies(scheme):
     assert "padding_idx=2" in repr(twin)
 
 
-def test_out_of_range_indices_raise():
-    with pytest.raises(IndexError):
-        compressed(SCHEMES[0])(torch.tensor([37]))
+@pytest.mark.parametrize("index", [-1, 37, 47, 48])
+def test_out_of_range_indices_raise(index):
+    """Also where a kernel has rows of zeros behind the last, up to a whole sixteen."""
+    plain = compressed(Scheme(4, True, "group", 16))
+    quantized = RTN().solve(torch.randn(37, 64), Scheme(4, True, "group", 32), None, scale_dtype=torch.float32)
+    head, fast = CompressedLinear.from_quantized(quantized, None), CompressedEmbedding.from_quantized(quantized)
+    share(fast, head)
+    head.optimize()
+    assert fast.kernel is not None and fast.held.shape[0] == 48
+    for embedding in (plain, fast):
+        with pytest.raises(IndexError, match=f"index {index} is out of range"):
+            embedding(torch.tensor([3, index, 5]))
+        assert embedding(torch.tensor([0, 36])).shape[0] == 2

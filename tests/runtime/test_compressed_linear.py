@@ -189,3 +189,14 @@ def test_a_frozen_bias_stays_frozen():
     assert not linear.bias.requires_grad
     x = torch.randn(2, 16)
     assert torch.equal(linear(x), F.linear(x, linear.weight, bias))
+
+
+def test_gradients_of_a_single_vector():
+    linear = compressed()
+    twin = dense_twin(linear)
+    x = torch.randn(48, requires_grad=True)
+    y = x.detach().clone().requires_grad_()
+    (linear(x) ** 2).sum().backward()
+    (twin(y) ** 2).sum().backward()
+    torch.testing.assert_close(x.grad, y.grad)
+    torch.testing.assert_close(linear.bias.grad, twin.bias.grad)

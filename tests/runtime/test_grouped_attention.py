@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_llama
 from torch import Tensor
+from transformers import DeepseekV32Config, DeepseekV32ForCausalLM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from hf_shrink import optimize_for_inference, shrink
@@ -167,3 +168,71 @@ def test_work_on_a_model_leaves_its_attention_as_it_was() -> None:
     assert model.config._attn_implementation == "sdpa"
     shrink(model, {"steps": [{"quantize": {"method": "rtn"}}]}, optimize=False, progress=False)
     assert model.config._attn_implementation == "sdpa"
+
+
+def tiny_sparse() -> DeepseekV32ForCausalLM:
+    """Looks at four keys a query only, which its code sees to where the name is one that it knows."""
+    torch.manual_seed(0)
+    config = DeepseekV32Config(
+        vocab_size=320,
+        hidden_size=48,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        first_k_dense_replace=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        kv_lora_rank=16,
+        q_lora_rank=24,
+        qk_rope_head_dim=8,
+        qk_nope_head_dim=8,
+        v_head_dim=8,
+        index_topk=4,
+        index_head_dim=16,
+        index_n_heads=2,
+        initializer_range=0.2,
+    )
+    return DeepseekV32ForCausalLM(config).eval()
+
+
+def test_a_model_whose_code_asks_for_stock_names_keeps_its_own() -> None:
+    model = tiny_sparse()
+    ids = torch.randint(320, (2, 40))
+    with torch.no_grad():
+        wanted = model(ids).logits
+        with grouped_attention(model):
+            assert torch.equal(model(ids).logits, wanted)
+        optimize_for_inference(model)
+        assert torch.equal(model(ids).logits, wanted)
+        model.config._attn_implementation_internal = NAME  # what it would be under ours
+        assert not torch.allclose(model(ids).logits, wanted, atol=1e-3)
+
+
+def test_what_a_class_inherits_counts() -> None:
+    heirs = []
+    for model in (tiny_sparse(), tiny_llama()):
+        kind: Any = type("Heir", (type(model),), {"__module__": "tiny"})  # a file that asks for nothing
+        heirs.append(kind(model.config))
+    with grouped_attention(*heirs):
+        assert [heir.config._attn_implementation for heir in heirs] == ["sdpa", NAME]
+    assert [heir.config._attn_implementation for heir in heirs] == ["sdpa", "sdpa"]
+
+
+@pytest.mark.parametrize(
+    ("code", "asks"),
+    [
+        ('if self.config._attn_implementation in ("eager", "sdpa"):', True),
+        ('x = config._attn_implementation != "sdpa"', True),
+        ('if "sdpa" == config._attn_implementation:', True),
+        ("self.attn = CLASSES[config._attn_implementation](config)", True),
+        ("self.attn = CLASSES.get(config._attn_implementation)", True),
+        ("if config._attn_implementation not in supported:", True),
+        ('using_eager = self.config._attn_implementation == "eager"', False),
+        ('if config._attn_implementation == "flash_attention_2":', False),
+        ("ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager)", False),
+        ("mask = ALL_MASK_ATTENTION_FUNCTIONS[config._attn_implementation]", False),
+        ("if config._attn_implementation not in ALL_MASK_ATTENTION_FUNCTIONS._global_mapping:", False),
+        ("self._attn_implementation = config._attn_implementation", False),
+    ],
+)
+def test_what_counts_as_asking_for_a_name(code: str, asks: bool) -> None:
+    assert bool(attention._ASKS_FOR_NAMES.search(code)) == asks

@@ -197,3 +197,14 @@ def test_opened_for_training_and_closed_again_it_is_the_same(scheme, rounding):
     torch.testing.assert_close(opened(x), linear.float()(x), rtol=1e-3, atol=1e-3)
     opened(x.requires_grad_()).square().sum().backward()
     assert opened.log_scale.grad.abs().sum() > 0 and x.grad.abs().sum() > 0
+
+
+def test_a_range_beyond_what_float16_holds():
+    x = (torch.randn(4, 32) * 10).half()
+    x[1, 0], x[1, 1] = 60000, -60000
+    x[2, 0], x[2, 1] = 65504, -65504
+    x[3, 0], x[3, 1] = 65000, -504  # just not beyond
+    values, scale, zero_point = int8.quantize_tokens(x, False)
+    assert scale.isfinite().all()
+    found = (values.double() - zero_point.double()) * scale.double()
+    assert ((found - x.double()).abs() <= 1.3 * scale.double()).all()

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
 
 import pytest
 import torch
 from packed_linears import SCHEMES, close, expected, linear_of, optimized
 
+from hf_shrink.errors import ShrinkError
 from hf_shrink.plan import Scheme
-from hf_shrink.runtime.kernels import kernel_for
+from hf_shrink.runtime.kernels import int4, kernel_for, nibbles
 from hf_shrink.runtime.kernels.blocks import blockwise_linear
 from hf_shrink.runtime.kernels.nibbles import gather_nibbles, pack_nibbles, unpack_nibbles
 from hf_shrink.runtime.kernels.scales import join_scale, split_scale
@@ -175,3 +177,29 @@ def test_what_comes_from_memory_is_held_in_planes():
     assert kernel_for(scheme, 49152, 576, device, torch.bfloat16)[1] == "int4 twice"
     assert kernel_for(scheme, 4096, 576, device, torch.bfloat16)[1] == "int8"
     assert kernel_for(scheme, 524288, 48, device, torch.bfloat16)[0] is None
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_unpacked_it_is_the_stored_weight(bits, dtype):
+    """Zero points are in the kernel's scales, rounded to bfloat16; what is stored are whole numbers."""
+    plain, fast = optimized(Scheme(bits, False, "group", 64), dtype=dtype)
+    assert torch.equal(fast.kernel.unpacked(0, fast.out_features, dtype).T, plain.weight)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda fast: pickle.loads(pickle.dumps(fast))])
+def test_a_pickle_is_not_read_in_another_layout(duplicate, monkeypatch):
+    """That would give other products, without an error."""
+    plain, fast = optimized(Scheme(4, True, "group", 32))
+    input = torch.randn(3, 1536)
+    assert torch.equal(duplicate(fast)(input), fast(input))
+    pickled = pickle.dumps(fast)
+    other = next(layout for layout in nibbles._KNOWN if layout != nibbles.kernel_layout())
+    monkeypatch.setattr(int4, "kernel_layout", lambda: other)
+    with pytest.raises(ShrinkError, match=r"save_pretrained|restore_layout"):
+        pickle.loads(pickled)
+    pickle.loads(pickle.dumps(plain))
+    monkeypatch.undo()
+    again, (kind, _, blocks, parts) = fast.kernel.__reduce__()
+    with pytest.raises(ShrinkError, match="for cuda"):  # mapped to the CPU
+        again(kind, "cuda", blocks, parts)

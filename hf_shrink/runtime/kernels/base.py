@@ -8,6 +8,7 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
+from hf_shrink.errors import ShrinkError
 from hf_shrink.ops.grid import Grid
 from hf_shrink.ops.precision import multiplies_bfloat16
 from hf_shrink.runtime.kernels.blocks import blockwise_linear
@@ -50,7 +51,13 @@ class Kernel(ABC):
 
     def __reduce__(self) -> tuple[Any, ...]:
         # Views of the tensors in another dtype cannot be pickled beside them.
-        return type(self), (self.scheme, self.rows, self.columns, self.scale_dtype, self.few, self.tensors)
+        parts = (self.scheme, self.rows, self.columns, self.scale_dtype, self.few, self.tensors)
+        return _unpickled, (type(self), self.tensors["weight"].device.type, self.blocks(), parts)
+
+    @classmethod
+    def blocks(cls) -> tuple[Any, ...] | None:
+        """How rows lie in the kernel's blocks, where that is not the same on every device of its kind."""
+        return None
 
     @classmethod
     @abstractmethod
@@ -103,3 +110,15 @@ class Kernel(ABC):
         if bias is not None:
             output += bias
         return output.view((*input.shape[:-1], self.rows))
+
+
+def _unpickled(kind: type[Kernel], device: str, blocks: tuple[Any, ...] | None, parts: tuple[Any, ...]) -> Kernel:
+    """A pickled kernel, or a copy. Raises ShrinkError where its tensors mean something else than where it was made."""
+    here = parts[-1]["weight"].device.type
+    if here != "meta" and (here, kind.blocks()) != (device, blocks):
+        raise ShrinkError(
+            f"this model was pickled with its weights in the layout of {kind.name!r} for {device} (blocks: {blocks}), "
+            f"and here is {here} (blocks: {kind.blocks()}), which would multiply them wrongly; save it with "
+            "save_pretrained, or call hf_shrink.runtime.optimizing.restore_layout(model) before it is pickled"
+        )
+    return kind(*parts)

@@ -51,7 +51,7 @@ class Int4(Kernel):
         self._group, self._weight, self._rest = group, tensors["weight"], tensors.get("rest")
         self._scales = tensors["scales"].view(torch.bfloat16)
         self._padded = self._scales.shape[1] != rows
-        self._layout = self._blocks()  # not when it is needed: that may be inside a compiled graph
+        self._layout = self.blocks()  # not when it is needed: that may be inside a compiled graph
 
     @classmethod
     def refuses(cls, scheme: Scheme, rows: int, columns: int, device: torch.device) -> str | None:
@@ -96,8 +96,7 @@ class Int4(Kernel):
     # What the device decides: how nibbles lie, and who multiplies them.
 
     @classmethod
-    def _blocks(cls) -> Layout | None:
-        """How rows lie in the kernel's blocks, where that is not the same everywhere."""
+    def blocks(cls) -> Layout | None:
         return kernel_layout()
 
     @classmethod
@@ -130,14 +129,13 @@ class Int4(Kernel):
 
     def _scaled(self, values: Tensor, middle: int, zero: Tensor, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """(values - middle) * scale + zero, in place of float32 values (columns, n); with the stored scales, not the
-        kernel's, where `dtype` can tell them apart."""
+        kernel's, where `dtype` can tell them apart. `zero` is rounded to bfloat16, its zero points are whole."""
         scale = self._near[:, start : start + values.shape[1]].float()
+        steps = (zero / scale).round_().nan_to_num_()  # rows that fill up have a scale of 0
         if self._rest is not None and dtype != torch.bfloat16:
-            steps = (zero / scale).round_().nan_to_num_()
             scale = self._stored_columns(scale, start, stop)
-            zero = steps * scale
         grouped = values.view(-1, self._group, values.shape[1])
-        shift = (zero - middle * scale)[:, None]
+        shift = ((steps - middle) * scale)[:, None]
         if torch.compiler.is_compiling():  # it refuses `out` where that has gaps, and saves the memory by itself
             values = torch.addcmul(shift, grouped, scale[:, None]).view(values.shape)
         else:

@@ -37,7 +37,7 @@ class _Tiled(Int4):
         return super().refuses(scheme, rows, columns, device)
 
     @classmethod
-    def _blocks(cls) -> Layout | None:
+    def blocks(cls) -> Layout | None:
         return None
 
     @classmethod

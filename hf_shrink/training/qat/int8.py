@@ -40,12 +40,12 @@ class _Product(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         input, fake = ctx.saved_tensors
         needs_input, needs_weight, needs_bias, _ = ctx.needs_input_grad
-        rows = gradient.flatten(0, -2)
+        rows = gradient.reshape(-1, gradient.shape[-1])
         to_input = to_weight = to_bias = None
         if needs_input:
             to_input = (gradient @ fake.to(gradient.dtype)).to(input.dtype)
         if needs_weight:
-            rounded = quantize_tokens(input, ctx.symmetric).rounded().flatten(0, -2)
+            rounded = quantize_tokens(input, ctx.symmetric).rounded().reshape(-1, input.shape[-1])
             to_weight = (rows.T @ rounded.to(gradient.dtype)).to(fake.dtype)
         if needs_bias:
             to_bias = rows.sum(0).to(input.dtype)

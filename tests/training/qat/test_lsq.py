@@ -122,3 +122,9 @@ def test_the_product_of_w8a8_is_the_packed_modules_and_its_gradients_those_of_ro
     expected = torch.einsum("abo,abi->oi", upstream.double(), rounded)
     torch.testing.assert_close(fake.grad.double(), expected, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(bias.grad, upstream.sum((0, 1)))
+    for leaf in (x, fake, bias):
+        leaf.grad = None
+    alone = x[0, 0].detach().clone().requires_grad_()  # a single vector
+    (rounded_linear(alone, fake, bias, stored) * upstream[0, 0]).sum().backward()
+    assert alone.grad.shape == alone.shape and fake.grad.shape == fake.shape
+    torch.testing.assert_close(bias.grad, upstream[0, 0])
