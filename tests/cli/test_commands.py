@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_shrink import LoadingConfig
 from hf_shrink.cli import main
+from hf_shrink.cli.options import evaluation_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.recipe import Recipe
+from hf_shrink.recipe.specs import METRICS
 
 SMALL = [
     "--set=calibration.samples=8",
@@ -201,6 +203,15 @@ def test_evaluate(source: Path, output: Path, tmp_path: Path, capsys: pytest.Cap
     figures = json.loads(path.read_text())
     assert 0 < figures["model"]["kl_divergence"]["value"] < 1
     assert "top1_agreement" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metrics", [(), ("perplexity",)])
+def test_who_names_data_to_measure_on_gets_figures(metrics: tuple[str, ...]) -> None:
+    recipe = Recipe.from_dict({"steps": [{"quantize": {}}], "evaluation": {"metrics": list(metrics), "samples": 3}})
+    assert evaluation_of(recipe, None).metrics == metrics
+    assert evaluation_of(recipe, "none").metrics == ()
+    asked = evaluation_of(recipe, "notes.txt")
+    assert (asked.data, asked.samples, asked.metrics) == ("notes.txt", 3, metrics or METRICS)
 
 
 def test_evaluate_a_recipe_with_changes(output: Path, tmp_path: Path) -> None:
