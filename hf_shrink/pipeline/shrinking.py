@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -141,14 +142,18 @@ def check_not_quantized(model: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Any:
-    """The model in eval mode and without gradients, with the faster attention; restored afterwards."""
+    """The model in eval mode and without gradients, with the faster attention; each module's own mode afterwards, and
+    the model's in modules that came meanwhile."""
+    # Weak, so that no weight stays in memory that is replaced.
+    modes = weakref.WeakKeyDictionary({module: module.training for module in model.modules()})
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), grouped_attention(model):
             yield
     finally:
-        model.train(training)
+        for module in model.modules():
+            module.training = modes.get(module, training)
 
 
 @dataclass
