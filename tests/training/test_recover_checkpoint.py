@@ -126,3 +126,13 @@ def test_one_command_shrinks_and_recovers(folders: Path, tmp_path: Path, capsys)
     assert "recovery (scales" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "shrink.json").read_text())
     assert record["source"] == str(folders / "dense") and record["report"]["seconds"]["recover"] > 0
+
+
+@pytest.mark.parametrize("output", ["dense", "."])
+def test_the_dense_model_is_not_overwritten(output: str, folders: Path) -> None:
+    (folders / "config.json").write_text("{}")  # so that the folder around them looks like a model
+    before = (folders / "dense" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="would be overwritten"):
+        recover_checkpoint(folders / "packed", folders / output, overwrite=True, steps=1, progress=False)
+    assert (folders / "dense" / "model.safetensors").read_bytes() == before
+    (folders / "config.json").unlink()

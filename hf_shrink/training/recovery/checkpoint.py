@@ -19,7 +19,7 @@ from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.checkpoint.measured import Measured, fewer_tokens, load_measured
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.side_files import copy_side_files
-from hf_shrink.checkpoint.source import load_processing
+from hf_shrink.checkpoint.source import load_processing, open_source
 from hf_shrink.errors import CheckpointError, RecipeError
 from hf_shrink.evaluation import stored_bytes
 from hf_shrink.pipeline.measuring import measure
@@ -57,7 +57,7 @@ def recover_checkpoint(
         data, seed, progress, options: as in `recover`.
 
     Raises:
-        CheckpointError: a model cannot be read, or the output not be written.
+        CheckpointError: a model cannot be read, or the output not be written, or it would replace the dense model.
         RecipeError, ArchitectureError, CalibrationError: as in `recover`.
     """
     path = Path(source) / RECORD_NAME
@@ -70,6 +70,10 @@ def recover_checkpoint(
             "load_adapter(..., trainable=True) and DistillationTrainer"
         )
     output = OutputFolder(output_dir, overwrite)
+    place = open_source(source, dense=False).folder
+    if Path(os.path.realpath(place)) != output.path:  # which may be replaced itself, but not be lost with its parent
+        output.check_apart(place)
+    output.check_apart(open_source(baseline or record.source, dense=False).folder)  # type: ignore[union-attr]
     with together() as here, ExitStack() as stack, silence(), showing(progress) as show:
         here.on_first(output.check)
         folder = stack.enter_context(output) if here.first else None
