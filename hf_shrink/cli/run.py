@@ -93,7 +93,7 @@ def command(options: argparse.Namespace) -> None:
     if not ranks().first:
         return
     if recover is not None:
-        report = _recovered(recover, options)
+        report = _recovered(recover, options, recipe)
     print_table(report, title=f"{options.source} -> {options.output}")
     for note in report.notes:
         print(f"note: {note}")
@@ -124,8 +124,8 @@ def _check_recovery(recipe: Any, minutes: float, processes: int) -> None:
         )
 
 
-def _recovered(recover: Any, options: argparse.Namespace) -> Any:
-    """The report of the output folder after it was recovered, in its place.
+def _recovered(recover: Any, options: argparse.Namespace, recipe: Any) -> Any:
+    """The report of the output folder after it was recovered, in its place, on the data that it was calibrated on.
 
     Raises KeyboardInterrupt or RecoveryInterrupted that say how to do this part again: the compressed model is whole by
     now.
@@ -134,7 +134,7 @@ def _recovered(recover: Any, options: argparse.Namespace) -> Any:
     from hf_shrink.errors import RecoveryInterrupted
     from hf_shrink.pipeline.recipes import calibration_of
 
-    data = options.calibration or "self"
+    data = options.calibration or calibration_of(recipe).data
     words = ["hf-shrink", "recover", options.output, "--output", options.output, "--overwrite"]
     words += ["--baseline", options.source, "--data", data, "--minutes", f"{options.recover:g}"]
     words += ["--seed", options.seed] if options.seed else []
@@ -150,6 +150,7 @@ def _recovered(recover: Any, options: argparse.Namespace) -> Any:
             seed=options.seed,
             progress=options.log_file or not options.quiet,
             device=options.device,
+            evaluation=evaluation_of(recipe, options.evaluation),
             minutes=options.recover,
         )
     except KeyboardInterrupt:

@@ -41,11 +41,12 @@ def recover_checkpoint(
     seed: int = 0,
     progress: bool | str | os.PathLike[str] = True,
     device: str | None = None,
+    evaluation: EvaluationSpec | None = None,
     **options: Any,
 ) -> Recovered:
     """Recover a saved compressed model into a new folder, which has everything that the old one has.
 
-    Figures of the report and the card are measured again, as the recipe said. An adapter that cannot be merged lies in
+    Figures of the report and the card are measured again. An adapter that cannot be merged lies in
     the folder `adapter` beside the weights (`load_adapter`). Where recovery did not help, the new folder holds the
     model as it was, and the report says so. In several processes all call this, see `recover`; the first writes.
 
@@ -54,6 +55,8 @@ def recover_checkpoint(
         output_dir: must not exist, or be empty, unless `overwrite`; may be `source` then.
         baseline: folder or Hub id of the dense model; None: what the folder's shrink.json says it was made from.
         device: "cpu", "cuda" and so on; None: the accelerator where there is one.
+        evaluation: what is measured again, and never learned from; None: what the recipe said, and what
+            `EvaluationSpec()` says where a plan was given, which has none of its own.
         data, seed, progress, options: as in `recover`.
 
     Raises:
@@ -86,9 +89,7 @@ def recover_checkpoint(
                 "the model before its vocabulary is pruned"
             )
         processing = load_processing(found.source)
-        spec = (
-            EvaluationSpec(**record.recipe.get("evaluation", {})) if record is not None else EvaluationSpec(metrics=())
-        )
+        spec = _spec(record) if evaluation is None else evaluation
         held_out = None
         if spec.metrics:
             held_out = here.on_first(lambda: _held_out(spec, dense.model, processing, seed, show))
@@ -111,6 +112,11 @@ def recover_checkpoint(
             result.model.unload()
         here.on_first(lambda: _save(found, folder, record))
     return replace(result, model=found.model)
+
+
+def _spec(record: ShrinkRecord | None) -> EvaluationSpec:
+    """What the folder says that was measured; nothing where it says nothing."""
+    return EvaluationSpec(metrics=()) if record is None else EvaluationSpec(**record.recipe.get("evaluation", {}))
 
 
 def _held_out(
