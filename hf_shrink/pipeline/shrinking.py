@@ -19,6 +19,7 @@ from hf_shrink.architectures.refused import check_type
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.inference import optimize_for_inference
+from hf_shrink.checkpoint.loaded_dtypes import loaded_dtypes
 from hf_shrink.checkpoint.record import ShrinkRecord, named
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.save import model_portability
@@ -258,7 +259,8 @@ class Job:
         self.keeper.begin(model, planned.plan, data.batches)
         data, tokenizer = self._with_fewer_tokens(planned.plan, data)
         if planned.plan.dtype != "keep":
-            cast(model, getattr(torch, planned.plan.dtype))
+            dtype = getattr(torch, planned.plan.dtype)
+            cast(model, dtype, loaded_dtypes(model, dtype))
         tuning = Tuning.from_options(planned.plan.tune)
         teacher = None
         if tuning is not None:
