@@ -31,6 +31,7 @@ from hf_shrink.evaluation.scored import device_of
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.keeping import NOTHING_KEPT, Keeper
+from hf_shrink.pipeline.made_for import check_made_for
 from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
 from hf_shrink.pipeline.recipes import (
     DEFAULT_RECIPE,
@@ -185,6 +186,8 @@ class Job:
         if residence_of(self.model) is None:  # else that was done when it was opened
             check_finite(self.model)
         check_type(self.model)
+        if isinstance(self.asked, Plan):
+            check_made_for(self.model, self.asked)
         if self.recipe is not None and self.recipe.budget is not None:
             # Before there is any data, which can take minutes to make.
             with (
