@@ -27,6 +27,14 @@ class HubError(ShrinkError):
     """The Hub will not take a push as asked: no token, no permission, a name that holds something else."""
 
 
+class RecoveryInterrupted(RuntimeError):
+    """A recovery after a run did not come to its end. The compressed model is on the disk; the message says how to go
+    on.
+
+    No ShrinkError, because something was written.
+    """
+
+
 class PushInterrupted(ConnectionError):
     """A push that began did not come to its end. What was to be pushed is on the disk; the message says how to go on.
 

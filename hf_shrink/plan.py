@@ -77,6 +77,7 @@ class Plan:
 
     Attributes:
         model_type: the source's `config.model_type`, checked before the plan is applied.
+        depths: blocks that each row of them has in the source, checked too; empty: not said, as in plans of old.
         stacks: by stack name; a stack without an entry keeps everything.
         schemes: by module path **in the source model**, for every weight that is quantized.
         formats: by module path in the source model, the format (a name in `FORMATS`) of every weight that another
@@ -118,6 +119,7 @@ class Plan:
     dtype: str = "keep"
     calibration: Mapping[str, Any] = field(default_factory=dict)
     search: Mapping[str, Any] = field(default_factory=dict)
+    depths: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def prunes(self) -> bool:

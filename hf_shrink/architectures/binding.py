@@ -61,6 +61,11 @@ class Binding:
     def blocks(self) -> list[BoundBlock]:
         return [block for stack in self.stacks for block in stack.blocks]
 
+    @property
+    def depths(self) -> dict[str, int]:
+        """How many blocks stacks have, by name, and towers, by path."""
+        return {stack.name: len(stack.blocks) for stack in (*self.towers, *self.stacks)}
+
     def stack(self, name: str) -> BoundStack:
         for stack in self.stacks:
             if stack.name == name:

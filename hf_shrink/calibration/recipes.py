@@ -106,6 +106,20 @@ def load_recipe(name: str) -> DataRecipe:
     return DataRecipe(name=path.stem, **data)
 
 
+def data_files(name: str) -> list[Path]:
+    """The files here that the data of that name is read from, sorted: itself, and what a data recipe reads.
+
+    None where the data is the Hub's, the model's own, or not there. Raises as `load_recipe` of one's own data recipe.
+    """
+    path = Path(name)
+    files = [path] if path.is_file() else []
+    if name in recipe_names() or (files and path.suffix in (".yaml", ".yml")):
+        dataset = load_recipe(name).dataset
+        places = [] if dataset is None else [Path(dataset), *Path(dataset).rglob("*")]
+        files += sorted(place for place in places if place.is_file())
+    return files
+
+
 def load_rows(recipe: DataRecipe, purpose: Purpose, seed: int) -> Rows:
     """The data set's rows in the order to use them: shuffled by `seed`, unless they are the lines of one text.
 

@@ -114,7 +114,10 @@ def evaluation_of(recipe: Any, wanted: str | None) -> Any:
     spec = EvaluationSpec() if isinstance(recipe, Plan) else recipe.evaluation
     if wanted is None:
         return spec
-    return replace(spec, metrics=()) if wanted == "none" else replace(spec, data=wanted)
+    if wanted == "none":
+        return replace(spec, metrics=())
+    # Who names data wants figures, also of a recipe that has none.
+    return replace(spec, data=wanted, metrics=spec.metrics or EvaluationSpec().metrics)
 
 
 def _from_json(file: Path, point: str) -> Any:

@@ -56,6 +56,7 @@ def command(options: argparse.Namespace) -> None:
 
 def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[str, Any]) -> None:
     from hf_shrink.pipeline.estimating import estimate
+    from hf_shrink.pipeline.made_for import check_made_for
     from hf_shrink.pipeline.planning import Planned, find_binding
     from hf_shrink.pipeline.recipes import calibration_of
     from hf_shrink.pipeline.shrinking import planned
@@ -65,6 +66,8 @@ def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[st
     from hf_shrink.residence import bytes_of
     from hf_shrink.sharding import ranks
 
+    if isinstance(recipe, Plan):
+        check_made_for(model, recipe)
     found = Planned(recipe, ()) if isinstance(recipe, Plan) else planned(model, recipe, **settings)
     plan = found.plan
     if not ranks().first:

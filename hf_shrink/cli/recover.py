@@ -26,7 +26,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--steps", type=int, metavar="N", help="of training, in place of minutes or as a limit beside")
     parser.add_argument("--samples", type=int, metavar="N", help="sequences of the data")
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence")
-    parser.add_argument("--rank", type=int, metavar="N", help="of the adapters")
+    parser.add_argument("--rank", type=int, metavar="N", help="of the adapters of method lora")
     parser.add_argument("--learning-rate", type=float, metavar="X")
     add_device(parser)
     add_common(parser)

@@ -93,7 +93,7 @@ def command(options: argparse.Namespace) -> None:
     if not ranks().first:
         return
     if recover is not None:
-        report = _recovered(recover, options)
+        report = _recovered(recover, options, recipe)
     print_table(report, title=f"{options.source} -> {options.output}")
     for note in report.notes:
         print(f"note: {note}")
@@ -124,16 +124,21 @@ def _check_recovery(recipe: Any, minutes: float, processes: int) -> None:
         )
 
 
-def _recovered(recover: Any, options: argparse.Namespace) -> Any:
-    """The report of the output folder after it was recovered, in its place.
+def _recovered(recover: Any, options: argparse.Namespace, recipe: Any) -> Any:
+    """The report of the output folder after it was recovered, in its place, on the data that it was calibrated on.
 
-    Raises KeyboardInterrupt or ShrinkError that say how to do this part again: the compressed model is whole by now.
+    Raises KeyboardInterrupt or RecoveryInterrupted that say how to do this part again: the compressed model is whole by
+    now.
     """
     from hf_shrink.checkpoint.record import RECORD_NAME, read_record
+    from hf_shrink.errors import RecoveryInterrupted
+    from hf_shrink.pipeline.recipes import calibration_of
 
-    data = options.calibration or "self"
+    data = options.calibration or calibration_of(recipe).data
     words = ["hf-shrink", "recover", options.output, "--output", options.output, "--overwrite"]
     words += ["--baseline", options.source, "--data", data, "--minutes", f"{options.recover:g}"]
+    words += ["--seed", options.seed] if options.seed else []
+    words += ["--device", options.device] if options.device else []
     later = f"{options.output} is whole, but not recovered; go on with: {shlex.join(map(str, words))}"
     try:
         recover(
@@ -145,12 +150,14 @@ def _recovered(recover: Any, options: argparse.Namespace) -> Any:
             seed=options.seed,
             progress=options.log_file or not options.quiet,
             device=options.device,
+            evaluation=evaluation_of(recipe, options.evaluation),
             minutes=options.recover,
         )
     except KeyboardInterrupt:
         raise KeyboardInterrupt(f"interrupted; {later}") from None
-    except ShrinkError as error:
-        raise ShrinkError(f"{error} ({later})") from error
+    except (ShrinkError, OSError, RuntimeError, MemoryError) as error:
+        kind = "" if isinstance(error, ShrinkError) else f"{type(error).__name__}: "
+        raise RecoveryInterrupted(f"{kind}{error} ({later})") from error
     return read_record(Path(options.output) / RECORD_NAME).report
 
 

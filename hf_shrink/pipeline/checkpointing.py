@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
+from hf_shrink.calibration.recipes import data_files
 from hf_shrink.checkpoint.device import chosen_device, settle
 from hf_shrink.checkpoint.fingerprint import digest, fingerprint
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, current_versions, named, read_record
@@ -29,7 +30,7 @@ from hf_shrink.evaluation import stored_bytes
 from hf_shrink.pipeline.keeping import JournalKeeper, Keeper
 from hf_shrink.pipeline.measuring import measure
 from hf_shrink.pipeline.recalled import Recalled
-from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, calibration_of, load_recipe
+from hf_shrink.pipeline.recipes import DEFAULT_RECIPE, RecipeLike, calibration_of, load_recipe, vocabulary_texts
 from hf_shrink.pipeline.shrinking import Job, evaluating
 from hf_shrink.plan import Plan
 from hf_shrink.recall import recalling
@@ -180,16 +181,16 @@ def _key(
     text = getattr(getattr(tokenizer_of(tokenizer), "backend_tokenizer", None), "to_str", lambda: None)()
     data = calibration_of(asked).data if calibration is None else calibration
     name = os.fspath(data) if isinstance(data, str | os.PathLike) else None
-    measured_on = Path(spec.data) if spec.metrics else None
+    names = [name, spec.data if spec.metrics else None, *(vocabulary_texts(asked) if isinstance(asked, Recipe) else ())]
+    files = [file for name in filter(None, names) for file in data_files(name)]
     return {
         "source": fingerprint(found),
         "recipe": asked.to_dict() if isinstance(asked, Recipe) else {"plan": asked.to_json()},
         "seed": seed,
         "tokenizer": text,
         "calibration": name,
-        "calibration file": digest(Path(name)) if name is not None and Path(name).is_file() else None,
         "evaluation": asdict(spec),
-        "evaluation file": digest(measured_on) if measured_on is not None and measured_on.is_file() else None,
+        **{f"file {file}": digest(file) for file in files},
         "versions": current_versions(),
         "threads": torch.get_num_threads(),
         "device": device.type,

@@ -140,6 +140,7 @@ def plan_recipe(
     notes += tokens.notes if tokens else []
     plan = Plan(
         model_type=binding.model_type if binding is not None else type(model).__name__,
+        depths=binding.depths if binding is not None else {},
         stacks={name: stack for name, stack in stacks.items() if not _keeps_all(binding, name, stack)},
         refit=width.refit if width else False,
         repair=bool(depth and depth.refit and damage),

@@ -123,6 +123,12 @@ def vocabulary_method(step: PruneStep) -> VocabularyMethod:
     return VOCABULARY.build(step.method, step.options, _own_keys(PruneStep))
 
 
+def vocabulary_texts(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the data that say which tokens stay, beside the calibration data."""
+    step = recipe.prune("vocabulary")
+    return vocabulary_method(step).texts if step is not None else ()
+
+
 def hidden_method(step: PruneStep) -> HiddenMethod:
     return HIDDEN.build(step.method, step.options, _own_keys(PruneStep))
 

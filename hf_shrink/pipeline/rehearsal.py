@@ -11,6 +11,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import bind
+from hf_shrink.checkpoint.loaded_dtypes import loaded_dtypes
 from hf_shrink.evaluation.dense_copies import dense_copies
 from hf_shrink.evaluation.machine import available_bytes
 from hf_shrink.evaluation.size import unique_bytes
@@ -77,7 +78,7 @@ class Rehearsal:
         alone_whole, alone_blocks = self.measure.divergences(assignment, [assignment, inner], MEASURED)
         model = copy.deepcopy(self.model)
         if self.dtype is not None:
-            cast(model, self.dtype)
+            cast(model, self.dtype, loaded_dtypes(model, self.dtype))
         plan = replace(problem.plan(inner), tune={})
         chosen = choose(self.batches, TOKENS, self.seed)
         apply_plan(model, bind(model), plan, plan_method(plan), chosen, ShrinkReport(), self.progress, self.seed)

@@ -166,6 +166,7 @@ class Searching:
             repair=True,
             dtype="keep" if self.dtype is None else str(self.dtype).removeprefix("torch."),
             calibration=asdict(self.recipe.calibration),
+            depths=self.binding.depths,
         )
         made = make_problem(
             self.model,

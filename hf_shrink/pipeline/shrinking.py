@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import time
+import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -18,6 +19,7 @@ from hf_shrink.architectures.refused import check_type
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.inference import optimize_for_inference
+from hf_shrink.checkpoint.loaded_dtypes import loaded_dtypes
 from hf_shrink.checkpoint.record import ShrinkRecord, named
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.save import model_portability
@@ -29,6 +31,7 @@ from hf_shrink.evaluation.scored import device_of
 from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.keeping import NOTHING_KEPT, Keeper
+from hf_shrink.pipeline.made_for import check_made_for
 from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
 from hf_shrink.pipeline.recipes import (
     DEFAULT_RECIPE,
@@ -141,14 +144,18 @@ def check_not_quantized(model: nn.Module) -> None:
 
 @contextmanager
 def evaluating(model: nn.Module) -> Any:
-    """The model in eval mode and without gradients, with the faster attention; restored afterwards."""
+    """The model in eval mode and without gradients, with the faster attention; each module's own mode afterwards, and
+    the model's in modules that came meanwhile."""
+    # Weak, so that no weight stays in memory that is replaced.
+    modes = weakref.WeakKeyDictionary({module: module.training for module in model.modules()})
     training = model.training
     model.eval()
     try:
         with torch.no_grad(), grouped_attention(model):
             yield
     finally:
-        model.train(training)
+        for module in model.modules():
+            module.training = modes.get(module, training)
 
 
 @dataclass
@@ -179,6 +186,8 @@ class Job:
         if residence_of(self.model) is None:  # else that was done when it was opened
             check_finite(self.model)
         check_type(self.model)
+        if isinstance(self.asked, Plan):
+            check_made_for(self.model, self.asked)
         if self.recipe is not None and self.recipe.budget is not None:
             # Before there is any data, which can take minutes to make.
             with (
@@ -253,7 +262,8 @@ class Job:
         self.keeper.begin(model, planned.plan, data.batches)
         data, tokenizer = self._with_fewer_tokens(planned.plan, data)
         if planned.plan.dtype != "keep":
-            cast(model, getattr(torch, planned.plan.dtype))
+            dtype = getattr(torch, planned.plan.dtype)
+            cast(model, dtype, loaded_dtypes(model, dtype))
         tuning = Tuning.from_options(planned.plan.tune)
         teacher = None
         if tuning is not None:

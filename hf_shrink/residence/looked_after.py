@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -69,10 +70,30 @@ def visited(model: nn.Module) -> bool:
     return residence is not None and residence.visited
 
 
-def cast(model: nn.Module, dtype: torch.dtype) -> None:
-    """The model's weights in another dtype, in place and block by block."""
+def cast(model: nn.Module, dtype: torch.dtype, own: Mapping[str, torch.dtype]) -> None:
+    """The model's weights in another dtype, in place and block by block; those named in `own` in that one."""
     residence = residence_of(model)
+    apart = {
+        (id(module), leaf): own[name]
+        for path, module in model.named_modules()
+        for leaf in (*module._parameters, *module._buffers)
+        if (name := f"{path}.{leaf}".removeprefix(".")) in own
+    }
     for block in residence.blocks if residence is not None else ():
-        block.to(dtype)
+        _cast(block, dtype, apart)
         rest(block)
-    model.to(dtype)
+    _cast(model, dtype, apart)
+
+
+def _cast(module: nn.Module, dtype: torch.dtype, apart: Mapping[tuple[int, str], torch.dtype]) -> None:
+    kept: list[tuple[Any, str, torch.Tensor, torch.Tensor, torch.dtype]] = [
+        (tensors, leaf, tensor, tensor.data, apart[id(part), leaf])
+        for part in module.modules()
+        for tensors in (part._parameters, part._buffers)
+        for leaf, tensor in tensors.items()
+        if tensor is not None and (id(part), leaf) in apart
+    ]
+    module.to(dtype)
+    for tensors, leaf, tensor, data, own in kept:
+        tensor.data = data.to(own)
+        tensors[leaf] = tensor  # of a buffer, the cast is another object

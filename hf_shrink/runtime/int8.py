@@ -88,7 +88,8 @@ def quantize_tokens(input: Tensor, symmetric: bool) -> Tokens:
         return Tokens((x / scale).clamp_(-128, 127).round_().to(torch.int8), scale, None)
     lowest, highest = x.amin(-1, keepdim=True).clamp_max_(0), x.amax(-1, keepdim=True).clamp_min_(0)
     scale = (highest - lowest) / 255
-    scale = torch.where(scale.isinf(), highest / 255 - lowest / 255, scale)  # float16 ends before some ranges do
+    if x.dtype == torch.float16:  # which ends before some ranges do
+        scale = torch.where(scale.isinf(), highest / 255 - lowest / 255, scale)
     zero_point = torch.where(scale == 0, -128, -128 - lowest / scale).clamp_(-128, 127).round_()
     scale = _positive(scale)
     return Tokens(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from hf_shrink.checkpoint.loaded_dtypes import loaded_dtypes
 from hf_shrink.checkpoint.targets import stored_names
 from hf_shrink.plan import Scheme
 from hf_shrink.runtime.packed import PackedModule
@@ -41,6 +42,7 @@ class Storage:
 
     def __init__(self, model: nn.Module, dtype: torch.dtype | None = None) -> None:
         self._dtype = dtype
+        self._own = {} if dtype is None else loaded_dtypes(model, dtype)
         self._state = unique_state(model)
         paths = {name.rpartition(".")[0] for name in self._state}
         self._paths = stored_names(model, paths) if isinstance(model, PreTrainedModel) else {}
@@ -54,10 +56,12 @@ class Storage:
 
     def dense(self, names: Iterable[str]) -> int:
         """Bytes of the model's own tensors of these names, as they are."""
-        return sum(self.tensor(name, self.dtype_of(self._state[name]), self._state[name].shape) for name in names)
+        return sum(self.tensor(name, self.dtype_of(self._state[name], name), self._state[name].shape) for name in names)
 
-    def dtype_of(self, tensor: Tensor) -> torch.dtype:
+    def dtype_of(self, tensor: Tensor, name: str = "") -> torch.dtype:
         """What a tensor is stored in."""
+        if name in self._own and tensor.is_floating_point():
+            return self._own[name]
         return self._dtype if self._dtype is not None and tensor.is_floating_point() else tensor.dtype
 
     def tensor(self, name: str, dtype: torch.dtype, shape: Iterable[int]) -> int:
@@ -80,9 +84,11 @@ class Storage:
         """
         weight = module.weight
         assert isinstance(weight, Tensor)
-        dtype = self.dtype_of(weight)
+        dtype = self.dtype_of(weight, f"{path}.weight")
         bias = getattr(module, "bias", None)
-        total = self.tensor(f"{path}.bias", self.dtype_of(bias), (rows,)) if isinstance(bias, Tensor) else 0
+        total = (
+            self.tensor(f"{path}.bias", self.dtype_of(bias, f"{path}.bias"), (rows,)) if isinstance(bias, Tensor) else 0
+        )
         if scheme is None:
             shape = (columns, rows) if isinstance(module, Conv1D) else (rows, columns)
             return total + self.tensor(f"{path}.weight", dtype, shape)

@@ -15,8 +15,10 @@ from transformers import AutoModelForCausalLM
 
 from hf_shrink import LoadingConfig
 from hf_shrink.cli import main
+from hf_shrink.cli.options import evaluation_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.recipe import Recipe
+from hf_shrink.recipe.specs import METRICS
 
 SMALL = [
     "--set=calibration.samples=8",
@@ -154,7 +156,13 @@ def test_what_was_asked_for_wrongly_does_not_stand_in_the_way(source: Path, tmp_
 
 
 @pytest.mark.parametrize(
-    "error", [KeyboardInterrupt(), pytest.param(CalibrationError("too little data"), marks=pytest.mark.slow)]
+    "error",
+    [
+        KeyboardInterrupt(),
+        CalibrationError("too little data"),
+        pytest.param(OSError("disk full"), marks=pytest.mark.slow),
+        torch.OutOfMemoryError("out of memory"),
+    ],
 )
 def test_a_recovery_that_was_cut_off_says_how_to_do_it_again(
     error: BaseException,
@@ -169,7 +177,7 @@ def test_a_recovery_that_was_cut_off_says_how_to_do_it_again(
     out = tmp_path / "with space"
     monkeypatch.setattr("hf_shrink.cli.run.recovering", lambda: dies)
     arguments = ["--set=quantize.method=rtn", "--set=quantize.effort=fast", "--evaluation=none", "--quiet"]
-    assert main(["run", str(source), "--output", str(out), "--recover", "2", *arguments]) in (1, 2)
+    assert main(["run", str(source), "--output", str(out), "--recover", "2", *arguments]) == 1
     said = capsys.readouterr().err
     assert (str(error) or "interrupted") in said
     assert f"hf-shrink recover '{out}' --output '{out}' --overwrite --baseline {source} --data self --minutes 2" in said
@@ -201,6 +209,15 @@ def test_evaluate(source: Path, output: Path, tmp_path: Path, capsys: pytest.Cap
     figures = json.loads(path.read_text())
     assert 0 < figures["model"]["kl_divergence"]["value"] < 1
     assert "top1_agreement" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("metrics", [(), ("perplexity",)])
+def test_who_names_data_to_measure_on_gets_figures(metrics: tuple[str, ...]) -> None:
+    recipe = Recipe.from_dict({"steps": [{"quantize": {}}], "evaluation": {"metrics": list(metrics), "samples": 3}})
+    assert evaluation_of(recipe, None).metrics == metrics
+    assert evaluation_of(recipe, "none").metrics == ()
+    asked = evaluation_of(recipe, "notes.txt")
+    assert (asked.data, asked.samples, asked.metrics) == ("notes.txt", 3, metrics or METRICS)
 
 
 def test_evaluate_a_recipe_with_changes(output: Path, tmp_path: Path) -> None:

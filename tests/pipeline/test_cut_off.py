@@ -91,7 +91,29 @@ def test_what_is_measured_on_another_text_is_another_run(source: Path, tmp_path:
         patch.setattr(checkpointing, "measure", lambda *given: (_ for _ in ()).throw(Killed()))
         shrink_checkpoint(source, tmp_path / "out", asked, progress=False)
     text.write_text("ten nine eight seven six five four three two one. " * 40)
-    with pytest.raises(CheckpointError, match="evaluation file was"):
+    with pytest.raises(CheckpointError, match=r"file \S*text.txt was"):
+        shrink_checkpoint(source, tmp_path / "out", asked, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["texts of the vocabulary", "a data set in a folder"])
+def test_other_texts_are_another_run(kind: str, source: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    text = folder / "train.txt"
+    text.write_text("The tide goes out and leaves the sand in ridges. " * 40)
+    asked = recipe(method="gptq")
+    if kind == "a data set in a folder":
+        mine = tmp_path / "mine.yaml"
+        mine.write_text(f"{{kind: text, dataset: {folder}, columns: [text]}}")
+        asked["calibration"] = {"data": str(mine), "samples": 2, "length": 16}
+    else:
+        step = {"what": "vocabulary", "method": "seen", "texts": [str(text)], "multiple_of": 1}
+        asked = {**recipe(), "steps": [{"prune": step}, *recipe()["steps"]]}
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(checkpointing, "_save", lambda *given: (_ for _ in ()).throw(Killed()))
+        shrink_checkpoint(source, tmp_path / "out", asked, progress=False)
+    text.write_text("Nobody on the shore can say how many stones there are. " * 40)
+    with pytest.raises(CheckpointError, match=r"file \S*train.txt was"):
         shrink_checkpoint(source, tmp_path / "out", asked, progress=False)
 
 

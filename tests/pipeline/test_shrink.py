@@ -121,6 +121,18 @@ def test_training_mode_and_returned_object() -> None:
     assert model.training
 
 
+def test_a_module_that_is_frozen_in_eval_mode_stays_so() -> None:
+    model = two_blocks().train()
+    model.model.layers[1].eval()
+    model.model.norm.eval()
+    modes = {name: module.training for name, module in model.named_modules()}
+    make_plan(model, {**PRUNE, "calibration": SMALL}, calibration=data(1), progress=False)
+    assert {name: module.training for name, module in model.named_modules()} == modes
+    shrink(model, {"steps": [{"quantize": {"method": "rtn", "group_size": 16}}]}, progress=False)
+    assert model.training and model.model.layers[0].training
+    assert not model.model.layers[1].training and not model.model.norm.training
+
+
 def test_make_plan_changes_nothing_and_its_plan_gives_the_same_model() -> None:
     dense = tiny_llama()
     before = copy.deepcopy(dense.state_dict())

@@ -53,7 +53,8 @@ Stand.give_back = counted  # type: ignore[method-assign]
 draw = torch.Generator().manual_seed(0)
 data = [{"input_ids": torch.randint(3, 20, (4, 16), generator=draw)} for _ in range(36)]
 rate = {"lora": 0.005, "full": 0.001}.get(METHOD, 0.01)
-options = {"steps": 12, "tokens": 128, "learning_rate": rate, "rank": 4, "held_out": 0.1}
+options: dict[str, Any] = {"rank": 4} if METHOD == "lora" else {}
+options |= {"steps": 12, "tokens": 128, "learning_rate": rate, "held_out": 0.1}
 try:
     found = recover(small, teacher=dense, data=data if rank == 0 else [], method=METHOD, progress=False, **options)
 except ShrinkError as error:

@@ -29,7 +29,8 @@ from hf_shrink.training.recovery import session
 from hf_shrink.training.recovery.session import Session
 
 HEADS = {"head_dim": 16, "num_attention_heads": 4, "num_key_value_heads": 2}
-FEW = {"steps": 30, "tokens": 64, "learning_rate": 0.005, "rank": 4}
+FEW = {"steps": 30, "tokens": 64, "learning_rate": 0.005}
+LORA = {**FEW, "rank": 4}
 
 
 def dense_model(**changes: Any) -> Any:
@@ -103,7 +104,7 @@ def packed(dense: Any) -> Any:
 def test_a_pruned_model_comes_nearer_and_stays_an_ordinary_one(method: str, dense: Any, pruned: Any, tmp_path) -> None:
     model = copy.deepcopy(pruned)
     before, far = state(model), divergence(model, dense)
-    options = {**FEW, "learning_rate": 0.005 if method == "lora" else 0.002, "hidden": 0.1}
+    options = {**(LORA if method == "lora" else {**FEW, "learning_rate": 0.002}), "hidden": 0.1}
     found = recover(model, teacher=dense, data=batches(), method=method, progress=False, **options)
     assert found.model is model and found.adopted and found.after < found.before and found.steps == 30
     assert divergence(model, dense) < 0.9 * far
@@ -153,7 +154,7 @@ def test_an_adapter_beside_quantized_weights(kind: str, dense: Any, packed: Any,
         model = shrink(copy.deepcopy(dense), recipe, progress=False)
     weights, far = state(model)["weights"], divergence(model, dense)
     tolerance = 1e-3 if kind == "packed" else 0.02  # bitsandbytes rounds scales anew on a CPU with AVX512-BF16
-    found = recover(model, teacher=dense, data=batches(), method="lora", progress=False, **FEW)
+    found = recover(model, teacher=dense, data=batches(), method="lora", progress=False, **LORA)
     assert found.adopted and isinstance(found.model, PeftModel)
     near = divergence(found.model, dense)
     assert near < 0.9 * far
@@ -186,7 +187,7 @@ def test_pruned_weights_stay_zero(dense: Any) -> None:
     zeros = {name: p == 0 for name, p in model.named_parameters() if p.dim() == 2 and (p == 0).float().mean() > 0.4}
     assert len(zeros) == 21
     with pytest.raises(ArchitectureError, match="'full'"):
-        recover(model, teacher=dense, data=batches(), method="lora", progress=False, **FEW)
+        recover(model, teacher=dense, data=batches(), method="lora", progress=False, **LORA)
     far = divergence(model, dense)
     options = {**FEW, "learning_rate": 0.002}
     assert recover(model, teacher=dense, data=batches(), method="full", progress=False, **options).adopted
@@ -229,7 +230,7 @@ def test_a_classifier_learns_from_its_teacher() -> None:
     config = BertConfig(vocab_size=60, num_labels=3, initializer_range=0.3, **sizes)
     teacher, model = BertForSequenceClassification(config).eval(), BertForSequenceClassification(config).eval()
     data = [{"input_ids": torch.randint(5, 60, (4, 9))} for _ in range(8)]
-    found = recover(model, teacher=teacher, data=data, progress=False, **{**FEW, "tokens": 36})
+    found = recover(model, teacher=teacher, data=data, progress=False, **{**LORA, "tokens": 36})
     assert found.adopted and found.after < 0.7 * found.before
 
 
@@ -275,7 +276,7 @@ def test_the_same_seed_gives_the_same_model(dense: Any, pruned: Any) -> None:
     models = [copy.deepcopy(pruned) for _ in range(2)]
     for model in models:
         torch.rand(3)  # the state of the generators does not matter
-        found = recover(model, teacher=dense, data=batches(), progress=False, **{**FEW, "steps": 4})
+        found = recover(model, teacher=dense, data=batches(), progress=False, **{**LORA, "steps": 4})
         assert found.adopted
     first, second = (model.state_dict() for model in models)
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -301,6 +302,8 @@ def test_what_does_not_work_is_said_before_there_is_data(dense: Any, pruned: Any
         "needs the dense model|pass teacher": {"steps": 3, "model": packed, "teacher": None},
         "predictions only": {"steps": 3, "model": packed, "hidden": 1.0},
         "by method 'scales' only": {"steps": 3, "rounding": True},
+        "rank is of the adapters": {"steps": 3, "rank": 8, "method": "full"},
+        "and this is 'scales'": {"steps": 3, "rank": 8, "model": packed},
         "hidden states are the teacher's": {"steps": 3, "teacher": None, "hidden": 1.0},
     }.items():
         with pytest.raises(RecipeError, match=words):

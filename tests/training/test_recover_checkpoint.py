@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tiny import TEXT, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM
 
-from hf_shrink import CheckpointError, load_adapter, recover_checkpoint, shrink_checkpoint
+from hf_shrink import CheckpointError, load_adapter, recover, recover_checkpoint, shrink_checkpoint
 from hf_shrink.checkpoint.measured import load_measured
 from hf_shrink.cli import main
 
@@ -19,6 +21,7 @@ SETTINGS = {
     "evaluation": {"samples": 6, "length": 24, "metrics": ["perplexity", "kl_divergence"]},
 }
 FOUND = "with-adapter"
+MODULE = "hf_shrink.training.recovery.checkpoint"
 DEPTH = {"prune": {"what": "depth", "method": "block_influence", "blocks": 1, "refit": False}}
 THEIRS = "# Dense\n\n## Limitations\nIt has never seen a mountain.\n"
 PACK = {"quantize": {"method": "rtn", "scheme": "W2A16", "group_size": 16}}
@@ -126,3 +129,41 @@ def test_one_command_shrinks_and_recovers(folders: Path, tmp_path: Path, capsys)
     assert "recovery (scales" in capsys.readouterr().out
     record = json.loads((tmp_path / "out" / "shrink.json").read_text())
     assert record["source"] == str(folders / "dense") and record["report"]["seconds"]["recover"] > 0
+
+
+def test_a_recovery_after_a_plan_is_measured_as_the_run_was(folders: Path, tmp_path: Path, monkeypatch) -> None:
+    """And learns from the data that the plan was calibrated on; a plan's record has no recipe that says either."""
+    found: list[dict[str, Any]] = []
+
+    def recovers(model: Any, **given: Any) -> Any:
+        found.append(given)
+        return recover(model, **given)
+
+    monkeypatch.setattr(sys.modules[MODULE], "recover", recovers)
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("A quick brown fox looks over the lazy dog, who is asleep under a tree by the river. " * 60)
+    plan = tmp_path / "plan.json"
+    recipe = {
+        **SETTINGS,
+        "calibration": {"samples": 8, "length": 24, "data": str(folders / "book.txt")},
+        "steps": [PACK],
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    assert main(["plan", str(folders / "dense"), "--recipe", f"{tmp_path / 'recipe.yaml'}", "--json", str(plan)]) == 0
+    run = ["run", str(folders / "dense"), "--recipe", str(plan), "--quiet", "--recover", "0.02"]
+    assert main([*run, "--output", str(tmp_path / "out"), "--evaluation", str(held_out)]) == 0
+    evaluation = json.loads((tmp_path / "out" / "shrink.json").read_text())["report"]["evaluation"]
+    assert "held_out.txt" in json.dumps(evaluation)
+    assert found[0]["data"] == str(folders / "book.txt") and "quick brown fox" in " ".join(found[0]["exclude"])
+    assert main([*run, "--output", str(tmp_path / "none"), "--evaluation", "none"]) == 0
+    assert not json.loads((tmp_path / "none" / "shrink.json").read_text())["report"]["evaluation"]
+
+
+@pytest.mark.parametrize("output", ["dense", "."])
+def test_the_dense_model_is_not_overwritten(output: str, folders: Path) -> None:
+    (folders / "config.json").write_text("{}")  # so that the folder around them looks like a model
+    before = (folders / "dense" / "model.safetensors").read_bytes()
+    with pytest.raises(CheckpointError, match="would be overwritten"):
+        recover_checkpoint(folders / "packed", folders / output, overwrite=True, steps=1, progress=False)
+    assert (folders / "dense" / "model.safetensors").read_bytes() == before
+    (folders / "config.json").unlink()

@@ -19,7 +19,7 @@ from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.checkpoint.measured import Measured, fewer_tokens, load_measured
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.checkpoint.side_files import copy_side_files
-from hf_shrink.checkpoint.source import load_processing
+from hf_shrink.checkpoint.source import load_processing, open_source
 from hf_shrink.errors import CheckpointError, RecipeError
 from hf_shrink.evaluation import stored_bytes
 from hf_shrink.pipeline.measuring import measure
@@ -41,11 +41,12 @@ def recover_checkpoint(
     seed: int = 0,
     progress: bool | str | os.PathLike[str] = True,
     device: str | None = None,
+    evaluation: EvaluationSpec | None = None,
     **options: Any,
 ) -> Recovered:
     """Recover a saved compressed model into a new folder, which has everything that the old one has.
 
-    Figures of the report and the card are measured again, as the recipe said. An adapter that cannot be merged lies in
+    Figures of the report and the card are measured again. An adapter that cannot be merged lies in
     the folder `adapter` beside the weights (`load_adapter`). Where recovery did not help, the new folder holds the
     model as it was, and the report says so. In several processes all call this, see `recover`; the first writes.
 
@@ -54,10 +55,12 @@ def recover_checkpoint(
         output_dir: must not exist, or be empty, unless `overwrite`; may be `source` then.
         baseline: folder or Hub id of the dense model; None: what the folder's shrink.json says it was made from.
         device: "cpu", "cuda" and so on; None: the accelerator where there is one.
+        evaluation: what is measured again, and never learned from; None: what the recipe said, and what
+            `EvaluationSpec()` says where a plan was given, which has none of its own.
         data, seed, progress, options: as in `recover`.
 
     Raises:
-        CheckpointError: a model cannot be read, or the output not be written.
+        CheckpointError: a model cannot be read, or the output not be written, or it would replace the dense model.
         RecipeError, ArchitectureError, CalibrationError: as in `recover`.
     """
     path = Path(source) / RECORD_NAME
@@ -70,6 +73,10 @@ def recover_checkpoint(
             "load_adapter(..., trainable=True) and DistillationTrainer"
         )
     output = OutputFolder(output_dir, overwrite)
+    place = open_source(source, dense=False).folder
+    if Path(os.path.realpath(place)) != output.path:  # which may be replaced itself, but not be lost with its parent
+        output.check_apart(place)
+    output.check_apart(open_source(baseline or record.source, dense=False).folder)  # type: ignore[union-attr]
     with together() as here, ExitStack() as stack, silence(), showing(progress) as show:
         here.on_first(output.check)
         folder = stack.enter_context(output) if here.first else None
@@ -82,9 +89,7 @@ def recover_checkpoint(
                 "the model before its vocabulary is pruned"
             )
         processing = load_processing(found.source)
-        spec = (
-            EvaluationSpec(**record.recipe.get("evaluation", {})) if record is not None else EvaluationSpec(metrics=())
-        )
+        spec = _spec(record) if evaluation is None else evaluation
         held_out = None
         if spec.metrics:
             held_out = here.on_first(lambda: _held_out(spec, dense.model, processing, seed, show))
@@ -107,6 +112,11 @@ def recover_checkpoint(
             result.model.unload()
         here.on_first(lambda: _save(found, folder, record))
     return replace(result, model=found.model)
+
+
+def _spec(record: ShrinkRecord | None) -> EvaluationSpec:
+    """What the folder says that was measured; nothing where it says nothing."""
+    return EvaluationSpec(metrics=()) if record is None else EvaluationSpec(**record.recipe.get("evaluation", {}))
 
 
 def _held_out(

@@ -12,6 +12,7 @@ from hf_shrink.registry import did_you_mean
 Method = Literal["lora", "full", "scales"]
 METHODS = ("lora", "full", "scales")
 TOKENS: Mapping[str, int] = {"lora": 2048, "full": 2048, "scales": 1024}  # of a step
+RANK = 32  # of adapters
 RATES: Mapping[str, float] = {"lora": 1e-3, "full": 1e-4}  # of Adam's steps: adapters; all weights
 
 
@@ -27,7 +28,7 @@ class Recovery:
         steps, minutes: of training; one of them at least. The same steps give the same model; minutes count from the
             call of `recover`, preparations included, and do not.
         learning_rate: the largest; None: what the method does well with.
-        rank: of the adapters; their alpha is twice as large.
+        rank: "lora": of the adapters; None: `RANK`. Their alpha is twice as large.
         tokens: of one step; None: what the method does well with, see `TOKENS`.
         samples, length: how many sequences of how many tokens are taken from the data.
         held_out: fraction of the data that is not trained on and decides whether the model is adopted.
@@ -41,7 +42,7 @@ class Recovery:
     steps: int | None = None
     minutes: float | None = None
     learning_rate: float | None = None
-    rank: int = 32
+    rank: int | None = None
     tokens: int | None = None
     samples: int = 128
     length: int = 512
@@ -58,7 +59,7 @@ class Recovery:
             raise RecipeError("recovery needs an end: give steps, for example 200, or minutes, for example 15")
         for name in ("steps", "rank", "tokens", "samples", "length"):
             value = getattr(self, name)
-            if value is None and name in ("steps", "tokens"):
+            if value is None and name in ("steps", "rank", "tokens"):
                 continue
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise RecipeError(f"recovery.{name} must be a whole number of at least 1, not {value!r}")

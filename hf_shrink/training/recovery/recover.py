@@ -25,7 +25,7 @@ from hf_shrink.training.distillation import Distillation
 from hf_shrink.training.distillation.states import Kept
 from hf_shrink.training.recovery.changes import Change, Full
 from hf_shrink.training.recovery.lora import Lora
-from hf_shrink.training.recovery.options import Method, Recovery
+from hf_shrink.training.recovery.options import RANK, Method, Recovery
 from hf_shrink.training.recovery.session import Batch, Session, in_eval_mode, left_as_found
 from hf_shrink.training.recovery.spread import alike, spreads
 from hf_shrink.tuning import Teacher, Tuning, regrouped, tune
@@ -158,6 +158,10 @@ def _check(model: PreTrainedModel, teacher: Any, method: Method, recovery: Recov
             raise RecipeError("method 'scales' learns predictions only; leave out hidden, task and temperature")
     elif recovery.rounding:
         raise RecipeError("rounding is trained by method 'scales' only; leave it out")
+    if method != "lora" and recovery.rank is not None:
+        raise RecipeError(
+            f"rank is of the adapters of method 'lora', and this is {method!r}: leave it out, or take 'lora'"
+        )
     if teacher is None and recovery.hidden:
         raise RecipeError("hidden states are the teacher's; pass teacher=, or leave out hidden")
 
@@ -223,7 +227,7 @@ def _by_training(
         hidden=recovery.hidden,
         temperature=recovery.temperature,
     )
-    change: Change = Full(model) if method == "full" else Lora(model, recovery.rank, seed)
+    change: Change = Full(model) if method == "full" else Lora(model, recovery.rank or RANK, seed)
     session, adopted = None, False
     try:
         session = Session(
