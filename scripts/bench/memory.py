@@ -3,8 +3,8 @@
     python scripts/bench/memory.py --folder /tmp/memory --blocks 4 8 16 32
 
 Llama-shaped checkpoints of random weights, float32, hidden size 1024; every measurement in a process of its own, whose
-VmHWM is the peak. Also: whether the deepest one is shrunk in a control group with so little memory that loading it dense
-and calibrating in memory fails. Results: results/memory.json; what is there already is not run again.
+VmHWM is the peak. Also: whether the deepest one is shrunk in a control group with so little memory that loading it
+dense and calibrating in memory fails. Results: results/memory.json; what is there already is not run again.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--method", default="gptq")
     parser.add_argument("--max-memory", default="100MB")
     parser.add_argument(
-        "--limit", type=float, metavar="GB", help="also run the deepest with this much memory (Linux, as root)"
+        "--limit", type=float, metavar="GB", help="also run the deepest with this much memory (as root)"
     )
     parser.add_argument("--peer", type=Path, metavar="PYTHON", help="python of an environment with llm-compressor")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "memory.json")
