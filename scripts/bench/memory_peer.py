@@ -17,15 +17,21 @@ def main(source: str, output: str, samples: int, length: int) -> None:
     from llmcompressor import oneshot
     from llmcompressor.modifiers.quantization import GPTQModifier
     from memory_child import tokens
-    from transformers import AutoModelForCausalLM
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
     torch.set_num_threads(1)
     wall, cpu = time.perf_counter(), time.process_time()
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     rows = [batch["input_ids"][0].tolist() for batch in tokens(samples, length)]
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length for _ in rows]})
+    unused = Tokenizer(
+        WordLevel({"<unk>": 0}, unk_token="<unk>")
+    )  # it wants one, also for tokens that are made already
     oneshot(
         model=model,
+        processor=PreTrainedTokenizerFast(tokenizer_object=unused, unk_token="<unk>", pad_token="<unk>"),
         dataset=data,
         recipe=GPTQModifier(targets="Linear", scheme="W4A16", ignore=["lm_head"]),
         max_seq_length=length,

@@ -21,7 +21,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_shrink import Plan, RecipeError, keep_zeros, make_plan, register_importance, shrink
 from hf_shrink.architectures.linears import is_matrix, matrix
 from hf_shrink.cli import main
-from hf_shrink.errors import CalibrationError
+from hf_shrink.errors import ArchitectureError, CalibrationError
 from hf_shrink.pipeline.recipes import load_recipe
 from hf_shrink.recipe import Recipe
 from hf_shrink.runtime.linear import CompressedLinear
@@ -246,7 +246,7 @@ def test_a_plan_that_does_not_fit_is_refused() -> None:
     text = plan.to_json().replace('"sparsity": 0.5', '"sparsity": null').replace('"pattern": null', '"pattern": "2:5"')
     with pytest.raises(RecipeError, match="does not divide"):
         shrink(tiny_llama(), Plan.from_json(text), progress=False)
-    with pytest.raises(RecipeError, match="does not have"):
+    with pytest.raises(ArchitectureError, match="does not have"):
         shrink(tiny_llama(), Plan.from_json(plan.to_json().replace("mlp.up_proj", "mlp.up")), progress=False)
 
 
