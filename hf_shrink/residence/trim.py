@@ -26,7 +26,7 @@ def give_back_large() -> None:
     """From now on pieces of LARGE bytes and more go back to the system when they are freed, in all of this process.
 
     Otherwise glibc keeps what is below 32 MB once such a piece was freed, and a run on block after block ends up with
-    more and more of it in pieces (100 MB on blocks of 54 MB). Costs a twentieth of the time, in pages handed over.
+    more and more of it in pieces (100 MB on blocks of 54 MB). Costs some percent of the time, in pages handed over.
     Does nothing where the C library has no `mallopt`.
     """
     mallopt = _of_c_library("mallopt")

@@ -15,7 +15,7 @@ from hf_shrink.runtime.packing import scaled
 class CompressedEmbedding(PackedModule):
     """Rows of a packed weight by index. Its state dict is what a compressed-tensors checkpoint holds.
 
-    A model's own scaling of embeddings (Gemma's `embed_scale`) belongs to the wrapper that owns this module.
+    A model's own scaling of embeddings (`embed_scale`) belongs to the wrapper that owns this module.
 
     Attributes:
         num_embeddings, embedding_dim, padding_idx: as of nn.Embedding.
