@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from hf_shrink.calibration.targets import IGNORED, Batch, Hidden, Kind, targets_of
+from hf_shrink.calibration.targets import IGNORED, WORDS, Batch, Hidden, Kind, Logits, targets_of
 from hf_shrink.errors import CalibrationError
 
 Labels = Literal["auto", "data", "model"]
@@ -31,8 +31,7 @@ def log_loss(kind: Kind, batch: Batch, outputs: Any, labels: Labels, generator: 
         generator: of what is drawn, on the CPU.
 
     A model that predicts nothing but states is taken for a Gaussian of unit variance around their directions, so that
-    the expected squared gradient is the squared change of these directions; a head with one output for one around its
-    score.
+    the expected squared gradient is the squared change of these directions; a head for numbers for one around each.
 
     Raises:
         CalibrationError: there is nothing to score in the outputs, or `labels` is "data" and there are none.
@@ -50,11 +49,39 @@ def log_loss(kind: Kind, batch: Batch, outputs: Any, labels: Labels, generator: 
             )
         scores = found.logits[found.positions].float()
         return (scores * torch.randn(scores.shape, generator=generator).to(scores.device)).sum()
-    wanted = found.labels
-    if labels == "model" or (labels == "auto" and not bool((wanted != IGNORED).any())):
+    wanted = None if labels == "model" else _given(kind, batch, found)
+    if labels == "data" and wanted is None:
+        raise CalibrationError(
+            f"the batches ({', '.join(batch)}) have no labels of what the model predicts; give some of the shape "
+            f"{tuple(found.positions.shape)}, or leave `labels` at auto, which draws them from the model's predictions"
+        )
+    if wanted is None or (labels == "auto" and not bool((wanted != IGNORED).any())):
         wanted = _drawn(found.logits, found.positions, generator)
     scored = wanted != IGNORED
     return F.cross_entropy(found.logits[scored].float(), wanted[scored], reduction="sum")
+
+
+def _given(kind: Kind, batch: Batch, found: Logits) -> Tensor | None:
+    """The data's label for every position, where it has some. Raises CalibrationError for one that is no class."""
+    if kind in WORDS:
+        known = kind == "causal" or "labels" in batch or bool((found.labels != IGNORED).any())
+        return found.labels if known else None
+    classes, labels = found.logits.shape[-1], batch.get("labels")
+    if "start_positions" in batch and "end_positions" in batch:
+        labels = torch.stack([batch["start_positions"], batch["end_positions"]], dim=1)
+        labels = labels.masked_fill(labels >= classes, IGNORED)  # the answer is cut off
+    if labels is not None and labels.dim() == 1:
+        labels = labels[:, None]
+    if labels is None or labels.shape != found.positions.shape or (labels.is_floating_point() and kind != "several"):
+        return None
+    wanted = (labels == 0).long() if kind == "several" else labels  # the first of its two choices is the class
+    wanted = wanted.masked_fill(~found.positions, IGNORED)
+    if int(wanted.max()) >= classes:
+        raise CalibrationError(
+            f"the data has labels up to {int(wanted.max())}, but the model puts out {classes} classes; rename the "
+            "labels, or take the model that they belong to"
+        )
+    return wanted
 
 
 def _drawn(logits: Tensor, positions: Tensor, generator: torch.Generator) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from hf_shrink.calibration.targets import Kind, choices
 from hf_shrink.errors import ArchitectureError, CalibrationError
 
 CHUNK = 2**22  # logits handled at once, in elements
@@ -20,7 +21,7 @@ class Predictions:
     """Rows of one forward pass that count.
 
     Attributes:
-        values: (rows, classes) logits, (rows, width) hidden states or embeddings, or (rows, 1) scores.
+        values: (rows, classes) logits, (rows, width) hidden states or embeddings, or (rows, 1) numbers.
         distribution: whether they are logits.
     """
 
@@ -36,15 +37,23 @@ class Predictions:
         return Predictions(self.values[index], self.distribution)
 
 
-def predictions_of(outputs: Mapping[str, Any], batch: Mapping[str, Any]) -> Predictions:
+def predictions_of(outputs: Mapping[str, Any], batch: Mapping[str, Any], kind: Kind = "other") -> Predictions:
     """The predictions of a model's output, without padding.
 
-    Logits of a token, class or span head; else the last hidden states or the embeddings.
+    Logits of a token, class or span head; else the last hidden states or the embeddings. Of several classes each is a
+    row, a choice between it and its absence, and of numbers each.
+
+    Args:
+        kind: how the model is scored, see `kind_of`.
 
     Raises:
         ArchitectureError: there is nothing of the kind in the output.
     """
     logits = outputs.get("logits")
+    if logits is not None and kind in ("several", "numbers"):
+        rows = _real_rows(logits if logits.dim() >= 2 else logits[:, None], batch)
+        several = kind == "several"
+        return Predictions(choices(rows).flatten(0, 1) if several else rows.reshape(-1, 1), several)
     if logits is not None and logits.dim() >= 2 and logits.shape[-1] > 1:
         return Predictions(_real_rows(logits, batch), True)
     if outputs.get("start_logits") is not None:

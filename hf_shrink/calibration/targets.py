@@ -18,7 +18,9 @@ from hf_shrink.calibration.inputs import placeholder_ids
 from hf_shrink.errors import CalibrationError
 
 Batch = dict[str, torch.Tensor]
-Kind = Literal["causal", "masked", "seq2seq", "other"]
+Kind = Literal["causal", "masked", "seq2seq", "several", "numbers", "other"]
+WORDS: frozenset[Kind] = frozenset({"causal", "masked", "seq2seq"})  # predict tokens
+_PROBLEMS: dict[str | None, Kind] = {"multi_label_classification": "several", "regression": "numbers"}
 IGNORED = -100
 MASKED_SHARE = 0.15
 # Inputs with one row a sequence; batches of only these can be cut by rows.
@@ -44,19 +46,42 @@ class Hidden:
 
 
 def kind_of(model: Any) -> Kind:
-    """How the model is scored: next token, masked token, decoder's next token, or whatever its outputs are."""
+    """How the model is scored: next token, masked token, decoder's next token, or whatever its outputs are: several
+    classes at once or numbers where its config says so (`problem_type`), else one class, states or embeddings."""
     name = type(model).__name__
     config = getattr(model, "config", None)
+    head = _PROBLEMS.get(getattr(config, "problem_type", None), "other")
     has_vocabulary = getattr(model, "get_output_embeddings", lambda: None)() is not None
     if getattr(config, "is_encoder_decoder", False):
-        return "seq2seq" if has_vocabulary or getattr(model, "can_generate", lambda: False)() else "other"
+        return "seq2seq" if has_vocabulary or getattr(model, "can_generate", lambda: False)() else head
     if name in _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         return "causal"
     if name in _names(MODEL_FOR_MASKED_LM_MAPPING_NAMES) and has_vocabulary:
         return "masked"
     if name in _names(MODEL_FOR_PRETRAINING_MAPPING_NAMES) and has_vocabulary and not _generates(model):
         return "masked"
-    return "causal" if has_vocabulary and _generates(model) else "other"
+    return "causal" if has_vocabulary and _generates(model) else head
+
+
+def kind_by_labels(kind: Kind, batch: Batch, outputs: Any, *models: Any) -> Kind:
+    """The kind as the first of the models' configs says it, or where none does, as transformers takes it by the labels
+    when it computes a loss: numbers as labels of the logits' shape are for several classes."""
+    logits, labels = outputs.get("logits"), batch.get("labels")
+    if kind in WORDS or logits is None:
+        return kind
+    if logits.shape[-1] == 1:
+        return "numbers"
+    said = (getattr(getattr(model, "config", None), "problem_type", None) for model in models)
+    problem = next((name for name in said if name is not None), None)
+    if problem is not None:
+        return _PROBLEMS.get(problem, "other")
+    several = labels is not None and labels.is_floating_point() and labels.shape == logits.shape
+    return "several" if several else "other"
+
+
+def choices(logits: torch.Tensor) -> torch.Tensor:
+    """Logits (...) of classes that are there or not as those of choices between the two, (..., 2)."""
+    return torch.stack([logits, torch.zeros_like(logits)], dim=-1)
 
 
 def mask_tokens(batch: Batch, mask_id: int, special: frozenset[int], generator: torch.Generator) -> Batch:
@@ -123,7 +148,7 @@ def targets_of(kind: Kind, batch: Batch, outputs: Any) -> Logits | Hidden:
         if "labels" in batch:
             return Logits(outputs["logits"], batch["labels"] != IGNORED, batch["labels"])
         return _next_token(outputs["logits"], ids, batch.get("decoder_attention_mask"), None)
-    return _of_any_head(batch, outputs)
+    return _of_any_head(kind, batch, outputs)
 
 
 def cut_by_rows(batch: Batch, rows: int) -> list[Batch]:
@@ -159,15 +184,20 @@ def _next_token(
     return Logits(logits[:, :-1], scored, target[:, 1:].masked_fill(~scored, IGNORED))
 
 
-def _of_any_head(batch: Batch, outputs: Any) -> Logits | Hidden:
-    """Class logits of a task head, or else hidden states or embeddings."""
+def _of_any_head(kind: Kind, batch: Batch, outputs: Any) -> Logits | Hidden:
+    """Class logits of a task head, or else hidden states or embeddings. Each of several classes is a position with a
+    choice of its own, and so is each number, with one logit."""
     attention = batch.get("attention_mask")
     if outputs.get("logits") is not None:
         logits = outputs["logits"]
         logits = logits[:, None] if logits.dim() == 2 else logits
         if logits.dim() != 3:
             raise CalibrationError(f"logits of shape {tuple(logits.shape)} are not class scores that can be compared")
-        return Logits(logits, _positions(logits, attention), _no_labels(logits))
+        positions = _positions(logits, attention)
+        if kind in ("several", "numbers"):
+            positions, logits = positions.repeat_interleave(logits.shape[-1], dim=1), logits.flatten(1)
+            logits = choices(logits) if kind == "several" else logits[..., None]
+        return Logits(logits, positions, _no_labels(logits))
     if outputs.get("start_logits") is not None:  # question answering: two distributions over the positions
         logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
         return Logits(logits, _positions(logits, None), _no_labels(logits))

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from hf_shrink.calibration.inputs import tokenizer_of
-from hf_shrink.calibration.targets import IGNORED, Batch, Hidden, Kind, Logits, cut_by_rows
+from hf_shrink.calibration.targets import IGNORED, WORDS, Batch, Hidden, Kind, Logits, cut_by_rows
 from hf_shrink.evaluation.apart import add_apart
 from hf_shrink.evaluation.divergence import Totals, is_score
 from hf_shrink.evaluation.observed import Observed, same
@@ -136,7 +136,7 @@ def _rows(model: Any, kind: Kind, batch: Batch) -> int:
     config: Any = getattr(model, "config", None)
     text = config.get_text_config(decoder=True) if hasattr(config, "get_text_config") else config
     vocabulary: int | None = getattr(text, "vocab_size", None)
-    if kind == "other" or vocabulary is None:
+    if kind not in WORDS or vocabulary is None:
         return len(next(iter(batch.values())))
     target = batch.get("decoder_input_ids", batch.get("labels", batch.get("input_ids")))
     length = target.shape[1] if target is not None and target.dim() == 2 else 1

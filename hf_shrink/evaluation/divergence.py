@@ -24,7 +24,7 @@ class Totals:
         compared: how many positions `divergence` (nats), `agreeing` or `cosine` run over.
         labels: the right class of each sequence, where the data has one.
         choices, baseline_choices: the classes that the models choose for them.
-        scores, baseline_scores: what heads with one output put out for each sequence.
+        scores, baseline_scores: the numbers that heads for such put out, one for each sequence or several.
     """
 
     predicted: list[int] = field(default_factory=list)
@@ -91,11 +91,11 @@ class Totals:
             self.baseline_choices += finite(baseline.logits)[:, 0].argmax(-1).tolist()
 
     def add_scores(self, model: Logits, baseline: Logits | None) -> None:
-        """Add a batch of a head with one output, (rows, 1, 1). Raises CalibrationError for NaN or infinity."""
-        self.compared += model.positions.sum(1).tolist()
-        self.scores += finite(model.logits)[:, 0, 0].double().tolist()
+        """Add a batch of a head for numbers, (rows, positions, 1). Raises CalibrationError for NaN or infinity."""
+        self.compared += [1] * int(model.positions.sum())
+        self.scores += finite(model.logits)[model.positions].flatten().double().tolist()
         if baseline is not None:
-            self.baseline_scores += finite(baseline.logits)[:, 0, 0].double().tolist()
+            self.baseline_scores += finite(baseline.logits)[baseline.positions].flatten().double().tolist()
 
     def extend(self, other: Totals) -> None:
         """Add another's sequences."""
@@ -110,8 +110,8 @@ class Totals:
 
 
 def is_score(found: Logits) -> bool:
-    """Whether it is one number for each sequence, as of a reranker: its softmax is always 1."""
-    return found.logits.shape[1:] == (1, 1)
+    """Whether it is numbers, as a reranker's one for each sequence: their softmax is always 1."""
+    return found.logits.shape[-1] == 1
 
 
 def _log_probabilities(logits: torch.Tensor, scored: torch.Tensor | None) -> torch.Tensor:

@@ -28,6 +28,7 @@ from hf_shrink.evaluation.recipes import TaskRecipe, evaluation_spec, recipe_nam
 from hf_shrink.evaluation.rows import ROW_FILES, Table, table_of
 from hf_shrink.evaluation.tasks import TASKS, Row, Subject, Task
 from hf_shrink.evaluation.windows import sliding
+from hf_shrink.modes import modes_kept
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import METRICS, EvaluationSpec
 from hf_shrink.runtime.attention import grouped_attention
@@ -53,9 +54,10 @@ def evaluate_model(
     On text, causal models predict each window's next tokens (the first of a window is not predicted; windows are
     independent, or overlap where the spec has a stride); encoder-decoders the decoder's; masked models 15% of the
     tokens, masked with a fixed seed, which makes perplexity a pseudo-perplexity. Models with class logits are compared
-    on those; heads with one output by the ranks of their scores; models without any logits by the cosine of their last
-    hidden states. Padding and labels of -100 never
-    count. Logits are not kept beyond a few sequences; log-softmax is float32 and sums are float64.
+    on those, by each class where there may be several at once (`problem_type` of the config); heads for numbers by the
+    ranks of these, each of which counts as a sequence; models without any logits by the cosine of their last hidden
+    states. Padding and labels of -100 never count. Logits are not kept beyond a few sequences; log-softmax is float32
+    and sums are float64.
 
     On rows, each model answers alone: classes, tags, stretches of text, choices, written text, transcripts, embeddings
     (`evaluation/tasks/`).
@@ -271,13 +273,8 @@ def _excess_loss(observed: Observed, both: bool, seed: int) -> dict[str, Any]:
 @contextmanager
 def _inference(models: Sequence[torch.nn.Module]) -> Iterator[None]:
     """Without gradients and in eval mode, with the faster attention; all is as it was afterwards."""
-    modes = [(module, module.training) for model in models for module in model.modules()]
-    try:
-        # Not inference_mode: a tensor that a module caches in there could never be trained on again.
-        with torch.no_grad(), grouped_attention(*models):
-            for model in models:
-                model.eval()
-            yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
+    # Not inference_mode: a tensor that a module caches in there could never be trained on again.
+    with modes_kept(*models), torch.no_grad(), grouped_attention(*models):
+        for model in models:
+            model.eval()
+        yield

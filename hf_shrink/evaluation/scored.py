@@ -10,7 +10,7 @@ import torch
 
 from hf_shrink.architectures.reads import accepted_names
 from hf_shrink.calibration.inputs import tokenizer_of
-from hf_shrink.calibration.targets import Batch, Hidden, Kind, Logits, mask_tokens, model_inputs, targets_of
+from hf_shrink.calibration.targets import WORDS, Batch, Hidden, Kind, Logits, mask_tokens, model_inputs, targets_of
 from hf_shrink.errors import CalibrationError
 
 MASK_SEED = 20_240_229
@@ -51,7 +51,7 @@ def forward(kind: Kind, batch: Batch, model: Any, **options: Any) -> Logits | Hi
     device, dtype = device_of(model), next((p.dtype for p in model.parameters() if p.is_floating_point()), None)
     batch = {k: value.to(device, dtype if value.is_floating_point() else None) for k, value in batch.items()}
     inputs: dict[str, Any] = dict(model_inputs(kind, batch))
-    if kind != "other" and "use_cache" in (accepted_names(model) or ()):
+    if kind in WORDS and "use_cache" in (accepted_names(model) or ()):
         inputs["use_cache"] = False
     outputs = model(**inputs, **options)
     if isinstance(outputs, torch.Tensor):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import os
 import time
-import weakref
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -29,6 +28,7 @@ from hf_shrink.errors import CalibrationError, RecipeError
 from hf_shrink.evaluation.machine import hardware
 from hf_shrink.evaluation.scored import device_of
 from hf_shrink.evaluation.size import unique_bytes
+from hf_shrink.modes import modes_kept
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.keeping import NOTHING_KEPT, Keeper
 from hf_shrink.pipeline.made_for import check_made_for
@@ -146,16 +146,9 @@ def check_not_quantized(model: nn.Module) -> None:
 def evaluating(model: nn.Module) -> Any:
     """The model in eval mode and without gradients, with the faster attention; each module's own mode afterwards, and
     the model's in modules that came meanwhile."""
-    # Weak, so that no weight stays in memory that is replaced.
-    modes = weakref.WeakKeyDictionary({module: module.training for module in model.modules()})
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad(), grouped_attention(model):
-            yield
-    finally:
-        for module in model.modules():
-            module.training = modes.get(module, training)
+    with modes_kept(model), torch.no_grad(), grouped_attention(model):
+        model.eval()
+        yield
 
 
 @dataclass

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.predictions import Predictions, keep, predictions_of, token_mask
+from hf_shrink.calibration.targets import kind_of
 from hf_shrink.ops.precision import fast_precision
 
 
@@ -33,6 +34,7 @@ class Predictor:
     def __init__(self, model: nn.Module, fast: bool) -> None:
         self._model = model
         self._fast = fast
+        self._kind = kind_of(model)
         self._selects: bool | None = None  # whether the head may be given some rows only; None: not tried yet
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
@@ -46,7 +48,7 @@ class Predictor:
         seen: list[Tensor] = []
         with _watching(self._head(), seen):
             found = self.run(inputs)
-        predictions = predictions_of(found, inputs)
+        predictions = predictions_of(found, inputs, self._kind)
         most = max(1, min(most, largest // (4 * predictions.values.shape[1])))
         rows = _rows(found, seen, inputs, most)
         if rows is None or self._selects is False:
@@ -54,7 +56,7 @@ class Predictor:
         expected = found["logits"].flatten(0, 1)[rows]
         if self._selects is None:
             with self._head_on(rows):
-                selected = predictions_of(self.run(inputs), inputs).values
+                selected = predictions_of(self.run(inputs), inputs, self._kind).values
             scale = float(expected.float().abs().max().nan_to_num()) if len(expected) else 0.0
             self._selects = selected.shape == expected.shape and torch.allclose(
                 selected.float(), expected.float(), rtol=1e-2, atol=1e-2 * scale, equal_nan=True
@@ -64,9 +66,9 @@ class Predictor:
     def predict(self, inputs: Mapping[str, Any], like: Reference) -> Predictions:
         """The predictions of the model as it is now, of the same rows."""
         if like.rows is None:
-            return predictions_of(self.run(inputs), inputs).thinned(len(like.kept.values))
+            return predictions_of(self.run(inputs), inputs, self._kind).thinned(len(like.kept.values))
         with self._head_on(like.rows):
-            return predictions_of(self.run(inputs), inputs)
+            return predictions_of(self.run(inputs), inputs, self._kind)
 
     def _head(self) -> nn.Module | None:
         find = getattr(self._model, "get_output_embeddings", None)

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from hf_shrink.calibration.capture import model_inputs
 from hf_shrink.calibration.predictions import predictions_of, token_mask
 from hf_shrink.calibration.shelf import Shelf
+from hf_shrink.calibration.targets import kind_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.ops.precision import fast_precision
 from hf_shrink.progress import ProgressCallback
@@ -79,7 +80,7 @@ class Teacher:
         inputs = model_inputs(model, batch)
         with fast_precision(model.device):
             if self._head is None:
-                found = predictions_of(model(**inputs, return_dict=True), batch)
+                found = predictions_of(model(**inputs, return_dict=True), batch, kind_of(model))
                 self._distribution = found.distribution
                 return found.values
             with _without_head(model, self._head) as passed:

@@ -226,6 +226,20 @@ def test_scores_are_compared_by_rank_and_not_as_classes():
         evaluate_model(small, [batch], baseline=dense)
 
 
+def test_of_several_classes_each_is_compared_by_itself():
+    """Softmax over classes that do not exclude each other compares what the model does not say."""
+    head = {"num_labels": 5, "problem_type": "multi_label_classification"}
+    dense, batch = bert(BertForSequenceClassification, **head), {"input_ids": windows(6, 10)}
+    small = perturbed(dense, 0.3)
+    result = evaluate_model(small, [batch], baseline=dense)["model"]
+    with torch.no_grad():
+        p, q = (model(**batch).logits.double().sigmoid() for model in (dense, small))
+    expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).mean().item()
+    assert result["kl_divergence"]["value"] == pytest.approx(expected, rel=1e-4)
+    assert 0 < result["top1_agreement"]["value"] < 1
+    assert result["top1_agreement"]["value"] == pytest.approx(((p > 0.5) == (q > 0.5)).double().mean().item())
+
+
 def test_a_bare_encoder_is_compared_by_cosine():
     dense = bert(BertModel)
     small, ids = perturbed(dense), windows(2, 10)

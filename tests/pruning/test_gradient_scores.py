@@ -176,6 +176,42 @@ def test_scores_have_a_loss_too() -> None:
         log_loss("other", {}, outputs, "data", torch.Generator())
 
 
+def test_labels_of_the_data_count_whatever_the_head() -> None:
+    """They were left aside for heads of classes: `labels: data` gave a loss of 0, and so scores of 0."""
+    some = torch.Generator().manual_seed(0)
+
+    def loss(kind: Any, batch: dict[str, Tensor], outputs: Any, labels: Any = "data") -> float:
+        return float(log_loss(kind, batch, outputs, labels, some))
+
+    logits = torch.randn(4, 5)
+    classes = torch.tensor([0, 4, 2, 2])
+    expected = float(F.cross_entropy(logits.double(), classes, reduction="sum"))
+    for labels in ("data", "auto"):
+        assert loss("other", {"labels": classes}, {"logits": logits}, labels) == pytest.approx(expected, rel=1e-5)
+
+    wanted = torch.randint(2, (4, 5)).float()
+    expected = float(F.binary_cross_entropy_with_logits(logits.double(), wanted.double(), reduction="sum"))
+    assert loss("several", {"labels": wanted}, {"logits": logits}) == pytest.approx(expected, rel=1e-5)
+
+    tags = torch.tensor([[1, -100, 3], [-100, 0, 0]])
+    mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
+    words = torch.randn(2, 3, 5)
+    expected = -float(words[[0, 0, 1], [0, 2, 1]].double().log_softmax(-1)[range(3), [1, 3, 0]].sum())
+    found = loss("other", {"labels": tags, "attention_mask": mask}, {"logits": words})
+    assert found == pytest.approx(expected, rel=1e-5)
+
+    spans = {"start_logits": torch.randn(2, 7), "end_logits": torch.randn(2, 7)}
+    batch = {"start_positions": torch.tensor([1, 6]), "end_positions": torch.tensor([3, 9])}  # 9 is cut off
+    both = [spans[name].double().log_softmax(-1) for name in spans]
+    expected = -float(both[0][0, 1] + both[0][1, 6] + both[1][0, 3])
+    assert loss("other", batch, spans) == pytest.approx(expected, rel=1e-5)
+
+    with pytest.raises(CalibrationError, match=r"no labels.*auto"):
+        loss("other", {"input_ids": classes}, {"logits": logits})
+    with pytest.raises(CalibrationError, match="5 classes"):
+        loss("other", {"labels": classes + 1}, {"logits": logits})
+
+
 def test_what_cannot_be_scored_is_said() -> None:
     model = tiny_llama()
     step = PruneStep("width", "taylor", ratio=0.2, units="mlp")

@@ -99,3 +99,19 @@ def test_not_finite_predictions_are_an_error() -> None:
 def test_thinning_spreads_over_all_rows() -> None:
     found = Predictions(torch.arange(100.0)[:, None], False).thinned(5)
     assert found.values[:, 0].tolist() == [0, 24, 49, 74, 99]
+
+
+@pytest.mark.parametrize("shape", [(4, 3), (2, 5, 3)])
+def test_of_several_classes_each_is_a_choice_of_its_own(shape: tuple[int, ...]) -> None:
+    dense, pruned = torch.randn(shape) * 3, torch.randn(shape) * 3
+    found = [predictions_of({"logits": logits}, {}, "several") for logits in (dense, pruned)]
+    p, q = dense.double().sigmoid(), pruned.double().sigmoid()
+    expected = (p * (p / q).log() + (1 - p) * ((1 - p) / (1 - q)).log()).sum()
+    assert divergence(keep(found[0]), found[1]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_several_numbers_are_compared_by_their_error() -> None:
+    dense, pruned = torch.randn(5, 3), torch.randn(5, 3)
+    found = [predictions_of({"logits": logits}, {}, "numbers") for logits in (dense, pruned)]
+    expected = (dense - pruned).double().square().sum() / 2
+    assert divergence(keep(found[0]), found[1]) == pytest.approx(float(expected), rel=1e-5)

@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
     CohereConfig,
     CohereForCausalLM,
     Gemma2Config,
@@ -58,3 +60,22 @@ def test_the_loss_is_the_divergence_of_the_logits(name: str, dtype: torch.dtype)
     expected = F.kl_div(own, true, reduction="batchmean", log_target=True)
     assert expected > 0.01
     torch.testing.assert_close(found.double(), expected, rtol=0.1 if dtype == torch.bfloat16 else 2e-2, atol=0)
+
+
+def test_of_several_classes_each_is_learnt_by_itself() -> None:
+    sizes = {"vocab_size": 128, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4}
+    head = {"num_labels": 5, "problem_type": "multi_label_classification", "initializer_range": 0.3}
+    dense = BertForSequenceClassification(BertConfig(**sizes, **head, num_hidden_layers=1)).eval()
+    changed = copy.deepcopy(dense)
+    with torch.no_grad():
+        changed.classifier.weight.mul_(0.5)
+    batch = {"input_ids": torch.randint(3, 128, (3, 20))}
+    teacher = Teacher(dense, [batch], quiet)
+    with torch.no_grad():
+        found = teacher.loss(changed, 0)
+        true, own = (m(**batch).logits.double() for m in (dense, changed))
+    chance = true.sigmoid()
+    both = (F.binary_cross_entropy_with_logits(logits, chance) for logits in (own, true))
+    expected = next(both) - next(both)
+    assert teacher.unit == "KL divergence" and expected > 0.01
+    torch.testing.assert_close(found.double(), expected, rtol=1e-2, atol=0)

@@ -108,6 +108,11 @@ def needed(row: Row, role: str) -> Any:
 
 def class_of(label: Any, model: Any) -> int:
     """A label as the number of the model's class. Raises CalibrationError for one that the model does not have."""
+    if isinstance(label, list | tuple):
+        raise CalibrationError(
+            f"a row has several labels ({label!r}), and this task has one a row; compare the model with the dense one "
+            "on texts alone, by kl_divergence and top1_agreement of each class"
+        )
     known = {str(name).lower(): int(number) for name, number in (model.config.label2id or {}).items()}
     number = label if isinstance(label, int) else known.get(str(label).lower())
     if number is None and str(label).lstrip("-").isdigit():

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, default_data_collator
 
 from hf_shrink.calibration.predictions import token_mask
-from hf_shrink.calibration.targets import kind_of, model_inputs
+from hf_shrink.calibration.targets import Kind, kind_by_labels, kind_of, model_inputs
 from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.errors import CalibrationError, CheckpointError
+from hf_shrink.modes import modes_kept
 from hf_shrink.progress import ProgressCallback, quiet
-from hf_shrink.training.distillation.counted import Choice, Counted, choice_of, counted, some
+from hf_shrink.training.distillation.counted import Counted, counted, some
 from hf_shrink.tuning.divergence import Largest, largest
 
 INDEX_NAME = "teacher.json"
@@ -84,29 +85,24 @@ def cache_teacher(
     """
     if k < 1 or temperature <= 0:
         raise CalibrationError(f"k must be at least 1 and temperature above 0, not {k!r} and {temperature!r}")
-    kind, modes = kind_of(teacher), [(module, module.training) for module in teacher.modules()]
-    writer = None
-    try:
+    kind, writer = kind_of(teacher), None
+    with modes_kept(teacher), OutputFolder(folder) as partial, torch.no_grad():
         teacher.eval()
-        with OutputFolder(folder) as partial, torch.no_grad():
-            for first in range(0, len(dataset), batch_size):
-                numbers = range(first, min(first + batch_size, len(dataset)))
-                batch = dict(data_collator([dataset[number] for number in numbers]))
-                batch = {key: v.to(teacher.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
-                outputs = teacher(**model_inputs(kind, batch))
-                choice = choice_of(kind, batch, outputs, teacher)
-                rows = some(counted(kind, batch, outputs, choice))
-                if writer is None:
-                    _check_cacheable(choice, rows, batch, k)
-                    writer = _Writer(partial, rows.values.shape[1], k, temperature)
-                writer.add(rows, fingerprints(teacher, batch))
-                progress("caching the teacher", numbers.stop, len(dataset))
+        for first in range(0, len(dataset), batch_size):
+            numbers = range(first, min(first + batch_size, len(dataset)))
+            batch = dict(data_collator([dataset[number] for number in numbers]))
+            batch = {key: v.to(teacher.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
+            outputs = teacher(**model_inputs(kind, batch))
+            known = kind_by_labels(kind, batch, outputs, teacher)
+            rows = some(counted(known, batch, outputs))
             if writer is None:
-                raise CalibrationError("the data set is empty; give at least one example")
-            writer.finish(str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__))
-    finally:
-        for module, mode in modes:
-            module.training = mode
+                _check_cacheable(known, rows, batch, k)
+                writer = _Writer(partial, rows.values.shape[1], k, temperature)
+            writer.add(rows, fingerprints(teacher, batch))
+            progress("caching the teacher", numbers.stop, len(dataset))
+        if writer is None:
+            raise CalibrationError("the data set is empty; give at least one example")
+        writer.finish(str(getattr(teacher.config, "_name_or_path", "") or type(teacher).__name__))
     return CachedTeacher(folder)
 
 
@@ -210,8 +206,8 @@ def _number(row: Tensor) -> int:
     return int.from_bytes(digest, "little", signed=True)
 
 
-def _check_cacheable(choice: Choice, rows: Counted, batch: Mapping[str, Any], k: int) -> None:
-    if not rows.distribution or choice != "one class":
+def _check_cacheable(kind: Kind, rows: Counted, batch: Mapping[str, Any], k: int) -> None:
+    if not rows.distribution or kind == "several":
         raise CalibrationError(
             "the teacher puts out no distribution over classes, of which the largest could be kept; use it in memory"
         )

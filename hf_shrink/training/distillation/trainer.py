@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, Trainer
 
-from hf_shrink.calibration.targets import kind_of, model_inputs
+from hf_shrink.calibration.targets import kind_by_labels, kind_of, model_inputs
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.training.distillation.cache import CachedTeacher, fingerprints
-from hf_shrink.training.distillation.counted import Counted, choice_of, counted, divergence_of
+from hf_shrink.training.distillation.counted import Counted, counted, divergence_of
 from hf_shrink.training.distillation.numbered import NUMBER, Numbered, NumberedCollator
 from hf_shrink.training.distillation.options import Distillation
 from hf_shrink.training.distillation.states import (
@@ -170,8 +170,8 @@ class DistillationTrainer(Trainer):
         return None, model(**model_inputs(self._kind, inputs))
 
     def _counted(self, batch: dict[str, Any], outputs: Any) -> Counted:
-        known = (self._student, self.teacher)
-        return counted(self._kind, batch, outputs, choice_of(self._kind, batch, outputs, *known))
+        kind = kind_by_labels(self._kind, batch, outputs, self._student, self.teacher)
+        return counted(kind, batch, outputs)
 
     def _distance(
         self, batch: dict[str, Any], numbers: Tensor | None, rows: Counted, outputs: Any, own: Mapping[int, Tensor]

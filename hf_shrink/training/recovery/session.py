@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from hf_shrink.errors import CalibrationError
+from hf_shrink.modes import modes_kept
 from hf_shrink.ops.precision import multiplies_bfloat16
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.zeros import ZeroKeeper
@@ -190,13 +191,12 @@ def in_eval_mode(model: nn.Module | None) -> Iterator[None]:
     if model is None:
         yield
         return
-    modes, device = [(module, module.training) for module in model.modules()], next(model.parameters()).device
-    model.eval()
+    device = next(model.parameters()).device
     try:
-        yield
+        with modes_kept(model):
+            model.eval()
+            yield
     finally:
-        for module, mode in modes:
-            module.training = mode
         if next(model.parameters()).device != device:
             model.to(device)
 
@@ -206,16 +206,14 @@ def left_as_found(model: PreTrainedModel) -> Iterator[None]:
     """What Trainer, accelerate and PEFT put on a model is gone afterwards; modes of modules and the CPU's generators
     of random numbers are as they were."""
     attributes, cache = set(vars(model)), getattr(model.config, "use_cache", None)
-    modes = [(module, module.training) for module in model.modules()]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        yield
+        with modes_kept(model):
+            yield
     finally:
         random.setstate(states[0])
         np.random.set_state(states[1])
         torch.set_rng_state(states[2])
-        for module, mode in modes:
-            module.training = mode
         for name in set(vars(model)) - attributes:
             del vars(model)[name]
         if cache is not None:
