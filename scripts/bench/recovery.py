@@ -4,11 +4,12 @@
     python scripts/bench/recovery.py ... --only depth20 --threads 1
 
 Started from: 20% of the blocks' parameters pruned (whole blocks, the others refitted; or MLP channels), recovered by
-LoRA and distillation; 3 and 2 bits by GPTQ in groups of 64, recovered by training scales. Learned from: text that the
-dense model writes itself, and emma.txt. Held out: 40 x 512 tokens each of mansfieldpark.txt and prideprejudice.txt; the
-predictions' divergence from the dense model is measured on the same tokens. What counts is everything after the model
-is compressed: text, teacher, training, both measurements that decide. CPU seconds of all threads stand beside wall
-seconds: two cores have 1,800 in 15 minutes.
+LoRA and distillation, alone or with half as much of the texts' own next tokens (-task), which are learned with it; 3
+and 2 bits by GPTQ in groups of 64, recovered by training scales. Learned from: text that the dense model writes itself,
+and emma.txt. Held out: 40 x 512 tokens each of mansfieldpark.txt and prideprejudice.txt; the predictions' divergence
+from the dense model is measured on the same tokens. What counts is everything after the model is compressed: text,
+teacher, training, both measurements that decide. CPU seconds of all threads stand beside wall seconds: two cores have
+1,800 in 15 minutes.
 
 Every variant runs in a process of its own. Results are written after each; one that the file has is not run again.
 """
@@ -44,6 +45,7 @@ LORA = {"method": "lora", "rank": 32, "learning_rate": 1e-3, "tokens": 512, "ste
 SCALES = {"method": "scales", "steps": 160, "samples": 160}
 VARIANTS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "depth20": (pruned("depth", "block_influence"), LORA),
+    "depth20-task": (pruned("depth", "block_influence"), {**LORA, "task": 0.5}),
     "width20": (pruned("width", "obs"), LORA),
     "w3": (quantized(3), SCALES),
     "w2": (quantized(2, symmetric=False), SCALES),
@@ -70,18 +72,20 @@ def main() -> None:
         print(json.dumps(measured(given, given.job)))
         return
     own = ("only", "output", "job", "data", "model")
-    protocol = {**{key: value for key, value in vars(given).items() if key not in own}, "variants": VARIANTS}
-    protocol = json.loads(json.dumps(protocol))  # as it will be read again
+    protocol = {key: value for key, value in vars(given).items() if key not in own}
+    variants = json.loads(json.dumps(VARIANTS))  # as they will be read again
     results: dict[str, Any] = {}
     if given.output is not None and given.output.is_file():
         before = json.loads(given.output.read_text())
-        results = before["results"] if before["protocol"] == protocol else {}
+        same = before["protocol"] == protocol
+        results = {n: r for n, r in before["results"].items() if same and before["variants"][n] == variants.get(n)}
     for name in given.only or VARIANTS:
         if name in results:
             continue
         results[name] = run_fresh([sys.executable, *sys.argv, "--job", name], given.threads)
         show(name, results[name])
-        write_results("recovery", {"protocol": protocol, "results": results}, given.output)
+        content = {"protocol": protocol, "variants": {n: variants[n] for n in results}, "results": results}
+        write_results("recovery", content, given.output)
 
 
 def show(name: str, result: Mapping[str, Any]) -> None:
