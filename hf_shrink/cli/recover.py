@@ -28,6 +28,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--length", type=int, metavar="N", help="tokens of a sequence")
     parser.add_argument("--rank", type=int, metavar="N", help="of the adapters of method lora")
     parser.add_argument("--learning-rate", type=float, metavar="X")
+    parser.add_argument("--task", type=float, metavar="X", help="weight of the text's own next tokens (default: 0)")
     add_device(parser)
     add_common(parser)
     parser.set_defaults(command=command, shared=True)
@@ -37,7 +38,7 @@ def command(options: argparse.Namespace) -> None:
     from hf_shrink.sharding import ranks
 
     recover_checkpoint = recovering()
-    names = ("method", "minutes", "steps", "samples", "length", "rank", "learning_rate")
+    names = ("method", "minutes", "steps", "samples", "length", "rank", "learning_rate", "task")
     chosen: dict[str, Any] = {n: getattr(options, n) for n in names if getattr(options, n) is not None}
     if not {"minutes", "steps"} & set(chosen):
         chosen["minutes"] = MINUTES

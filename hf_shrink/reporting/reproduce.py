@@ -32,7 +32,7 @@ def shown_recipe(record: Record) -> str:
 
 TRAINED = "It was made while it was trained: it takes that training again, with ShrinkCallback and this recipe."
 # What `hf-shrink recover` takes of the options of a recovery.
-RECOVERY = ("method", "minutes", "steps", "samples", "length", "rank", "learning_rate")
+RECOVERY = ("method", "minutes", "steps", "samples", "length", "rank", "learning_rate", "task")
 
 
 def command(record: Record) -> str:

@@ -49,6 +49,7 @@ def test_the_command_writes_a_whole_folder_in_place_of_the_old_one(folders: Path
     before = kl(folders / "pruned")
     arguments = ["recover", str(folders / "pruned"), "--quiet", "--steps", "30", "--rank", "4"]
     arguments += ["--data", str(folders / "book.txt"), "--samples", "40", "--length", "24", "--learning-rate", "0.005"]
+    arguments += ["--task", "0.25"]
     assert main([*arguments, "--output", str(folders / "pruned")]) == 2
     assert main([*arguments, "--output", str(folders / "pruned"), "--overwrite"]) == 0
     assert "recovery (lora, 30 steps" in capsys.readouterr().out
@@ -58,13 +59,19 @@ def test_the_command_writes_a_whole_folder_in_place_of_the_old_one(folders: Path
     assert names >= {"model.safetensors", "config.json", "tokenizer.json", "README.md", "shrink.json", "report.html"}
     assert not [path for path in folders.iterdir() if path.name.startswith(".")]
     record = json.loads((found / "shrink.json").read_text())
-    assert any("recovery (lora" in note for note in record["report"]["notes"]) and record["plan"]["stacks"]
+    (note,) = [note for note in record["report"]["notes"] if "recovery (lora" in note]
+    assert "the loss on held-out data" in note and record["plan"]["stacks"]
     seconds = record["report"]["seconds"]
     assert seconds["recover"] > 0 and seconds["total"] >= seconds["plan"] + seconds["recover"]
     prompts = [texts["prompt"] for texts in record["report"]["completions"]]
     assert len(prompts) == len(set(prompts)) > 0, "of the recovered model, not of both"
     card = (found / "README.md").read_text()
-    assert "hf-shrink recover again" in card and "--data book.txt --steps 30" in card and str(folders) not in card
+    assert (
+        "hf-shrink recover again" in card
+        and "--data book.txt --steps 30" in card
+        and "--task 0.25" in card
+        and str(folders) not in card
+    )
     assert (found / "README.dense.md").read_text() == THEIRS and card.count("never seen a mountain") == 1
     model = AutoModelForCausalLM.from_pretrained(found)
     assert len(model.model.layers) == 2 and not [n for n in model.state_dict() if "lora" in n]
