@@ -221,6 +221,19 @@ class BoundBlock:
     def parameters(self) -> int:
         return sum(p.numel() for p in self.module.parameters())
 
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert, its entries in the router included; 0 in a block without any."""
+        if self.experts is None:
+            return 0
+        total = sum(rows * columns for rows, columns in self.experts.shapes.values())
+        for entry in self.experts.spec.entries:
+            owner, _, name = entry.rpartition(".")
+            parameter = getattr(self.module.get_submodule(owner), name, None)
+            if isinstance(parameter, nn.Parameter):
+                total += parameter.numel() // self.experts.count
+        return total
+
 
 @dataclass(frozen=True)
 class BoundStack:

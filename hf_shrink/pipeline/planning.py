@@ -107,6 +107,7 @@ def plan_recipe(
             for name, blocks in found.kept.items()
         }
     narrower_stream = None
+    experts_left: dict[tuple[str, int], int] = {}
     if hidden:
         assert isinstance(model, PreTrainedModel) and binding is not None
         with _without(model, binding, stacks) as (shallower, _):
@@ -119,6 +120,7 @@ def plan_recipe(
             assert apart is not None
             fewer = plan_experts(model, apart, experts, expert_method(experts), batches, progress=progress)
             stacks = _with_blocks(apart, sources, stacks, fewer.blocks)
+        experts_left = {key: len(block.experts) for key, block in fewer.blocks.items() if block.experts is not None}
         notes += fewer.notes
     if width:
         assert binding is not None
@@ -133,6 +135,7 @@ def plan_recipe(
                 portable=recipe.portable,
                 seed=seed,
                 progress=progress,
+                experts_left=experts_left,
             )
             stacks = _with_blocks(smaller, sources, stacks, narrower.blocks)
         notes += narrower.notes

@@ -99,12 +99,12 @@ def expert_ways(channels: RemovalCurve, experts: int, parameters: int) -> tuple[
 
     Args:
         channels: of all experts, one of each before the next of any.
-        parameters: of one channel of one expert.
+        parameters: that go with one channel of every expert.
     """
     each = len(channels.order) // experts
     items, losses = channels.order.view(each, experts), channels.losses[experts - 1 :: experts]
     step = 1 if each % MULTIPLE else MULTIPLE
-    return (Way(items, losses, parameters * experts, range(0, each, step)),)
+    return (Way(items, losses, parameters, range(0, each, step)),)
 
 
 @dataclass(frozen=True)

@@ -101,7 +101,7 @@ def _how_many(
     least = min(experts.count for experts, _ in all_experts)
     most = least - (2 * groups if groups > 1 else 1)
     total = sum(stack.parameters for stack in binding.stacks)
-    each = sum(_parameters(block) for _, blocks in mixtures for block in blocks)
+    each = sum(block.expert_parameters for _, blocks in mixtures for block in blocks)
     if step.experts is not None:
         count = step.experts
         if count % groups:
@@ -124,19 +124,6 @@ def _how_many(
             "experts a block come nearest"
         )
     return count, notes
-
-
-def _parameters(block: BoundBlock) -> int:
-    """Parameters of one expert, its entries in the router included."""
-    assert block.experts is not None
-    shapes = block.experts.shapes.values()
-    entries = [block.module.get_submodule(e.rpartition(".")[0]) for e in block.experts.spec.entries]
-    router = sum(
-        parameter.numel() // block.experts.count
-        for owner, entry in zip(entries, block.experts.spec.entries, strict=True)
-        if isinstance(parameter := getattr(owner, entry.rpartition(".")[2], None), nn.Parameter)
-    )
-    return sum(rows * columns for rows, columns in shapes) + router
 
 
 def _views(

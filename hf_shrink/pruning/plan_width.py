@@ -59,16 +59,20 @@ def plan_width(
     portable: bool = True,
     seed: int = 0,
     progress: ProgressCallback = quiet,
+    experts_left: Mapping[tuple[str, int], int] | None = None,
 ) -> WidthPlan:
     """Decide which query heads and channels a step keeps. The model is left as it was.
 
     Args:
         binding: of the model as it is now; blocks that a depth step takes out are already out of both.
-        step: with `what: width`; its ratio counts against all parameters of the binding's blocks.
+        step: with `what: width`; its ratio counts against all parameters of the binding's blocks, but for experts that
+            go.
         batches: model inputs; unused when the method needs no statistics.
         portable: only what stock transformers can load: the same counts in all blocks, heads only where the config has
             a head size of its own.
         seed: which calibration samples are used where only some are looked at.
+        experts_left: how many experts an earlier step leaves, by stack name and index of the blocks that lose some;
+            model and binding still have all of them.
 
     Raises:
         ArchitectureError: the family has no role table.
@@ -80,7 +84,7 @@ def plan_width(
     prunable = _scored(find_prunable(model, binding, step.units, portable=portable), step, method)
     if step.ratio == 0:
         return WidthPlan({}, list(prunable.notes))
-    total = sum(stack.parameters for stack in binding.stacks)
+    total = _parameters(binding, experts_left or {})
     request = Request(total, step.ratio, step.units, portable, measured=_compares(binding, prunable, method, portable))
     with Shelf() as shelf:
         scorer = Scorer(method, step, shelf, _gradients(model, binding, prunable, method, batches, seed, progress))
@@ -90,7 +94,7 @@ def plan_width(
         if not request.measured:
             curves = {key: found.shares for key, found in curves.items()}
         try:
-            allocation = allocate(parts_of(binding, prunable, curves), request)
+            allocation = allocate(parts_of(binding, prunable, curves, experts_left), request)
         except RecipeError as error:
             raise RecipeError("; ".join([str(error), *prunable.notes])) from error
         plans: dict[tuple[str, int], BlockPlan] = {}
@@ -105,6 +109,18 @@ def plan_width(
             plans[part.block] = dataclasses.replace(plan, **change)
         progress("choosing units", len(allocation.kept), len(allocation.kept))
     return WidthPlan(plans, [*prunable.notes, *allocation.notes])
+
+
+def _parameters(binding: Binding, experts_left: Mapping[tuple[str, int], int]) -> int:
+    """Parameters of all blocks without the experts that go."""
+    total = 0
+    for stack in binding.stacks:
+        for block in stack.blocks:
+            total += block.parameters
+            if block.experts is not None:
+                gone = block.experts.count - experts_left.get((stack.name, block.index), block.experts.count)
+                total -= gone * block.expert_parameters
+    return total
 
 
 def _scored(prunable: Prunable, step: PruneStep, method: WidthMethod) -> Prunable:

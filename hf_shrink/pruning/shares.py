@@ -16,8 +16,17 @@ from hf_shrink.pruning.prunable import HeadCounts, Prunable, config_key
 KINDS: tuple[Kind, ...] = ("attention", "cross_attention", "mlp", "experts")
 
 
-def parts_of(binding: Binding, prunable: Prunable, curves: Mapping[tuple[str, int, Kind], PartCurves]) -> list[Part]:
-    """A Part for everything that has curves, in the model's order. Curves are in one measure for the whole model."""
+def parts_of(
+    binding: Binding,
+    prunable: Prunable,
+    curves: Mapping[tuple[str, int, Kind], PartCurves],
+    experts_left: Mapping[tuple[str, int], int] | None = None,
+) -> list[Part]:
+    """A Part for everything that has curves, in the model's order. Curves are in one measure for the whole model.
+
+    `experts_left`: as of `plan_width`.
+    """
+    left = experts_left or {}
     parts = []
     for stack in binding.stacks:
         for kind in KINDS:
@@ -31,7 +40,7 @@ def parts_of(binding: Binding, prunable: Prunable, curves: Mapping[tuple[str, in
                 if isinstance(part, BoundMlp):
                     parts.append(_mlp(stack, block, part, found))
                 elif isinstance(part, BoundExperts):
-                    parts.append(_experts(stack, block, part, found))
+                    parts.append(_experts(stack, block, part, found, left.get((stack.name, block.index), part.count)))
                 elif part is not None:
                     used = mean if part.spec.tied and mean is not None else found
                     parts.append(_attention(stack, block, part, kind, used, prunable.kinds[stack.name, kind]))
@@ -59,8 +68,8 @@ def _mlp(stack: BoundStack, block: BoundBlock, mlp: BoundMlp, curves: PartCurves
     return Part((stack.name, block.index), "mlp", mlp.channels, ways, key=config_key(stack, mlp))
 
 
-def _experts(stack: BoundStack, block: BoundBlock, experts: BoundExperts, curves: PartCurves) -> Part:
-    ways = expert_ways(curves.units, experts.count, experts.channel_parameters)
+def _experts(stack: BoundStack, block: BoundBlock, experts: BoundExperts, curves: PartCurves, left: int) -> Part:
+    ways = expert_ways(curves.units, experts.count, left * experts.channel_parameters)
     units = experts.count * experts.channels
     return Part((stack.name, block.index), "experts", units, ways, key=config_key(stack, experts))
 

@@ -82,7 +82,7 @@ def expert_cuts(experts: BoundExperts, curves: PartCurves | None, multiple: int 
     found = [Cut("", BlockPlan(), 0.0, torch.ones(units, dtype=torch.bool))]
     if curves is None:
         return found
-    (way,) = expert_ways(curves.units, experts.count, experts.channel_parameters)
+    (way,) = expert_ways(curves.units, experts.count, experts.count * experts.channel_parameters)
     for count in _channel_counts(each, multiple, 1 if each % MULTIPLE else MULTIPLE):
         left = torch.ones(units, dtype=torch.bool)
         left[way.items[:count].reshape(-1)] = False

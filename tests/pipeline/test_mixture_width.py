@@ -95,6 +95,16 @@ def test_blocks_of_different_sizes_load_with_us_alone(name: str, tmp_path: Path,
         assert run_stock({"row": row}, stock_process)["row"].stock_logits is None
 
 
+@pytest.mark.parametrize(("units", "ratio"), [("attention", 0.125), ("mlp", 0.25), ("all", 0.25)])
+def test_a_ratio_counts_against_what_the_experts_that_stay_leave(units: str, ratio: float) -> None:
+    counts = []
+    for steps in ([EXPERTS], [EXPERTS, width("magnitude", units=units, ratio=ratio, refit=False)]):
+        model: Any = shrink(MIXTURES["mixtral"](), {"steps": steps}, calibration=data(2), progress=False)
+        counts.append(sum(block.parameters for block in bind(model).blocks))
+    assert not [note for note in model.shrink_report.notes if "asked to remove" in note and "units" in note]
+    assert 1 - counts[1] / counts[0] == pytest.approx(ratio, abs=0.01)
+
+
 def test_each_expert_keeps_what_the_surgeon_keeps_of_it() -> None:
     """Against the definition: every expert's own curve, on the tokens that come to it; as many channels from each."""
     model = MIXTURES["mixtral"]()

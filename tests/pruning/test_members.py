@@ -25,7 +25,7 @@ def test_a_round_takes_the_next_channel_of_each() -> None:
         own = [unit - number * each for unit in found.order.tolist() if unit // each == number]
         assert own == curve.order.tolist()
         assert torch.equal(found.alone[number * each : (number + 1) * each], curve.alone)
-    (way,) = expert_ways(found, experts, parameters=7)
+    (way,) = expert_ways(found, experts, parameters=21)
     assert list(way.counts) == [0, 8] and way.parameters == 21  # what is left can be multiplied
     for count in (1, 5, each):
         lost = sum(float(curve.losses[count - 1]) for curve in curves)
