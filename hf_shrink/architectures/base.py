@@ -129,8 +129,9 @@ class Experts:
         channels: config key of the hidden width of an expert, which nothing else takes its size from; None where there
             is none, so that any change of it is uneven.
         attributes: attributes to patch after surgery, and the quantity that each holds.
-        groups, groups_of_token: config keys of routers that choose among groups of neighbouring experts first: the
-            number of groups, and of those that a token goes to; None where all experts compete.
+        groups, groups_of_token: config keys of routers that choose among groups of neighbouring experts first, by the
+            two best of each: the number of groups, and of those that a token goes to; None where the router knows no
+            groups. Where there is one group, all experts compete, and the router still asks for two.
         fixed: why experts cannot be removed; None when they can.
     """
 

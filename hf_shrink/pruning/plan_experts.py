@@ -20,7 +20,7 @@ from hf_shrink.pruning.base import ExpertMethod, ExpertView
 from hf_shrink.recall import Done, recall
 from hf_shrink.recipe import PruneStep
 from hf_shrink.surgery.depth import stack_configs
-from hf_shrink.surgery.experts import group_count
+from hf_shrink.surgery.experts import group_count, least_in_group
 
 FEW = 32  # tokens: an expert that saw fewer is scored on chance
 SHOWN = 8  # experts named in a note
@@ -99,7 +99,7 @@ def _how_many(
             raise ArchitectureError(f"experts of {experts.path} cannot be removed: {experts.spec.fixed}")
     groups = max(group_count(experts, config) for experts, config in all_experts)
     least = min(experts.count for experts, _ in all_experts)
-    most = least - (2 * groups if groups > 1 else 1)
+    most = least - groups * max(least_in_group(experts) for experts, _ in all_experts)
     total = sum(stack.parameters for stack in binding.stacks)
     each = sum(block.expert_parameters for _, blocks in mixtures for block in blocks)
     if step.experts is not None:

@@ -63,11 +63,11 @@ def check_experts(experts: BoundExperts, plan: BlockPlan, config: PretrainedConf
         raise ArchitectureError(f"experts of {experts.path} cannot be removed: {experts.spec.fixed}")
     groups = group_count(experts, config)
     size = experts.count // groups
-    left = {sum(expert // size == group for expert in plan.experts) for group in range(groups)}
-    if len(left) > 1 or (groups > 1 and left.pop() < 2):
+    left = [sum(expert // size == group for expert in plan.experts) for group in range(groups)]
+    if len(set(left)) > 1 or left[0] < least_in_group(experts):
         raise ArchitectureError(
-            f"the router of {experts.path} chooses among {groups} groups of {size} experts first, so a plan must keep "
-            "the same number of experts in each group, at least 2"
+            f"the router of {experts.path} ranks groups of experts ({groups} of {size}) by the two best of each, so a "
+            "plan must keep the same number of experts in each group, at least 2"
         )
     kept, gone = set(plan.experts), set(range(experts.count)) - set(plan.experts)
     shares: dict[int, float] = {}
@@ -118,6 +118,11 @@ def group_count(experts: BoundExperts, config: PretrainedConfig) -> int:
     """Groups of neighbouring experts that the router chooses among first; 1 where all experts compete."""
     key = experts.spec.groups
     return 1 if key is None else int(getattr(config, key, None) or 1)
+
+
+def least_in_group(experts: BoundExperts) -> int:
+    """How many experts a group must keep: stock's routers rank groups, also a single one, by their two best experts."""
+    return 1 if experts.spec.groups is None else 2
 
 
 def experts_of_token(experts: BoundExperts, left: int, config: PretrainedConfig) -> int:

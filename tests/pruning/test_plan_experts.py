@@ -160,6 +160,13 @@ def test_as_many_go_from_each_group_of_a_router_that_chooses_groups() -> None:
             planned(MORE["glm4_moe"](), Seen(), **step)
 
 
+def test_a_router_that_ranks_a_single_group_keeps_two_experts() -> None:
+    plan = planned(MORE["dots1"](), Seen(), experts=3)
+    assert {block.experts for block in plan.blocks.values()} == {(3, 4)}
+    with pytest.raises(RecipeError, match="remove 4 of 5 experts of a block, at most 3 can go"):
+        planned(MORE["dots1"](), Seen(), experts=4)
+
+
 class Wrong(Seen):
     def score(self, view: ExpertView) -> Tensor:
         return torch.full((len(view.tokens),), torch.nan)

@@ -96,6 +96,16 @@ def test_cut_equals_masked_where_routers_correct_their_scores_or_choose_groups(
                 apply_structure(MORE[name](), Plan(name, {"decoder": StackPlan((0, 1), blocks)}))
 
 
+def test_a_router_that_ranks_a_single_group_keeps_two_experts() -> None:
+    """It ranks groups by their two best experts, of which there must be two."""
+    model, ids = MORE["dots1"](), tokens(3, 14)
+    assert model.config.n_group == 1
+    apply_structure(model, plan_of(model, 2))
+    assert torch.isfinite(logits(model, ids)).all()
+    with pytest.raises(ArchitectureError, match="the same number of experts in each group, at least 2"):
+        apply_structure(MORE["dots1"](), plan_of(MORE["dots1"](), 1))
+
+
 @every_mixture
 @pytest.mark.parametrize("left", [1, 2, 3])  # a token goes to two experts, or to the one that is left
 @pytest.mark.parametrize("apart", [False, True], ids=["3D", "apart"])
