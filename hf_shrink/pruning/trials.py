@@ -95,9 +95,9 @@ class Trials:
 @contextmanager
 def _changed(changes: Sequence[tuple[Tensor, Tensor]]) -> Iterator[None]:
     before = [place.clone() for place, _ in changes]
-    for place, value in changes:
-        place.copy_(value)
     try:
+        for place, value in changes:
+            place.copy_(value)
         yield
     finally:
         for (place, _), value in zip(changes, before, strict=True):

@@ -63,13 +63,12 @@ class Structure:
 
 
 class Installed:
-    """A model with an assignment's weights in the places of its own; dense again when the context ends."""
+    """A model with an assignment's weights in the places of its own, in one context; dense again when that ends."""
 
     def __init__(self, model: nn.Module, problem: Problem, replacements: Replacements) -> None:
         self._model = model
         self._replacements = replacements
-        self._dense: Assignment = (0,) * len(problem.groups)
-        self._now = list(self._dense)
+        self._now = [0] * len(problem.groups)  # as in an assignment: all dense
         self._kept: dict[str, tuple[nn.Parameter, Tensor]] = {}  # what was replaced so far, with its dense tensor
         self._replaced: list[set[str]] = [set() for _ in problem.groups]
 
@@ -98,7 +97,8 @@ class Installed:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.put(self._dense)
+        for parameter, dense in self._kept.values():  # also what a `put` that failed half way has replaced
+            parameter.data = dense
 
 
 class MeasuredAssignments:

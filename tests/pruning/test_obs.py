@@ -138,6 +138,16 @@ def test_a_trial_is_the_divergence_of_the_changed_model_and_leaves_the_model_alo
     assert found == pytest.approx(expected, rel=1e-3) and found > 1e-5
 
 
+def test_a_trial_that_fails_half_way_leaves_the_model_alone() -> None:
+    model = tiny_llama()
+    trials = Trials(model, bind(model), tokens(1, 2, 30), seed=0)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = (layer.mlp.down_proj.weight.data for layer in model.model.layers[:2])
+    with pytest.raises(RuntimeError):  # as where memory runs out
+        trials.divergence_of([(first, torch.zeros_like(first)), (second, torch.zeros(3, 5))])
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
 def test_an_encoder_with_biases_is_measured_with_them() -> None:
     case = OTHERS["bert_classifier"]
     model, inputs = case.build(), [case.inputs() for _ in range(3)]

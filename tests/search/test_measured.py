@@ -16,7 +16,7 @@ from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.plan import BlockPlan, Plan, Scheme
 from hf_shrink.quantization.base import METHODS, ModelMethod
 from hf_shrink.residence import Room
-from hf_shrink.search.measured import MeasuredAssignments
+from hf_shrink.search.measured import Installed, MeasuredAssignments
 from hf_shrink.search.options import Change, Cost, Group, Option, Problem
 from hf_shrink.search.replacements import RoundedWeights, input_statistics
 from hf_shrink.surgery import apply_structure
@@ -124,6 +124,37 @@ def test_figures_are_those_of_the_model_that_a_plan_makes(
         assert value == pytest.approx(true_divergence(other, tiny_llama()), rel=0.05, abs=1e-4)
         assert value > 1e-3
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class NoRoom:
+    """A weight for which there is no memory."""
+
+    def to(self, *_: object) -> Tensor:
+        raise torch.OutOfMemoryError
+
+
+class Failing:
+    """Option 1 of a block's MLP is another `down`; option 2 another `up`, and a `gate` for which there is no room."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+
+    def weights(self, group: int, option: int) -> Mapping[str, Tensor]:
+        up, gate, down = (f"model.layers.{group // 2}.{name}.weight" for name in (UP, GATE, DOWN))
+        if option == 1:
+            return {down: torch.zeros_like(self._model.get_parameter(down))}
+        return {up: torch.zeros_like(self._model.get_parameter(up)), gate: NoRoom()}  # type: ignore[dict-item]
+
+
+@pytest.mark.parametrize("before", [0, 1])
+def test_weights_for_which_there_is_no_room_leave_the_model_dense(before: int) -> None:
+    model, problem = tiny_llama(), small_problem()
+    dense = {name: value.clone() for name, value in model.state_dict().items()}
+    first, second = ((0, option, *(0,) * 7) for option in (before, 2))
+    with pytest.raises(torch.OutOfMemoryError), Installed(model, problem, Failing(model)) as installed:
+        installed.put(first)
+        installed.put(second)
+    assert all(torch.equal(value, dense[name]) for name, value in model.state_dict().items())
 
 
 def test_sharing_the_base_changes_no_figure(
