@@ -33,7 +33,7 @@ class Learned:
         steps: optimizer steps a block, each on one calibration batch.
         rounding_rate: Adam's learning rate of roundings and zero points, in steps of the grid.
         scale_rate: of the logarithms of the scales.
-        held_out: fraction of the batches, at least one, that decides which state is kept.
+        held_out: fraction of the batches that decides which state is kept; at least one, and not all of them.
         start: the method that it starts from, with its defaults; plain rounding where that has the lower error.
     """
 
@@ -87,7 +87,7 @@ class Learned:
                 "method learned needs at least 2 batches of calibration data, one of them held out; "
                 "raise calibration.samples or lower calibration.batch_size"
             )
-        held = max(1, round(block.batches * self.held_out))
+        held = min(block.batches - 1, max(1, round(block.batches * self.held_out)))
         training, held_out = range(block.batches - held), range(block.batches - held, block.batches)
         optimizer = torch.optim.Adam(self._groups(block), betas=(0.9, 0.95))
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, self._rate)

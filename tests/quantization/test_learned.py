@@ -94,6 +94,14 @@ def test_one_batch_is_not_enough() -> None:
         METHOD.learn(TwoLayers(Scheme(4, True, "group", 8), batches=1), seed=0)
 
 
+def test_one_batch_is_left_to_learn_from_however_many_are_held_out() -> None:
+    problem = TwoLayers(Scheme(4, True, "group", 8), batches=2)
+    learnt = Learned(steps=20, rounding_rate=0.02, scale_rate=0.003, held_out=0.9).learn(problem, seed=0)
+    assert learnt.before == pytest.approx(TwoLayers(Scheme(4, True, "group", 8), 2).packed_error(range(1, 2)), rel=1e-4)
+    assert learnt.after == pytest.approx(problem.packed_error(range(1, 2)), rel=1e-4)
+    assert learnt.after < learnt.before
+
+
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
 def test_it_starts_no_worse_than_rounding_to_nearest(scheme: Scheme) -> None:
     weight, x = case()
