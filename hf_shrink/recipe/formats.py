@@ -12,7 +12,8 @@ from hf_shrink.registry import did_you_mean
 FORMAT_METHOD = "bitsandbytes"
 # What such a step has no use for.
 GRID_KEYS = ("symmetric", "strategy", "group_size")
-NOT_TAKEN = (*GRID_KEYS, "overrides", "head", "transforms", "tune")
+IDLE = {"symmetric_inputs": False, "starved_experts": "error"}  # as they stand in recipes that are written out
+NOT_TAKEN = (*GRID_KEYS, *IDLE, "overrides", "head", "transforms", "tune")
 
 
 def format_of(scheme: Any) -> str | None:
@@ -46,7 +47,7 @@ def check_formats(step: Mapping[str, Any]) -> None:
             f"method {FORMAT_METHOD} needs one of its own schemes, not {scheme!r}; {did_you_mean(str(scheme), FORMATS)}"
         )
     for key in NOT_TAKEN:
-        if key in step and step[key] not in ({}, (), [], None):
+        if key in step and step[key] not in ({}, (), [], None, IDLE.get(key)):
             raise RecipeError(
                 f"quantize.{key} does not go with method {FORMAT_METHOD}: {format_of(scheme)} decides how weights are "
                 "stored, alike for all of them; leave the key out (the recipes nf4 and llm-int8 show the form)"

@@ -234,6 +234,8 @@ def test_weights_beyond_float16_are_named() -> None:
         {"tune": {"steps": 3}},
         {"transforms": ["awq"]},
         {"overrides": {"lm_head": {"scheme": "W8A16"}}},
+        {"symmetric_inputs": True},
+        {"starved_experts": "rtn"},
     ],
     ids=str,
 )
@@ -241,6 +243,17 @@ def test_keys_that_the_format_decides_are_refused(keys: dict[str, Any]) -> None:
     (key,) = keys
     with pytest.raises(RecipeError, match=rf"quantize\.{key} does not go with method bitsandbytes"):
         load_recipe(recipe(**keys))
+
+
+def test_what_a_format_has_no_use_for_may_be_written_out_as_nothing() -> None:
+    """As recipes are that were read and written again."""
+    for name in ("nf4", "llm-int8"):
+        read = load_recipe(name)
+        written = read.to_dict()
+        written["steps"][0]["quantize"] |= {"symmetric_inputs": False, "starved_experts": "error", "head": None}
+        assert load_recipe(written) == read
+        with pytest.raises(RecipeError, match=r"starved_experts does not go with method bitsandbytes"):
+            read.with_overrides(["quantize.starved_experts=rtn"])
 
 
 def test_scheme_and_method_must_go_together() -> None:
