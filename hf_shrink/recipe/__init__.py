@@ -14,7 +14,7 @@ import yaml
 from hf_shrink.errors import RecipeError
 from hf_shrink.plan import DTYPES, Scheme
 from hf_shrink.recipe.budget import Budget
-from hf_shrink.recipe.effort import expand
+from hf_shrink.recipe.effort import collapse, expand
 from hf_shrink.recipe.formats import GRID_KEYS, check_formats
 from hf_shrink.recipe.pruning import AMOUNT_KEYS, AMOUNTS, PRUNE_KINDS, PruneStep
 from hf_shrink.recipe.search import SearchSpec
@@ -189,6 +189,8 @@ class Recipe:
                 for body in bodies:
                     if section == "quantize" and leaf == "effort":
                         _forget_expansion(body)
+                    elif section == "quantize" and leaf == "scheme":
+                        collapse(body)
                     body[leaf] = value
             else:
                 valid = ("calibration", "evaluation", "budget", "search", "prune", "quantize", "portable", "dtype")

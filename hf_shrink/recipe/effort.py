@@ -38,6 +38,15 @@ def expand(step: Mapping[str, Any]) -> dict[str, Any]:
     return {**chosen, **step}
 
 
+def collapse(step: dict[str, Any]) -> None:
+    """The inverse of `expand`, in place: before a step's scheme changes, what its effort chose for that goes."""
+    effort = step.get("effort")
+    if isinstance(effort, str) and effort in EFFORTS:
+        for key, value in _for_scheme(EFFORTS[effort], str(step.get("scheme")).upper()).items():
+            if step.get(key) == value:
+                del step[key]
+
+
 def _for_scheme(effort: Mapping[str, Any], scheme: str) -> dict[str, Any]:
     """An effort with what pays under one scheme only."""
     chosen = dict(effort)

@@ -110,6 +110,21 @@ def test_set_effort_takes_out_options_of_the_method_before_and_goes_from_level_t
     assert quantize(quantize_effort(quantize_effort(recipe, "best"), "fast")).tune == {}
 
 
+@pytest.mark.parametrize("effort", EFFORTS)
+def test_set_scheme_takes_out_what_the_effort_chose_for_the_scheme_before(effort: str) -> None:
+    """Under W8A8 some levels shift; that was not asked for by name, and does not stay under other schemes."""
+    eight, four = recipe_with(effort=effort, scheme="W8A8"), recipe_with(effort=effort, scheme="W4A16")
+    assert eight.with_overrides(["quantize.scheme=W4A16"]) == four
+    assert four.with_overrides(["quantize.scheme=w8a8"]) == recipe_with(effort=effort, scheme="w8a8")
+    with pytest.raises(RecipeError, match="either effort or method"):
+        four.with_overrides(["quantize.method=hqq", "quantize.scheme=W8A8"])
+
+
+def test_set_scheme_leaves_transforms_that_were_asked_for() -> None:
+    recipe = recipe_with(method="gptq", scheme="W8A8", transforms=["shift"])
+    assert quantize(recipe.with_overrides(["quantize.scheme=W4A16"])).transforms == ("shift",)
+
+
 def test_set_of_method_beside_an_effort_is_a_conflict() -> None:
     with pytest.raises(RecipeError, match="either effort or method"):
         recipe_with(effort="best").with_overrides(["quantize.method=rtn"])
