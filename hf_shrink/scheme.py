@@ -62,9 +62,16 @@ class Scheme:
             )
         if self.strategy not in STRATEGIES:
             raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(self.strategy, STRATEGIES)}")
-        if (self.strategy == "group") != (self.group_size is not None):
-            raise RecipeError(f"group_size goes with strategy 'group' only (strategy {self.strategy!r})")
         size: object = self.group_size
+        if self.strategy == "group" and size is None:
+            raise RecipeError(
+                "strategy: group needs a group_size, such as 128; for one scale a row write strategy: channel"
+            )
+        if self.strategy != "group" and size is not None:
+            raise RecipeError(
+                f"group_size: {size} goes with strategy: group, not with strategy: {self.strategy}; take it out "
+                "(or set it to null), or write strategy: group"
+            )
         if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise RecipeError(f"group_size must be a whole number of at least 1, not {size!r}")
         kind = Kind(self.bits, self.type, self.activation_bits)

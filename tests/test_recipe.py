@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.plan import Scheme
 from hf_shrink.recipe import PruneStep, QuantizeStep, Recipe
 
 FULL = {
@@ -166,6 +167,57 @@ def test_inputs_without_zero_points_are_asked_for_by_name() -> None:
     for wrong in ({"scheme": "W4A16"}, {"scheme": "FP8A16"}):
         with pytest.raises(RecipeError, match="symmetric_inputs goes with W8A8"):
             _quantize(symmetric_inputs=True, **wrong)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"strategy": "channel", "group_size": 64},
+        {"strategy": "tensor", "group_size": 64},
+        {"overrides": {"lm_head": {"strategy": "channel", "group_size": 64}}},
+        {"strategy": "channel", "overrides": {"lm_head": {"group_size": 64}}},
+        {"strategy": "channel", "head": {"scheme": "W8A16", "group_size": 64}},
+    ],
+    ids=str,
+)
+def test_a_group_size_without_groups_is_refused(step: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=r"group_size: 64 goes with strategy: group, not with .*; take it out"):
+        _quantize(scheme="W4A16", **step)
+
+
+def test_a_group_size_that_other_weights_use_or_that_is_the_default_is_carried_along() -> None:
+    for step in ({}, {"group_size": None}, {"group_size": 128}):
+        recipe = _quantize(scheme="W4A16", strategy="channel", **step)
+        assert recipe.quantize.base_scheme() == Scheme(4, strategy="channel", group_size=None)
+        assert Recipe.from_dict(recipe.to_dict()).quantize.base_scheme() == recipe.quantize.base_scheme()
+    finer = _quantize(scheme="W4A16", group_size=64, overrides={"a": {"strategy": "channel"}}).quantize
+    assert finer.scheme_with(finer.overrides["a"]).group_size is None
+    some = _quantize(strategy="channel", group_size=64, overrides={"a": {"strategy": "group"}}).quantize
+    assert some.scheme_with(some.overrides["a"]).group_size == 64
+    head = _quantize(strategy="channel", group_size=64, head={"scheme": "W4A16", "strategy": "group"}).quantize
+    assert head.head_scheme().group_size == 64
+    coarser = _quantize(group_size=64).with_overrides(["quantize.strategy=channel", "quantize.group_size=null"])
+    assert coarser.quantize.base_scheme().group_size is None
+
+
+@pytest.mark.parametrize("step", [{"group_size": None}, {"overrides": {"lm_head": {"group_size": None}}}], ids=str)
+def test_no_group_size_says_how_one_scale_a_row_is_asked_for(step: dict[str, object]) -> None:
+    with pytest.raises(RecipeError, match=r"needs a group_size, such as 128; for one scale a row.* strategy: channel"):
+        _quantize(scheme="W4A16", **step)
+
+
+@pytest.mark.parametrize("scheme", ["W4A16", "FP8A16"])
+def test_overrides_of_weights_whose_inputs_stay_refuse_symmetric_inputs(scheme: str) -> None:
+    override = {"scheme": scheme, "symmetric_inputs": True}
+    with pytest.raises(RecipeError, match=f"{scheme} does not round its inputs"):
+        _quantize(scheme="W8A8", overrides={"lm_head": override})
+    with pytest.raises(RecipeError, match=f"{scheme} does not round its inputs"):
+        _quantize(scheme="W8A8", head=override)
+    without = {**override, "symmetric_inputs": False}
+    _quantize(scheme="W8A8", symmetric_inputs=True, head=scheme, overrides={"lm_head": without})
+    for key in ("symmetric", "symmetric_inputs"):
+        with pytest.raises(RecipeError, match=f"{key} must be true or false"):
+            _quantize(scheme="W8A8", overrides={"lm_head": {key: "maybe"}})
 
 
 def test_overrides_between_grouped_and_by_channel_schemes() -> None:

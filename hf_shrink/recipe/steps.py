@@ -14,6 +14,7 @@ from hf_shrink.recipe.values import as_list, check_switch
 from hf_shrink.registry import did_you_mean
 
 STARVED = ("error", "rtn")
+GROUP_SIZE = 128
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class QuantizeStep:
         head: the scheme of the output head and of an embedding that is tied to it, as a name or a mapping like an
             override's; W8A16 then has one scale per row. It wins over `targets` and `ignore`. None: as these say.
         symmetric, strategy, group_size: W8A8 and FP8A16 are symmetric with one scale per channel; the default
-            group size does not apply to them, another one is an error.
+            group size does not apply to them, nor to another strategy than "group", and another one is an error.
         symmetric_inputs: of W8A8: round inputs without zero points, for engines that have no others; less exact.
         effort: in place of method, transforms and tune: "fast", "balanced" or "best"; see `recipe/effort.py`. Already
             expanded when a step was read from a recipe; kept to be shown.
@@ -48,7 +49,7 @@ class QuantizeStep:
     scheme: str = "W4A16"
     symmetric: bool = True
     strategy: Strategy = "group"
-    group_size: int | None = 128
+    group_size: int | None = GROUP_SIZE
     symmetric_inputs: bool = False
     targets: tuple[str, ...] | None = None
     ignore: tuple[str, ...] | None = None
@@ -93,6 +94,10 @@ class QuantizeStep:
         if self.head_scheme().activation_bits < 16:
             raise RecipeError(f"quantize.head cannot be {self.head_scheme().name}, which rounds inputs; use W8A16")
         rounded = [self.base_scheme(), *map(self.scheme_with, self.overrides.values())]
+        if self.group_size not in (None, GROUP_SIZE):
+            grouped = rounded if self.head is None else [*rounded, self.head_scheme()]
+            if all(scheme.strategy != "group" for scheme in grouped):
+                self.scheme_with({"group_size": self.group_size})  # raises: it says what the size does not go with
         if self.symmetric_inputs and all(scheme.activation_bits == 16 for scheme in rounded):
             raise RecipeError(f"{self.scheme} does not round its inputs; symmetric_inputs goes with W8A8")
 
@@ -119,17 +124,22 @@ class QuantizeStep:
                 raise RecipeError(f"unknown key {key!r} in quantize.overrides; {did_you_mean(key, valid)}")
         name = str(override.get("scheme", self.scheme))
         kind = Scheme.kind_of(name)
-        form: dict[str, Any] = {"symmetric": True, "strategy": "group", "group_size": 128}
+        form: dict[str, Any] = {"symmetric": True, "strategy": "group", "group_size": GROUP_SIZE}
         if kind.by_channel == Scheme.kind_of(self.scheme).by_channel:  # else what the step says is not meant for it
             form = {key: getattr(self, key) for key in form}
         form.update((key, override[key]) for key in form if key in override)
+        inputs = override.get("symmetric_inputs", self.symmetric_inputs)
+        for key, value in (("symmetric", form["symmetric"]), ("symmetric_inputs", inputs)):
+            check_switch(value, f"quantize.{key}")
+        if override.get("symmetric_inputs") and kind.activation_bits == 16:
+            raise RecipeError(f"{name} does not round its inputs; symmetric_inputs goes with W8A8")
         if kind.by_channel:
-            _check_by_channel(name, form, (None,) if "group_size" in override else (None, 128))
-            inputs = kind.activation_bits < 16 and bool(override.get("symmetric_inputs", self.symmetric_inputs))
+            _check_by_channel(name, form, (None,) if "group_size" in override else (None, GROUP_SIZE))
+            inputs = inputs and kind.activation_bits < 16
             return Scheme(kind.bits, True, "channel", None, kind.type, kind.activation_bits, inputs)
-        strategy = form["strategy"]
-        check_switch(form["symmetric"], "symmetric")
-        return Scheme(kind.bits, form["symmetric"], strategy, form["group_size"] if strategy == "group" else None)
+        if form["strategy"] != "group" and "group_size" not in override:
+            form["group_size"] = None  # the step's, or the default, is for other weights
+        return Scheme(kind.bits, **form)
 
 
 def _check_by_channel(name: str, form: Mapping[str, Any], group_sizes: tuple[int | None, ...]) -> None:

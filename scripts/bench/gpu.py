@@ -72,9 +72,9 @@ class Run:
             dense = self._dense(name)
             made = {"dense": dense}
             for kind, quantize in RECIPES.items():
-                step = {"method": "rtn", "search": False, "group_size": GROUPS[name], **quantize}
-                if kind in ("W8A8", "FP8"):
-                    del step["group_size"]
+                step = {"method": "rtn", "search": False, **quantize}
+                if kind == "W4":  # the others have one scale a row
+                    step["group_size"] = GROUPS[name]
                 recipe = {"portable": False, "steps": [{"quantize": step}]}
                 made[kind] = shrink(copy.deepcopy(dense), recipe, progress=False)
             self.models[name] = made
