@@ -94,6 +94,36 @@ def test_set_changes_every_step_of_the_kind_and_sections() -> None:
     assert depth is not None and width is not None and not depth.refit and not width.refit
 
 
+@pytest.mark.parametrize("what", ["depth", "hidden", "vocabulary", "experts", "width", "weights"])
+@pytest.mark.parametrize(
+    ("key", "value", "home"),
+    [
+        ("units", "mlp", "width"),
+        ("parts", "mlp", "depth"),
+        ("targets", ["lm_head"], "weights"),
+        ("ignore", ["lm_head"], "weights"),
+    ],
+)
+def test_keys_of_one_kind_of_pruning_are_refused_by_the_others(what: str, key: str, value: object, home: str) -> None:
+    amounts = {"weights": {"sparsity": 0.5}, "vocabulary": {}}
+    step = {"what": what, "method": "mine", **amounts.get(what, {"ratio": 0.2})}
+    read = Recipe.from_dict({"steps": [{"prune": step}]})
+    assert Recipe.from_dict(read.to_dict()) == read
+    asked = {"steps": [{"prune": {**step, key: value}}]}
+    if what == home:
+        assert Recipe.from_dict(asked) == read.with_overrides([f"prune.{key}={value}"]) != read
+        return
+    with pytest.raises(RecipeError, match=rf"prune\.{key} goes with what: {home}; for {what} leave it out"):
+        Recipe.from_dict(asked)
+
+
+def test_set_of_a_key_of_one_kind_goes_to_the_steps_of_that_kind() -> None:
+    recipe = Recipe.from_dict(FULL).with_overrides(["prune.units=attention", "prune.parts=mlp"])
+    depth, width = recipe.prune("depth"), recipe.prune("width")
+    assert depth is not None and width is not None
+    assert (depth.units, depth.parts, width.units, width.parts) == ("all", "mlp", "attention", "blocks")
+
+
 def test_an_amount_that_several_steps_take_names_one() -> None:
     recipe = Recipe.from_dict(FULL)
     with pytest.raises(RecipeError, match=r"prune\.depth\.ratio or prune\.width\.ratio"):

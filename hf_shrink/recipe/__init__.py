@@ -16,7 +16,7 @@ from hf_shrink.plan import DTYPES, Scheme
 from hf_shrink.recipe.budget import Budget
 from hf_shrink.recipe.effort import collapse, expand
 from hf_shrink.recipe.formats import GRID_KEYS, check_formats
-from hf_shrink.recipe.pruning import AMOUNT_KEYS, AMOUNTS, PRUNE_KINDS, PruneStep
+from hf_shrink.recipe.pruning import AMOUNT_KEYS, AMOUNTS, OWN_KEYS, PRUNE_KINDS, PruneStep
 from hf_shrink.recipe.search import SearchSpec
 from hf_shrink.recipe.specs import METRICS, CalibrationSpec, EvaluationSpec
 from hf_shrink.recipe.steps import QuantizeStep, Step
@@ -150,9 +150,9 @@ class Recipe:
     def with_overrides(self, assignments: Iterable[str]) -> Recipe:
         """Apply `--set` assignments such as "quantize.group_size=64" or "calibration.samples=16".
 
-        `prune.` and `quantize.` change that key in every step of the kind, `prune.depth.ratio` only in those of what is
-        named, which is needed where the amounts of several would change; `budget.latency.decode=60%` goes one deeper.
-        Values are read as YAML; null takes a budget away.
+        `prune.` and `quantize.` change that key in every step of the kind (of prune steps: that takes it),
+        `prune.depth.ratio` only in those of what is named, which is needed where the amounts of several would change;
+        `budget.latency.decode=60%` goes one deeper. Values are read as YAML; null takes a budget away.
         """
         data = copy.deepcopy(self.to_dict())
         for assignment in assignments:
@@ -182,6 +182,8 @@ class Recipe:
                 if not bodies:
                     step = f"{section} step{f' with what: {what}' if leaf == inner else ''}"
                     raise RecipeError(f"--set {assignment!r}: the recipe has no {step}")
+                if section == "prune" and leaf in OWN_KEYS:
+                    bodies = [body for body in bodies if body["what"] == OWN_KEYS[leaf]] or bodies
                 if section == "prune" and leaf in AMOUNT_KEYS:
                     bodies = _give_way(bodies, leaf)
                     if len(kinds := [f"prune.{body['what']}.{leaf}" for body in bodies]) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
@@ -23,6 +23,7 @@ AMOUNTS: Mapping[str, tuple[str, ...]] = {
 }
 PRUNE_KINDS = tuple(AMOUNTS)
 AMOUNT_KEYS = tuple(dict.fromkeys(key for keys in AMOUNTS.values() for key in keys))
+OWN_KEYS = {"units": "width", "parts": "depth", "targets": "weights", "ignore": "weights"}  # of one kind only
 COUNTS = ("blocks", "experts")  # whole numbers
 UNITS = ("all", "attention", "mlp")
 PARTS = ("blocks", "attention", "mlp", "any")
@@ -42,7 +43,8 @@ class PruneStep:
         sparsity, threshold, pattern: of weights: see `sparsity.Amount`.
         targets, ignore: of weights: which modules, as in a quantize step.
         refit: whether matrices that read or write what was cut are refitted by least squares; of depth: the matrices
-            that write the residual stream, from the first gap on.
+            that write the residual stream, from the first gap on; of weights: what is kept, where the run reads
+            the inputs of matrices. Of experts and tokens nothing is.
         options: the fields of the method's own dataclass.
         parts: of depth: whether whole blocks go, only their attentions or MLPs, or either of these ("any").
     """
@@ -69,8 +71,10 @@ class PruneStep:
             raise RecipeError(f"prune.units {self.units!r} is unknown; {did_you_mean(str(self.units), UNITS)}")
         if self.parts not in PARTS:
             raise RecipeError(f"prune.parts {self.parts!r} is unknown; {did_you_mean(str(self.parts), PARTS)}")
-        if self.parts != "blocks" and self.what != "depth":
-            raise RecipeError(f"prune.parts goes with what: depth; for {self.what} there is units")
+        for own in fields(self):
+            kind = OWN_KEYS.get(own.name, self.what)
+            if kind != self.what and getattr(self, own.name) != own.default:
+                raise RecipeError(f"prune.{own.name} goes with what: {kind}; for {self.what} leave it out")
         if self.parts == "any" and self.blocks is not None:
             raise RecipeError("prune.parts any takes out things of different sizes: give ratio instead of blocks")
         self._check_amounts()
@@ -97,11 +101,9 @@ class PruneStep:
             raise RecipeError(f"prune with what: {self.what} takes {either}{' or '.join(taken)}")
 
     def _check_weights(self) -> None:
-        """Raises RecipeError for a bad amount of single weights, and for targets of another kind of pruning."""
+        """Raises RecipeError for a bad amount of single weights, and for targets that are no list."""
         for key in ("targets", "ignore"):
             value = getattr(self, key)
-            if value is not None and self.what != "weights":
-                raise RecipeError(f"prune.{key} goes with what: weights; for {self.what} leave it out")
             if value is not None:
                 object.__setattr__(self, key, as_list(value, f"prune.{key}"))
         if self.what == "weights":
