@@ -147,6 +147,16 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         )
     if not chosen:
         raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")
+    notes += [
+        f"quantize.targets: {t!r} adds nothing: what it matches is left out (see quantize.ignore) or cannot be packed"
+        for t in step.targets or ()
+        if not any(matches(path, candidates[path], t) for path in chosen)
+    ]
+    notes += [
+        f"quantize.overrides: {key!r} changes nothing: what it matches stays dense, or goes by head or another override"
+        for key in step.overrides
+        if key not in chosen.values()
+    ]
     return Selected(chosen, frozenset(by_name & chosen.keys()), notes, head)
 
 

@@ -72,6 +72,17 @@ def test_explicit_ignore_beats_targets_and_overrides() -> None:
     assert len(schemes) == 3 * 7
 
 
+def test_targets_and_overrides_that_do_nothing_are_noted() -> None:
+    inner, head = "re:.*layers.*", {"lm_head": {"scheme": "W8A16"}}
+    for step in ({"ignore": ["lm_head"], "overrides": head}, {"head": "W8A16", "overrides": head, "portable": False}):
+        found = resolve(tiny_llama(), **step)
+        assert [n for n in found.notes if "quantize.overrides: 'lm_head' changes nothing" in n]
+    found = resolve(tiny_llama(tie_word_embeddings=True), targets=[inner, "lm_head", "Embedding"])
+    assert [n[:30] for n in found.notes] == ["quantize.targets: 'lm_head' ad", "quantize.targets: 'Embedding' "]
+    used = resolve(tiny_llama(), targets=[inner], overrides={**head, "re:.*layers.0.*": {"scheme": "W3A16"}})
+    assert not [n for n in used.notes if "nothing" in n] and used.schemes["lm_head"].bits == 8
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
