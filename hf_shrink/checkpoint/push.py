@@ -91,6 +91,7 @@ def push_shrunk_to_hub(
         HubError: no token, no permission, or a name that holds something else.
         CheckpointError: the model was not made by hf_shrink, or the folder is not whole.
         PushInterrupted: the push broke off.
+        KeyboardInterrupt: it was stopped.
     """
     destination = Destination(repo_id, private, revision, create_pr, overwrite, token)
     if not isinstance(model, PreTrainedModel):

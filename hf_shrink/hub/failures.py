@@ -29,9 +29,15 @@ def asking(repo_id: str, go_on: Callable[[], str] = str) -> Iterator[None]:
     Raises:
         HubError: the answer is no, and stays so until something is changed.
         PushInterrupted: there was no answer, or it got lost.
+        KeyboardInterrupt: it was stopped; with the same sentence.
     """
     try:
         yield
+    except KeyboardInterrupt as error:
+        said = go_on()
+        if not said:
+            raise
+        raise type(error)(f"the push to {repo_id} was stopped{said}") from error
     except LocalTokenNotFoundError as error:
         raise HubError(f"pushing to {repo_id} needs a token of the Hub, and there is none; {LOGIN}") from error
     except OfflineModeIsEnabled as error:

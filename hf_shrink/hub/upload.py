@@ -49,6 +49,7 @@ def upload(folder: Path, destination: Destination, message: str, description: st
     Raises:
         HubError: the Hub says no.
         PushInterrupted: it did not get through; says how to go on.
+        KeyboardInterrupt: it was stopped; says how to go on.
     """
     api, where = destination.api(), destination
     with asking(destination.repo_id, lambda: _go_on(again, where)):

@@ -232,5 +232,27 @@ def test_a_model_that_cannot_be_pushed_is_on_the_disk(
     assert json.loads((kept / "shrink.json").read_text())["plan"]
 
 
+def test_a_push_that_is_stopped_says_how_it_goes_on(
+    hub: Server, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, screen: Screen
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    model = AutoModelForCausalLM.from_pretrained(finished)
+
+    def stopped(*given: object, **named: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.upload_folder", stopped)
+        with pytest.raises(KeyboardInterrupt) as failed:
+            model.push_to_hub("me/tiny", private=True)
+        code, said = outcome(["push", str(finished), "me/tiny", "--quiet"], screen)
+    assert (code, f"go on with hf-shrink push {finished}" in said) == (1, True)
+    (kept,) = tmp_path.glob("tiny-*")
+    again = shlex.split(str(failed.value).split("go on with hf-shrink ")[1])
+    assert again[1] == str(kept)
+    assert main([*again, "--quiet"]) == 0
+    assert "shrink.json" in hub.hub.repositories["me/tiny"].files() and hub.hub.repositories["me/tiny"].private
+
+
 def test_a_destination_does_not_show_its_token() -> None:
     assert OWNER not in repr(Destination("me/tiny", token=OWNER))
