@@ -59,7 +59,10 @@ METRIC_ROWS = {
     "accuracy": ("Accuracy", "share of right answers; higher is better"),
     "f1": ("F1", "mean over classes of the harmonic mean of precision and recall; higher is better"),
     "entity_f1": ("Entity F1", "harmonic mean of precision and recall of whole entities; higher is better"),
-    "exact_match": ("Exact match", "share of answers that are the reference to the letter; higher is better"),
+    "exact_match": (
+        "Exact match",
+        "share of answers that are the reference, but for case, punctuation and articles; higher is better",
+    ),
     "answer_f1": ("Answer F1", "words that answer and reference share, precision and recall; higher is better"),
     "rouge_l": ("ROUGE-L", "longest common run of words with the reference; higher is better"),
     "wer": ("Word error rate", "words to change over words of the reference; lower is better"),
@@ -73,7 +76,7 @@ METRIC_ROWS = {
     "cosine": ("Cosine agreement", "mean cosine between the last hidden states of both models; 1 for a perfect copy"),
     "attribution_fidelity": ("Attribution fidelity", "how far both models decide for the same inputs; 1 for a copy"),
     "attention_fidelity": ("Attention fidelity", "how far both models look at the same places; 1 for a perfect copy"),
-    "latency": ("Latency", "of a forward pass over the data; lower is better"),
+    "latency": ("Latency", "of a forward pass over a made-up input, such as 128 tokens or an image; lower is better"),
     "peak_memory": ("Peak memory", "that the model took at most; lower is better"),
     "weight_bytes": ("Weights in memory", "bytes of parameters and buffers as they are held; lower is better"),
 }

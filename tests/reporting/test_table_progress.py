@@ -12,9 +12,10 @@ from huggingface_hub.utils import are_progress_bars_disabled
 from reporting.record_example import bare_record, full_record
 from transformers.utils import logging as transformers_logging
 
+from hf_shrink.evaluation.answers import same_answer
 from hf_shrink.report import ShrinkReport
 from hf_shrink.reporting import Progress, plain_table, print_table, silence
-from hf_shrink.reporting.figures import count, size
+from hf_shrink.reporting.figures import count, metric_row, size
 
 
 class Terminal(io.StringIO):
@@ -137,3 +138,10 @@ def test_metrics_of_all_kinds_and_the_group_that_fares_worst():
     assert ["Latency", "20 ms", "12.3 ms", ""] in lines and ["Weights in memory", "-", "1.5 MB", ""] in lines
     assert ["Accuracy, group north", "0.75", "0.5 [0.4, 0.6]", ""] in lines
     assert "windows 256 tokens apart" in text
+
+
+def test_hints_say_what_is_measured():
+    """The latency's input is made up; answers are the same but for case, punctuation and articles."""
+    assert "made-up input" in metric_row("latency")[1] and "data" not in metric_row("latency")[1]
+    assert same_answer("The Sand.", ["sand"])
+    assert "but for case, punctuation and articles" in metric_row("exact_match")[1]
