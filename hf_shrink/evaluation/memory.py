@@ -83,7 +83,8 @@ def _measure(load: Load) -> Memory:
         model(**made_up_inputs(model, load.length))
     device = device_peak = None
     if load.device != "cpu":
-        device, device_peak = torch.accelerator.memory_allocated(), torch.accelerator.max_memory_allocated()
+        device = torch.accelerator.memory_allocated(load.device)
+        device_peak = torch.accelerator.max_memory_allocated(load.device)
     return Memory(loaded, loading_peak, _resident() - base, peak_bytes() - base, device, device_peak)
 
 

@@ -182,7 +182,7 @@ def _forward(model: Any, made: list[Inputs], workload: Workload, compiled: bool)
     tasks = dict(zip(("forward", "long forward"), made, strict=False))
 
     def once() -> dict[str, Seconds]:
-        return {task: timing.time_call(partial(call, **given)) for task, given in tasks.items()}
+        return {task: timing.time_call(partial(call, **given), model.device) for task, given in tasks.items()}
 
     return _Runner(once, once, dict.fromkeys(tasks, (workload.batch, "pass")))
 

@@ -34,10 +34,14 @@ class Seconds:
         return Seconds(self.wall - other.wall, self.cpu - other.cpu)
 
 
-def now() -> Seconds:
-    """The clocks, once the accelerator has finished what it was given: it works behind the caller's back."""
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
+def now(device: torch.device | None = None) -> Seconds:
+    """The clocks, once the accelerator has finished what it was given: it works behind the caller's back.
+
+    Args:
+        device: where the work is; None: the current accelerator, if there is one.
+    """
+    if torch.accelerator.is_available() and (device is None or device.type != "cpu"):
+        torch.accelerator.synchronize(device)
     return Seconds(time.perf_counter(), time.process_time())
 
 
@@ -57,11 +61,12 @@ class Generation:
 class _TokenClock(BaseStreamer):
     """Looks at the clocks whenever `generate` hands over the prompt or a new token."""
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.marks: list[Seconds] = []
 
     def put(self, value: torch.Tensor) -> None:
-        self.marks.append(now())
+        self.marks.append(now(self.device))
 
     def end(self) -> None:
         pass
@@ -76,19 +81,19 @@ def time_generation(model: Any, inputs: Mapping[str, torch.Tensor], config: Any)
         inputs: what it reads, on its device.
         config: a GenerationConfig that makes the same number of tokens every time.
     """
-    clock = _TokenClock()
-    start = now()
+    clock = _TokenClock(next(iter(inputs.values())).device)
+    start = now(clock.device)
     model.generate(**inputs, generation_config=config, streamer=clock)
     first, last = clock.marks[1], clock.marks[-1]  # before these comes the prompt
     return Generation(first - start, last - first)
 
 
 @torch.no_grad()
-def time_call(run: Callable[[], object]) -> Seconds:
-    """Time one call without gradients."""
-    start = now()
+def time_call(run: Callable[[], object], device: torch.device | None = None) -> Seconds:
+    """Time one call without gradients. `device`: as of `now`."""
+    start = now(device)
     run()
-    return now() - start
+    return now(device) - start
 
 
 def compiled(config: Any) -> Any:

@@ -233,7 +233,7 @@ def _least(run: Callable[[], object], device: torch.device) -> float:
 
 def _wait(device: torch.device) -> None:
     if device.type != "cpu":
-        torch.accelerator.synchronize()
+        torch.accelerator.synchronize(device)
 
 
 def describe_device(device: torch.device) -> dict[str, Any]:

@@ -139,6 +139,17 @@ def test_a_process_that_ends_early_says_why(small: Path, monkeypatch: pytest.Mon
             measure_memory(Load(str(small)))
 
 
+def test_memory_of_an_accelerator_is_that_of_the_one_in_use(monkeypatch: pytest.MonkeyPatch, small: Path) -> None:
+    asked: list[object] = []
+    for name, value in (("memory_allocated", 5), ("max_memory_allocated", 7)):
+        monkeypatch.setattr(torch.accelerator, name, lambda device=None, value=value: asked.append(device) or value)
+    real = memory.load_measured
+    monkeypatch.setattr(memory, "load_measured", lambda folder, dtype, device: real(folder, dtype, "cpu"))
+    taken = memory._measure(Load(str(small), device="meta:1", threads=1))
+    assert asked == ["meta:1"] * 2
+    assert (taken.device, taken.device_peak) == (5, 7)
+
+
 def test_a_model_that_does_not_generate(tmp_path: Path) -> None:
     config = BertConfig(
         vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=4
