@@ -11,7 +11,7 @@ from transformers.utils import CONFIG_NAME
 
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.evaluation.machine import can_measure_memory
-from hf_shrink.evaluation.made_up import made_up_inputs
+from hf_shrink.evaluation.made_up import made_up_inputs, reading_made_up
 from hf_shrink.evaluation.memory import Load, measure_memory
 from hf_shrink.evaluation.observed import Columns, Observed
 from hf_shrink.evaluation.size import unique_bytes
@@ -37,11 +37,15 @@ def add_costs(observed: Observed, needed: Collection[str], models: Mapping[str, 
 def _add_seconds(observed: Observed, sides: Mapping[str, Columns], models: Mapping[str, Any]) -> None:
     try:
         inputs = {name: made_up_inputs(model, LENGTH) for name, model in models.items()}
+        runs = {
+            name: partial(time_call, partial(model, **inputs[name]), model.device) for name, model in models.items()
+        }
+        for name, run in runs.items():  # to warm up
+            with reading_made_up(models[name]):
+                run()
     except ArchitectureError as error:
         observed.missing["seconds"] = str(error)
         return
-    runs = {name: partial(time_call, partial(model, **inputs[name])) for name, model in models.items()}
-    in_turn(runs, 1)  # to warm up
     timed = in_turn(runs, RUNS)
     observed.data["passes"] = [1.0] * RUNS
     for name, seconds in timed.items():

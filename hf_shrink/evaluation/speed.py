@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.evaluation import timing
 from hf_shrink.evaluation.greedy import greedy_config
-from hf_shrink.evaluation.made_up import Inputs, generates, made_up_inputs, positions
+from hf_shrink.evaluation.made_up import Inputs, generates, made_up_inputs, positions, reading_made_up
 from hf_shrink.evaluation.timing import Seconds
 from hf_shrink.progress import ProgressCallback, quiet
 from hf_shrink.speed_report import Timing
@@ -82,7 +83,7 @@ def measure_speed(
         Timings by name and task.
 
     Raises:
-        ArchitectureError: the model reads what cannot be made up, or `generate` does not compile it.
+        ArchitectureError: the model does not run on what can be made up, or `generate` does not compile it.
         RecipeError: the workload times nothing.
     """
     workload = (workload or Workload()).fitted(models.values())
@@ -95,8 +96,9 @@ def measure_speed(
         progress("measuring speed", done, total)
 
     progress("measuring speed", 0, total)
-    for run in runs.values():
-        run.warm_up()
+    for name, run in runs.items():
+        with reading_made_up(models[name]) if inputs is None else nullcontext():
+            run.warm_up()
         step()
     rounds = timing.in_turn({name: run.once for name, run in runs.items()}, workload.repeats, step)
     return {name: _timings(rounds[name], run.amounts) for name, run in runs.items()}
@@ -139,10 +141,14 @@ class _Runner:
 
 def _runner(model: Any, workload: Workload, compiled: bool, inputs: Mapping[str, torch.Tensor] | None) -> _Runner:
     lengths = [workload.prompt] + [workload.prefill] * (workload.prefill > 0 and inputs is None)
-    made = [dict(inputs) if inputs is not None else made_up_inputs(model, n, workload.batch) for n in lengths]
+    writes = generates(model)
+    made = [
+        dict(inputs) if inputs is not None else made_up_inputs(model, n, workload.batch, to_generate=writes)
+        for n in lengths
+    ]
     if "input_ids" not in made[0]:  # images and sounds have no length to choose
         del made[1:]
-    make = _generation if generates(model) else _forward
+    make = _generation if writes else _forward
     return make(model, made, workload, compiled)
 
 

@@ -12,6 +12,7 @@ from hf_shrink.calibration.data import CalibrationData
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.record import ShrinkRecord
+from hf_shrink.errors import ShrinkError
 from hf_shrink.evaluation import compare_decode_speed, evaluate_model, for_report, greedy_completion
 from hf_shrink.recipe import EvaluationSpec
 from hf_shrink.reporting.progress import Progress
@@ -59,7 +60,9 @@ def measure(
         )
     else:
         show("comparing speed", 0, 1)
-        speed = ranks().on_first(lambda: compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS))
+        speed, reason = ranks().on_first(lambda: _speed(dense, model))
+        if reason:
+            record.report.notes.append(f"speed was not measured: {reason}")
         show("comparing speed", 1, 1)
     record.report.evaluation = for_report(result, speed)
     record.report.completions = []
@@ -70,6 +73,16 @@ def measure(
             show("comparing completions", done, len(PROMPTS))
             record.report.completions.append(ranks().on_first(functools.partial(_completions, prompt, sides)))
         show("comparing completions", len(PROMPTS), len(PROMPTS))
+
+
+def _speed(dense: PreTrainedModel, model: PreTrainedModel) -> tuple[dict[str, Any] | None, str]:
+    """The speed of both; where it cannot be measured None, and why."""
+    try:
+        return compare_decode_speed(dense, model, prompt=SPEED_TOKENS, new=SPEED_TOKENS), ""
+    except ShrinkError as error:
+        return None, str(error)
+    except Exception as error:  # whatever it is: all the work of the run is done by now
+        return None, " ".join(f"{type(error).__name__}: {error}".split())[:300]
 
 
 def _completions(prompt: str, sides: Mapping[str, tuple[PreTrainedModel, Any]]) -> dict[str, str]:
