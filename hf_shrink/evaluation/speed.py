@@ -50,7 +50,13 @@ class Workload:
     def fitted(self, models: Iterable[Any]) -> Workload:
         """The same with no more tokens than every one of `models` has positions for."""
         found = self
-        for limit in filter(None, map(positions, models)):
+        for model in models:
+            limit = positions(model)
+            if limit is None:
+                continue
+            if not generates(model):
+                found = replace(found, prompt=min(found.prompt, limit), prefill=min(found.prefill, limit))
+                continue
             prompt = min(found.prompt, limit // 2) if found.prompt + found.new > limit else found.prompt
             new, prefill = min(found.new, limit - prompt), min(found.prefill, limit - 1)
             found = replace(found, prompt=prompt, new=new, prefill=prefill)

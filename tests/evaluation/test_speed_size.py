@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -27,7 +29,9 @@ from hf_shrink.evaluation import (
     timing,
     unique_bytes,
 )
+from hf_shrink.evaluation.costs import add_costs
 from hf_shrink.evaluation.greedy import greedy_config
+from hf_shrink.evaluation.observed import Observed
 
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
 
@@ -81,6 +85,47 @@ def test_tokens_fit_the_positions():
     measure_speed({"one": model}, Workload(repeats=1))
     assert lengths == [8, 1, 1, 1, 15, 8, *[1] * 7, 15]
     assert Workload(prompt=4, new=8).fitted([model]) == Workload(prompt=4, new=8, prefill=15)
+
+
+def test_a_model_that_writes_nothing_has_all_positions_for_its_input():
+    model = BertModel(BertConfig(vocab_size=VOCABULARY, max_position_embeddings=64, **SMALL)).eval()
+    assert Workload(prompt=60, new=32, prefill=80).fitted([model]) == Workload(prompt=60, new=32, prefill=64)
+    lengths = counted(model)
+    measure_speed({"one": model}, Workload(prompt=60, new=32, prefill=0, repeats=1))
+    assert lengths == [60, 60]
+
+
+@pytest.fixture
+def waited(monkeypatch):
+    """The devices that are waited for, where there is an accelerator."""
+    found = []
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: found.append(device))
+    return found
+
+
+def test_the_device_is_waited_for_that_does_the_work(waited):
+    """By itself torch waits for the first one."""
+    device = torch.device("meta")  # any that is not the CPU
+    model = ViTForImageClassification(ViTConfig(image_size=16, patch_size=8, **SMALL)).eval().to(device)
+    measure_speed({"one": model}, Workload(repeats=1))
+    assert waited == [device] * 4
+    add_costs(Observed(), {"seconds"}, {"model": model})
+    assert set(waited) == {device} and len(waited) > 4
+    timing.now(torch.device("cpu"))
+    assert set(waited) == {device}
+
+
+def test_generation_waits_for_the_device_of_its_inputs(waited):
+    device = torch.device("cuda", 1)
+
+    class Writer:
+        def generate(self, streamer, **given):
+            for _ in range(3):
+                streamer.put(None)
+
+    timing.time_generation(Writer(), {"input_ids": SimpleNamespace(device=device)}, None)
+    assert waited == [device] * 4
 
 
 @pytest.mark.parametrize("wrong", [{"new": 1}, {"prompt": 0}, {"prefill": -1}, {"batch": 0}, {"repeats": 0}])
