@@ -9,7 +9,7 @@ from typing import Any
 
 from transformers.utils import CONFIG_NAME
 
-from hf_shrink.errors import ArchitectureError
+from hf_shrink.errors import ArchitectureError, CheckpointError
 from hf_shrink.evaluation.machine import can_measure_memory
 from hf_shrink.evaluation.made_up import made_up_inputs, reading_made_up
 from hf_shrink.evaluation.memory import Load, measure_memory
@@ -53,13 +53,32 @@ def _add_seconds(observed: Observed, sides: Mapping[str, Columns], models: Mappi
 
 
 def _add_peaks(observed: Observed, sides: Mapping[str, Columns], models: Mapping[str, Any]) -> None:
-    named = {name: str(getattr(model, "name_or_path", "")) for name, model in models.items()}
-    folders = {name: Path(path) for name, path in named.items() if path and Path(path, CONFIG_NAME).is_file()}
+    folders = {name: folder for name, model in models.items() if (folder := _folder(model)) is not None}
     if not can_measure_memory():
         observed.missing["peak_bytes"] = "memory is only counted on Linux"
-    elif "model" not in folders:
-        observed.missing["peak_bytes"] = "memory is counted in a process of its own, which takes a saved model's folder"
-    else:
-        observed.data["processes"] = [1]
-        for name, folder in folders.items():
-            sides[name]["peak_bytes"] = [float(measure_memory(Load(str(folder), length=LENGTH)).peak)]
+        return
+    if "model" not in folders:
+        observed.missing["peak_bytes"] = (
+            "memory is counted in a process of its own, which takes a folder with the model as it is: save it, and "
+            "measure what is loaded from there"
+        )
+        return
+    try:
+        peaks = {name: measure_memory(Load(str(folder), length=LENGTH)).peak for name, folder in folders.items()}
+    except CheckpointError as error:
+        observed.missing["peak_bytes"] = str(error)
+        return
+    observed.data["processes"] = [1]
+    for name, peak in peaks.items():
+        sides[name]["peak_bytes"] = [float(peak)]
+
+
+def _folder(model: Any) -> Path | None:
+    """The folder that the model lies in, unless that holds what it was shrunk from since it was loaded."""
+    name = str(getattr(model, "name_or_path", "") or "")
+    if not name or not Path(name, CONFIG_NAME).is_file():
+        return None
+    record = getattr(model, "shrink_record", None)
+    if record is not None and Path(record.source).expanduser().resolve() == Path(name).resolve():
+        return None
+    return Path(name)

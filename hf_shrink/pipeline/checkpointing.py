@@ -125,6 +125,7 @@ def shrink_checkpoint(
         record.report.notes += [note] if note is not None else []
         bind_save(model, record)
         source_card = ranks().on_first(lambda: _save(model, found, record, run.output))
+        model.name_or_path = str(run.output)  # where what it became is found, to be measured
         record.report.bytes_before = _source_bytes(found, record.report.bytes_before)
         record.report.bytes_after = ranks().on_first(lambda: stored_bytes(run.output))
         if held_out is not None:
