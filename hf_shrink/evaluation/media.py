@@ -16,7 +16,10 @@ _RATE = 16_000
 
 
 def read_images(values: Sequence[Any], processor: MediaProcessor) -> Mapping[str, Any]:
-    """What the processor makes of images: PIL images, arrays, or paths of files."""
+    """What the processor makes of images: PIL images, arrays, paths of files, or {bytes, path} as data sets store them.
+
+    Raises CalibrationError for what cannot be read.
+    """
     return processor([_image(value) for value in values], return_tensors="pt")
 
 
@@ -46,6 +49,13 @@ def _image(value: Any) -> Any:
                 return opened.convert("RGB")
         except (OSError, UnidentifiedImageError) as error:
             raise CalibrationError(f"cannot read the image {value}: {error}") from error
+    if isinstance(value, Mapping):
+        import datasets
+
+        try:
+            value = datasets.Image().decode_example({key: value.get(key) for key in ("bytes", "path")})
+        except (OSError, ValueError) as error:
+            raise CalibrationError(f"cannot read an image of the data: {error}") from error
     return value.convert("RGB") if hasattr(value, "convert") else np.asarray(value)
 
 

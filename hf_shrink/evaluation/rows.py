@@ -106,10 +106,10 @@ def table_of(source: Any, recipe: TaskRecipe, seed: int) -> Table:
             split=recipe.split,
             evaluation_split=recipe.split,
         )
-        rows = load_rows(data, "evaluation", seed)
+        rows = _undecoded(load_rows(data, "evaluation", seed))
         return _table(iterate(rows, data), f"{recipe.dataset} ({recipe.split})", getattr(rows, "features", None))
     if is_data_set(source):
-        return _table(source, "a data set", getattr(source, "features", None))
+        return _table(_undecoded(source), "a data set", getattr(source, "features", None))
     if isinstance(source, str | Path):
         path = Path(source)
         if path.is_dir():
@@ -167,10 +167,22 @@ def _folder(path: Path, seed: int) -> Table:
 def _mixed(rows: Any, seed: int) -> Iterable[Mapping[str, Any]]:
     """In another order, the same every time: files are often sorted by class."""
     if is_data_set(rows):
-        mixed: Iterable[Mapping[str, Any]] = rows.shuffle(seed=seed)
+        mixed: Iterable[Mapping[str, Any]] = _undecoded(rows).shuffle(seed=seed)
         return mixed
     in_order: list[Mapping[str, Any]] = rows
     return random.Random(seed).sample(in_order, len(in_order))
+
+
+def _undecoded(rows: Any) -> Any:
+    """A data set with its images as they are stored: a task holds all rows, and decodes the images that it looks at."""
+    import datasets
+
+    if isinstance(rows, datasets.Dataset) and rows.format["type"] is not None:
+        return rows  # in a format that the user chose
+    for name, feature in (getattr(rows, "features", None) or {}).items():
+        if isinstance(feature, datasets.Image) and feature.decode and feature.mode is None:
+            rows = rows.cast_column(name, datasets.Image(decode=False))
+    return rows
 
 
 def _class_names(feature: Any) -> Sequence[str] | None:

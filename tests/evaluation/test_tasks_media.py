@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import wave
+import weakref
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -54,6 +56,37 @@ def test_images_of_files_and_folders(tmp_path):
     assert value(evaluate_model(model, tmp_path / "all", tokenizer=processor), "accuracy") == pytest.approx(expected)
     with pytest.raises(CalibrationError, match="pass its processor"):
         evaluate_model(model, tmp_path / "rows.jsonl")
+
+
+def test_images_of_a_data_set_are_decoded_when_they_are_looked_at(monkeypatch):
+    config = tiny_vit().config
+    config.update({"id2label": {0: "cat", 1: "dog"}, "label2id": {"cat": 0, "dog": 1}, "initializer_range": 0.3})
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config).eval()
+    processor, rng = ViTImageProcessorPil(size={"height": 32, "width": 32}), np.random.default_rng(0)
+    rows = [
+        {"image": Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)), "label": i % 2}
+        for i in range(7)
+    ]
+    recipe = TaskRecipe("mine", "classification", batch_size=2)
+    expected = evaluate_model(model, rows, tokenizer=processor, spec=recipe)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_list(rows, features=features)
+    decode, decoded, most = datasets.Image.decode_example, [], []
+
+    def watched(*given, **named):
+        image = decode(*given, **named)
+        decoded.append(weakref.ref(image))
+        most.append(sum(one() is not None for one in decoded))
+        return image
+
+    monkeypatch.setattr(datasets.Image, "decode_example", watched)
+    found = evaluate_model(model, table, tokenizer=processor, spec=recipe)
+    assert found["model"] == expected["model"] and value(found, "accuracy") < 1
+    assert len(decoded) == 7 and max(most) <= 2, "all images are held at once"
+    assert isinstance(table[0]["image"], Image.Image), "the user's own data set stays as it is"
+    with pytest.raises(CalibrationError, match="cannot read an image of the data"):
+        evaluate_model(model, [{"image": {"bytes": b"no image"}, "label": 0}], tokenizer=processor, spec=recipe)
 
 
 def test_speech_of_wave_files(tmp_path):
