@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,9 +19,10 @@ from hf_shrink.evaluation.asking import ask, fitting_task
 from hf_shrink.evaluation.batches import Pass, Subjects, pass_over
 from hf_shrink.evaluation.bootstrap import ratio_interval
 from hf_shrink.evaluation.changed import given, given_of_rows
+from hf_shrink.evaluation.costs import add_costs
 from hf_shrink.evaluation.dense_copies import dense_copies
-from hf_shrink.evaluation.figures import opened_metrics
-from hf_shrink.evaluation.insights import add_insights
+from hf_shrink.evaluation.figures import Metrics, opened_metrics
+from hf_shrink.evaluation.insights import add_explanations
 from hf_shrink.evaluation.metrics import check_names
 from hf_shrink.evaluation.observed import Observed
 from hf_shrink.evaluation.recipes import TaskRecipe, evaluation_spec, recipe_names
@@ -96,20 +97,15 @@ def evaluate_model(
     check_names(metrics or ())
     own_tokens = baseline is None or baseline_tokenizer is None
     subjects = Subjects(model, baseline, tokenizer, None if own_tokens else baseline_tokenizer)
-    job = _Job(subjects, seed, progress)
-    with (
-        together() as here,
-        _inference(subjects.models),
-        dense_copies(subjects.models, processes=here.size),
-        opened_metrics() as known,
-    ):
-        measured = here.on_first(lambda: job.on_rows(data, spec)) or job.on_batches(data, spec)
-        wanted = metrics if metrics is not None else measured.metrics
+    with together() as here, _inference(subjects.models), opened_metrics() as known:
+        job = _Job(subjects, metrics, known, seed, progress)
+        with dense_copies(subjects.models, processes=here.size):
+            measured = here.on_first(lambda: job.on_rows(data, spec)) or job.on_batches(data, spec)
 
         def figures() -> tuple[Observed, dict[str, Any]]:
-            observed = measured.found.observed
-            needed = {column for name in wanted or () for column in known.get(name).reads}
-            add_insights(observed, needed, subjects, measured.examples)
+            observed, wanted = measured.found.observed, measured.metrics
+            # Once the dense copies are gone: a packed model is not run with them.
+            add_costs(observed, known.columns(wanted), dict(zip(("model", "baseline"), subjects.models, strict=False)))
             return observed, known.figures(observed, wanted, seed)
 
         observed, result = here.on_first(figures)
@@ -137,12 +133,11 @@ def for_report(result: Mapping[str, Any], speed: Mapping[str, Any] | None = None
 
 @dataclass(frozen=True)
 class _Measured:
-    """What came of the data: which metrics it asks for (None: all that it allows), and examples of its inputs."""
+    """What came of the data, and which metrics are asked for (None: all that it allows)."""
 
     found: Pass
     metrics: Sequence[str] | None
     description: str
-    examples: list[Batch]
     rows: int = 0
     stride: int | None = None
 
@@ -150,6 +145,8 @@ class _Measured:
 @dataclass(frozen=True)
 class _Job:
     subjects: Subjects
+    metrics: Sequence[str] | None
+    known: Metrics
     seed: int
     progress: ProgressCallback | None
 
@@ -162,7 +159,8 @@ class _Job:
         rows: list[Row] = table.of_task(task, recipe.columns, recipe.samples, self.subjects.model)
         found = ask(task, rows, self.subjects, recipe, self.progress)
         subject = Subject(self.subjects.model, self.subjects.processing, recipe.length)
-        return _Measured(found, recipe.metrics, table.description, task.batches(subject, rows), len(rows))
+        wanted = self._explained(found, recipe.metrics, lambda: task.batches(subject, rows))
+        return _Measured(found, wanted, table.description, len(rows))
 
     def on_batches(self, data: Any, spec: Spec | None) -> _Measured:
         """Run over model inputs, made of text or media where they are not given."""
@@ -181,10 +179,19 @@ class _Job:
         batches = [without_placeholders(kind, batch, self.subjects.model) for batch in batches]
         found = pass_over(self.subjects, kind, batches, self.progress)
         found.observed.groups = groups
-        metrics = METRICS if spec is None else spec.metrics
+        metrics: Sequence[str] | None = METRICS if spec is None else spec.metrics
         if spec is None and "reference" in found.observed.data:
-            return _Measured(found, None, made.description, batches)
-        return _Measured(found, metrics, made.description, batches, stride=None if spec is None else spec.stride)
+            metrics = None
+        wanted = ranks().on_first(lambda: self._explained(found, metrics, lambda: iter(batches)))
+        return _Measured(found, wanted, made.description, stride=None if spec is None else spec.stride)
+
+    def _explained(
+        self, found: Pass, usual: Sequence[str] | None, examples: Callable[[], Iterator[Batch]]
+    ) -> Sequence[str] | None:
+        """The metrics that are wanted, once the columns are there that explain decisions on the examples for them."""
+        wanted = usual if self.metrics is None else self.metrics
+        add_explanations(found.observed, self.known.columns(wanted), self.subjects, examples)
+        return wanted
 
     def _rows(self, data: Any, spec: Spec | None) -> tuple[TaskRecipe, Task, Table] | None:
         if isinstance(data, EvaluationSpec):

@@ -6,7 +6,7 @@ for attributions and a forward pass with the plain attention function for maps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,7 +27,7 @@ _TEXT = "input_ids"
 Decision = Callable[[Logits | Hidden], Tensor]
 
 
-def attributions_agree(kind: Kind, batches: Sequence[Batch], model: Any, baseline: Any) -> Columns:
+def attributions_agree(kind: Kind, batches: Iterable[Batch], model: Any, baseline: Any) -> Columns:
     """The rank correlation of both models' attributions of the dense model's decision, an entry an input.
 
     The decision is the dense model's first choice at the last position that counts (its log-probability), or the
@@ -46,7 +46,7 @@ def attributions_agree(kind: Kind, batches: Sequence[Batch], model: Any, baselin
     return found
 
 
-def attentions_agree(kind: Kind, batches: Sequence[Batch], model: Any, baseline: Any) -> Columns | None:
+def attentions_agree(kind: Kind, batches: Iterable[Batch], model: Any, baseline: Any) -> Columns | None:
     """1 - total variation between both models' attention, summed over an input's positions; None: there are no maps."""
     found: Columns = {name: [] for name in ATTENTION}
     for batch in _one_by_one(batches):
@@ -62,7 +62,7 @@ def attentions_agree(kind: Kind, batches: Sequence[Batch], model: Any, baseline:
     return found
 
 
-def _one_by_one(batches: Sequence[Batch]) -> Iterator[Batch]:
+def _one_by_one(batches: Iterable[Batch]) -> Iterator[Batch]:
     """Single inputs: maps of all blocks are held at once."""
     for batch in batches:
         sizes = {len(value) for value in batch.values()}

@@ -29,6 +29,10 @@ class Metrics:
             self._loaded[name] = load_metric(name, self._cache)
         return self._loaded[name]
 
+    def columns(self, wanted: Sequence[str] | None) -> set[str]:
+        """What the metrics read that are wanted by name. Raises as `get`."""
+        return {column for name in wanted or () for column in self.get(name).reads}
+
     def figures(self, observed: Observed, wanted: Sequence[str] | None, seed: int) -> Figures:
         """{"model": {metric: figure}, "baseline": ..., "skipped": {metric: reason}}, and "groups" where rows have some.
 

@@ -9,10 +9,11 @@ import torch
 from perturbing import perturbed, windows
 from scipy.stats import spearmanr
 from tiny import tiny_llama, tiny_tokenizer
-from tiny_readers import tiny_bert, tiny_t5, tiny_vit, tiny_whisper
+from tiny_readers import encoder_tokenizer, tiny_bert, tiny_t5, tiny_vit, tiny_whisper
 from transformers import ViTForImageClassification
 
 from hf_shrink.evaluation import evaluate_model
+from hf_shrink.evaluation.tasks import Subject
 
 BOTH = ("attribution_fidelity", "attention_fidelity")
 
@@ -71,6 +72,20 @@ def test_every_kind_of_input_is_explained(model, batch):
     assert all(-1 <= value < 1 for value in values(perturbed(dense), [batch], dense))
 
 
+def test_rows_are_made_into_inputs_again_only_where_decisions_are_explained(monkeypatch):
+    texts = ["the tide goes out", "a child walks", "nobody counts the stones", "the sand"]
+    rows = [{"sentence1": text, "sentence2": text[:9], "score": place} for place, text in enumerate(texts)]
+    dense, tokenizer, made = tiny_bert(), encoder_tokenizer(), []
+    padded = Subject.padded
+    monkeypatch.setattr(Subject, "padded", lambda self, given, *rest: made.append(given) or padded(self, given, *rest))
+    evaluate_model(dense, rows, tokenizer=tokenizer, metrics=("rank_correlation",))
+    assert sum(map(len, made)) == 8
+    given = [{"input_ids": tokenizer(text, return_tensors="pt").input_ids} for text in texts]
+    expected = values(perturbed(dense), given, dense)
+    assert values(perturbed(dense), rows, dense, tokenizer=tokenizer) == pytest.approx(expected, abs=1e-6)
+    assert max(expected) < 1
+
+
 def test_what_cannot_be_explained_is_said():
     data = [{"input_ids": windows(2, 8)}]
     result = evaluate_model(tiny_llama(), data, metrics=BOTH)
@@ -80,3 +95,6 @@ def test_what_cannot_be_explained_is_said():
     apart = {"tokenizer": tiny_tokenizer(), "baseline_tokenizer": tiny_tokenizer()}
     result = evaluate_model(other, data, baseline=tiny_llama(), metrics=BOTH, **apart)
     assert "different tokens" in result["skipped"]["attribution_fidelity"]
+    rows = [{"question": "what", "choices": ["sand", "rocks"], "answer": 0}]
+    result = evaluate_model(other, rows, baseline=tiny_llama(), tokenizer=tiny_tokenizer(), metrics=BOTH)
+    assert "several inputs for one answer" in result["skipped"]["attention_fidelity"]

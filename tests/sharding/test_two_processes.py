@@ -11,7 +11,8 @@ import pytest
 import torch
 from conformance.cases_mixtures import MIXTURES
 from in_processes import in_two
-from tiny import QUICK_GPTQ, tiny_llama
+from perturbing import perturbed
+from tiny import QUICK_GPTQ, tiny_llama, tiny_tokenizer
 
 from hf_shrink import evaluate_model, make_plan, shrink
 from hf_shrink.calibration.dense_stream import DenseStream
@@ -106,12 +107,19 @@ def statistics() -> dict[str, InputStatistics]:
     return found
 
 
+ROWS = [{"question": word, "choices": ["sand", "rocks", word], "answer": 2} for word in ("tide", "child", "name")]
+ASKED = {"tokenizer": tiny_tokenizer(), "metrics": ("accuracy", "weight_bytes")}
+EXPLAINED = {"metrics": ("attribution_fidelity", "attention_fidelity")}
+
+
 def job(rank: int) -> dict[str, Any]:
     dense = tiny_llama()
     small = shrink(tiny_llama(), quantized(method="rtn"), progress=False)
     return {
         "statistics": statistics(),
         "evaluation": evaluate_model(small, batches(5), baseline=dense),
+        "rows": evaluate_model(perturbed(dense), ROWS, baseline=dense, **ASKED),
+        "explained": evaluate_model(perturbed(dense), batches(3), baseline=dense, **EXPLAINED),
         "spread": spread(["a", "b", "c"], lambda item: (item, rank, torch.full((2,), rank))),
         "own": share(17).own,
         "few": share(1).own,
@@ -179,6 +187,11 @@ def test_evaluation_is_the_same_to_the_bit(both: list[dict[str, Any]]) -> None:
     alone = evaluate_model(small, batches(5), baseline=tiny_llama())
     for key in ("model", "baseline", "tokens", "sequences", "context"):
         assert both[0]["evaluation"][key] == both[1]["evaluation"][key] == alone[key]
+    dense = tiny_llama()
+    for name, data, asked in (("rows", ROWS, ASKED), ("explained", batches(3), EXPLAINED)):
+        found = evaluate_model(perturbed(dense), data, baseline=dense, **asked)
+        assert both[0][name]["model"] == both[1][name]["model"] == found["model"]
+        assert found["model"].keys() == set(asked["metrics"])
 
 
 def test_work_is_split_and_results_are_exchanged(both: list[dict[str, Any]]) -> None:

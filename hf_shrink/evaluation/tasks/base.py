@@ -148,9 +148,12 @@ class Task(ABC):
         """What the answers of both models together say."""
         return {}
 
-    def batches(self, subject: Subject, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
-        """Model inputs, a row each, for what looks into the model; none where an answer takes several of them."""
-        return []
+    def batches(self, subject: Subject, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
+        """Model inputs, a row each, for what looks into the model; none where an answer takes several of them.
+
+        Each is made when it is its turn.
+        """
+        return iter(())
 
 
 TASKS: Registry[Task] = Registry("evaluation task", "hf_shrink.evaluation.tasks")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -77,8 +77,18 @@ class Classification(Task):
     def between(self, own: Columns, dense: Columns) -> Columns:
         return between_classes(own, dense)
 
-    def batches(self, subject: Subject, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
-        return [self._inputs(subject, [row]) for row in rows]
+    def batches(self, subject: Subject, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
+        return (self._inputs(subject, [row]) for row in rows)
+
+    def _alone(self, subject: Subject) -> bool:
+        """Whether rows do not fit one batch."""
+        main = getattr(subject.model, "main_input_name", "input_ids")
+        if main == "input_ids":
+            # Heads on decoders find a text's last token by the config's padding token.
+            known = getattr(subject.model.config.get_text_config(), "pad_token_id", None)
+            return subject.alone or subject.tokenizer.pad_token_id != known
+        # Sounds that are padded to one length sound otherwise to models that take no mask.
+        return main != "pixel_values"
 
     def _scores(self, subject: Subject) -> bool:
         return int(subject.model.config.num_labels) == 1

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -64,8 +64,8 @@ class Retrieval(Task):
         found: Columns = {"agreeing": same(own["first"], dense["first"])}
         return found if cosine is None else {**found, "cosine": cosine}
 
-    def batches(self, subject: Subject, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
-        return [subject.padded([f"{self.query}{row['query']}"]) for row in rows]
+    def batches(self, subject: Subject, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
+        return (subject.padded([f"{self.query}{row['query']}"]) for row in rows)
 
 
 def _relevant(rows: Sequence[Row]) -> Mapping[Any, set[str]]:

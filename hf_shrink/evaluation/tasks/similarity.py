@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -54,5 +54,5 @@ class Similarity(Task):
             return {}
         return {"cosine": [sum(both) for both in zip(first, second, strict=True)]}
 
-    def batches(self, subject: Subject, rows: Sequence[Row]) -> list[dict[str, Tensor]]:
-        return [subject.padded([str(row["first"])]) for row in rows]
+    def batches(self, subject: Subject, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
+        return (subject.padded([str(row["first"])]) for row in rows)
