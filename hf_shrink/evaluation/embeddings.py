@@ -46,7 +46,7 @@ def embeddings(subject: Subject, texts: Sequence[str], pooling: Pooling, run: Pr
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
     found = []
-    for batch in run.batches(texts):
+    for batch in run.batches(texts, subject.alone):
         inputs = subject.padded(batch)
         states = getattr(model(**inputs), "last_hidden_state", None)
         if states is None:

@@ -71,12 +71,17 @@ class Subject:
             if isinstance(value, Tensor) and (accepted is None or name in accepted)
         }
 
+    @property
+    def alone(self) -> bool:
+        """Whether texts do not fit one batch: the tokenizer has no token that makes them equally long."""
+        return self.tokenizer.pad_token_id is None
+
     def padded(self, texts: Sequence[str], others: Sequence[str] | None = None) -> dict[str, Tensor]:
-        """Texts, or pairs of them, as one batch."""
+        """Texts, or pairs of them, as one batch; a single one where `alone`."""
         made = self.tokenizer(
             list(texts),
             None if others is None else list(others),
-            padding=True,
+            padding=not self.alone,
             truncation=True,
             max_length=self.tokens,
             return_tensors="pt",
@@ -90,10 +95,12 @@ class Progressing:
     def __init__(self, size: int, tick: Any, total: int) -> None:
         self._size, self._tick, self._total, self._done = size, tick, total, 0
 
-    def batches(self, rows: Sequence[Any]) -> Iterator[Sequence[Any]]:
-        for start in range(0, len(rows), self._size):
-            yield rows[start : start + self._size]
-            self._done += len(rows[start : start + self._size])
+    def batches(self, rows: Sequence[Any], alone: bool = False) -> Iterator[Sequence[Any]]:
+        """`alone`: one row at a time."""
+        size = 1 if alone else self._size
+        for start in range(0, len(rows), size):
+            yield rows[start : start + size]
+            self._done += len(rows[start : start + size])
             self._tick("evaluate", min(self._done, self._total), self._total)
 
 

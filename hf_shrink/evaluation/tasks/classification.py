@@ -61,12 +61,8 @@ class Classification(Task):
         return {"reference": [class_of(row["label"], subject.model) for row in rows], "compared": [1] * len(rows)}
 
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
-        heard = getattr(subject.model, "main_input_name", "") in ("input_values", "input_features")
-        found = []
-        for batch in run.batches(rows):
-            # Sounds that are padded to one length sound otherwise to models that take no mask.
-            for group in [[row] for row in batch] if heard else [batch]:
-                found.append(subject.model(**self._inputs(subject, group)).logits.float().cpu())
+        batches = run.batches(rows, self._alone(subject))
+        found = [subject.model(**self._inputs(subject, batch)).logits.float().cpu() for batch in batches]
         logits = finite(torch.cat(found))
         if self._scores(subject):
             return {"score": logits[:, 0].tolist()}

@@ -54,26 +54,23 @@ class Generation(Task):
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
         model, tokenizer = subject.model, subject.tokenizer
         decoder_only = not model.config.is_encoder_decoder
-        alone = tokenizer.pad_token_id is None  # then inputs of different lengths do not fit one batch
         config = greedy_config(model, self.new, pad_token_id=tokenizer.pad_token_id)
         texts: list[str] = []
         room = max(subject.tokens - (self.new if decoder_only else 0), 1)
-        for batch in run.batches(rows):
-            prompts = [self._prompt(tokenizer, str(row["text"]), room) for row in batch]
-            for group in [[prompt] for prompt in prompts] if alone else [prompts]:
-                encoded = tokenizer(
-                    group,
-                    padding=not alone,
-                    truncation=True,
-                    max_length=room,
-                    padding_side="left" if decoder_only else None,
-                    return_tensors="pt",
-                )
-                inputs = subject.inputs(encoded)
-                inputs.pop("token_type_ids", None)  # made by some tokenizers, refused by decoders
-                ids = model.generate(**inputs, generation_config=config)
-                start = inputs["input_ids"].shape[1] if decoder_only else 0
-                texts += [self._cut(text) for text in tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)]
+        for batch in run.batches(rows, subject.alone):
+            encoded = tokenizer(
+                [self._prompt(tokenizer, str(row["text"]), room) for row in batch],
+                padding=not subject.alone,
+                truncation=True,
+                max_length=room,
+                padding_side="left" if decoder_only else None,
+                return_tensors="pt",
+            )
+            inputs = subject.inputs(encoded)
+            inputs.pop("token_type_ids", None)  # made by some tokenizers, refused by decoders
+            ids = model.generate(**inputs, generation_config=config)
+            start = inputs["input_ids"].shape[1] if decoder_only else 0
+            texts += [self._cut(text) for text in tokenizer.batch_decode(ids[:, start:], skip_special_tokens=True)]
         right = self.references(subject, rows)["reference_texts"]
         correct = [float(same_answer(text, wanted)) for text, wanted in zip(texts, right, strict=True)]
         return {"text": texts, "correct": correct}

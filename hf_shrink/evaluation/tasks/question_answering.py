@@ -73,19 +73,17 @@ class QuestionAnswering(Task):
             stride=min(self.stride, room // 2),
             return_overflowing_tokens=True,
             return_offsets_mapping=True,
-            padding=True,
-            return_tensors="pt",
         )
-        outputs = subject.model(**subject.inputs(encoded))
         best, answer = -float("inf"), ""
-        for window in range(len(encoded["input_ids"])):
+        for window, offsets in enumerate(encoded["offset_mapping"]):
+            made = {name: torch.tensor([values[window]]) for name, values in encoded.items()}
+            outputs = subject.model(**subject.inputs(made))
             inside = torch.tensor([part == 1 for part in encoded.sequence_ids(window)])
-            starts, ends = (logits[window].float().cpu() for logits in (outputs.start_logits, outputs.end_logits))
+            starts, ends = (logits[0].float().cpu() for logits in (outputs.start_logits, outputs.end_logits))
             finite(torch.stack([starts, ends])[:, inside])
             score, start, end = self._best(starts, ends, inside)
             if score > best:
-                offsets = encoded["offset_mapping"][window]
-                best, answer = score, context[int(offsets[start][0]) : int(offsets[end][1])]
+                best, answer = score, context[offsets[start][0] : offsets[end][1]]
         return answer
 
     def _best(self, starts: Tensor, ends: Tensor, inside: Tensor) -> tuple[float, int, int]:

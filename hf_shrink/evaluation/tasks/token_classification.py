@@ -43,12 +43,12 @@ class TokenClassification(Task):
         if not tokenizer.is_fast:
             raise CalibrationError(f"{type(tokenizer).__name__} does not say which word a token is of; use a fast one")
         names, tags = subject.model.config.id2label, []
-        for batch in run.batches(rows):
+        for batch in run.batches(rows, subject.alone):
             given = [list(listed(row["tokens"], "tokens")) for row in batch]
             encoded = tokenizer(
                 given,
                 is_split_into_words=True,
-                padding=True,
+                padding=not subject.alone,
                 truncation=True,
                 max_length=subject.tokens,
                 return_tensors="pt",

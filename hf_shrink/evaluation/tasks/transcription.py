@@ -45,11 +45,9 @@ class Transcription(Task):
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
         texts: list[str] = []
         # Sounds that are padded to one length sound otherwise to models that take no mask.
-        alone = _by_frame(subject.model)
-        for batch in run.batches(rows):
-            for group in [[row] for row in batch] if alone else [batch]:
-                inputs = subject.inputs(read_clips([row["audio"] for row in group], subject.media))
-                texts += [str(text).strip() for text in self._written(subject, inputs)]
+        for batch in run.batches(rows, _by_frame(subject.model)):
+            inputs = subject.inputs(read_clips([row["audio"] for row in batch], subject.media))
+            texts += [str(text).strip() for text in self._written(subject, inputs)]
         right = self.references(subject, rows)["transcript"]
         correct = [float(same_answer(text, [said])) for text, said in zip(texts, right, strict=True)]
         return {"text": texts, "correct": correct}
