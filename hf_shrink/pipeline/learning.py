@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from hf_shrink.architectures.linears import matrix
 from hf_shrink.calibration.capture import first_output
 from hf_shrink.calibration.dense_stream import DenseStream
+from hf_shrink.calibration.frozen import frozen
 from hf_shrink.calibration.passed import Passed
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.precision import fast_precision
@@ -79,19 +80,21 @@ class Learning:
         """Let the method improve the packed Linears at the paths of `originals`, the weights that were rounded."""
         since = time.perf_counter()
         opened: dict[str, tuple[TrainableLinear, CompressedLinear]] = {}
-        for path, weight in originals.items():
-            packed = self.model.get_submodule(path)
-            if type(packed) is CompressedLinear:
-                linear = TrainableLinear(packed, rounding=True, dense=weight)
-                opened[path] = linear, packed
-                self.model.set_submodule(path, linear)
         try:
-            if opened:
-                problem = _Problem(walk, dense, [linear for linear, _ in opened.values()])
-                with torch.enable_grad():
-                    self.gains.append(ranks().on_first(lambda: self.method.learn(problem, self.seed)))
-                for linear, _ in opened.values():
-                    ranks().copy_first(*linear.parameters(), *linear.buffers())
+            # Around the opening, which makes the only parameters that are trained.
+            with frozen(walk.block):
+                for path, weight in originals.items():
+                    packed = self.model.get_submodule(path)
+                    if type(packed) is CompressedLinear:
+                        linear = TrainableLinear(packed, rounding=True, dense=weight)
+                        opened[path] = linear, packed
+                        self.model.set_submodule(path, linear)
+                if opened:
+                    problem = _Problem(walk, dense, [linear for linear, _ in opened.values()])
+                    with torch.enable_grad():
+                        self.gains.append(ranks().on_first(lambda: self.method.learn(problem, self.seed)))
+            for linear, _ in opened.values():
+                ranks().copy_first(*linear.parameters(), *linear.buffers())
         finally:
             for path, (linear, _) in opened.items():
                 self.model.set_submodule(path, linear.packed())

@@ -80,6 +80,25 @@ def test_learned_rounding_is_no_worse_and_says_what_it_did() -> None:
     assert divergence(model) < 1.1 * divergence(shrunk())
 
 
+def test_learned_rounding_leaves_no_gradients_behind() -> None:
+    """Those of norms, biases and dense matrices were summed over all steps; a later optimizer.step() applied them."""
+    model = shrunk(
+        tiny_llama(num_hidden_layers=2, attention_bias=True),
+        method="learned",
+        start="rtn",
+        steps=3,
+        ignore=["re:.*up_proj"],
+    )
+    dense = tiny_llama(num_hidden_layers=2, attention_bias=True)
+    kept = dict(model.named_parameters())
+    assert {"model.layers.0.input_layernorm.weight", "model.layers.0.mlp.up_proj.weight"} <= set(kept)
+    assert "model.layers.1.self_attn.q_proj.bias" in kept
+    for name, parameter in kept.items():
+        assert parameter.grad is None and parameter.requires_grad, name
+        if "norm" in name or "bias" in name or "up_proj" in name:
+            assert torch.equal(parameter, dense.get_parameter(name)), name
+
+
 @pytest.mark.parametrize("method", ["gptq", "learned"])
 def test_pruned_blocks_transforms_and_tuning_in_one_run(method: str) -> None:
     options = {"steps": 4} if method == "learned" else QUICK_GPTQ
