@@ -8,7 +8,19 @@ from typing import Any
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
+from hf_shrink.errors import CalibrationError
+
 _ROLES = {"human": "user", "gpt": "assistant"}  # ShareGPT's
+
+
+class RefusedChat(CalibrationError):
+    """The chat template does not take a chat; the message is the template's reason."""
+
+
+def refused_note(refused: Sequence[str], name: str) -> list[str]:
+    """One line about the chats of the data `name` that the chat template refuses, for these reasons; none for none."""
+    why = "; ".join(list(dict.fromkeys(refused))[:3])
+    return [f"the chat template refuses {len(refused)} chats of {name}, left out: {why}"] if refused else []
 
 
 def is_chat(value: object) -> bool:
@@ -17,13 +29,19 @@ def is_chat(value: object) -> bool:
 
 
 def chat_document(messages: Sequence[Mapping[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str | list[int]:
-    """Token ids of a chat by the chat template; without one, the texts of its messages."""
+    """Token ids of a chat by the chat template; without one, the texts of its messages.
+
+    Raises RefusedChat where the template does not take it: a role that it does not know, roles that do not alternate.
+    """
     turns = [_turn(message) for message in messages]
     if tokenizer.chat_template is None:
         return "\n\n".join(text for turn in turns if (text := _joined(turn.get("content"))))
     if any(isinstance(turn.get("content"), list) for turn in turns) and not _reads_parts(tokenizer):
         turns = [{**turn, "content": _joined(turn["content"])} if "content" in turn else turn for turn in turns]
-    ids: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    try:
+        ids: Any = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
+    except (TypeError, TemplateError) as error:
+        raise RefusedChat(str(error)) from error
     return [int(token) for token in ids]
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from hf_shrink.calibration.batches import CalibrationData, finish
+from hf_shrink.calibration.documents import documents_of
 from hf_shrink.calibration.generate import Writer, decoder_length
 from hf_shrink.calibration.inputs import (
     MediaProcessor,
@@ -42,8 +43,8 @@ from hf_shrink.calibration.sampling import stream_seed
 from hf_shrink.calibration.text import (
     Document,
     Framing,
-    document_of,
     framing_of,
+    missing,
     pack,
     read_lines,
     read_text,
@@ -167,9 +168,13 @@ class Request:
         return self._documents(iterator, text_columns(names, columns, example), name, details)
 
     def text(
-        self, documents: Iterable[Document], name: str, details: Mapping[str, Any] | None = None
+        self,
+        documents: Iterable[Document],
+        name: str,
+        details: Mapping[str, Any] | None = None,
+        refused: Sequence[str] = (),
     ) -> CalibrationData:
-        """Consecutive windows of the documents, in the order given."""
+        """Consecutive windows of the documents, in the order given; `refused`: see `documents_of`."""
         need_text(self.inputs, self.model, name)
         if self.tokenizer is None:
             raise CalibrationError(f"text ({name}) needs a tokenizer; pass tokenizer=, or use --calibration self")
@@ -184,22 +189,7 @@ class Request:
             overlap=self.overlap,
             progress=self.progress,
         )
-        dropped = (
-            f"; {windows.dropped} windows were left out because they overlap with excluded text"
-            if windows.dropped
-            else ""
-        )
-        if not windows.rows:
-            raise CalibrationError(
-                f"{name} has {windows.found} tokens, but one sample takes {self.length}{dropped}; "
-                "give more text or a smaller length"
-            )
-        notes = []
-        if len(windows.rows) < samples:
-            notes.append(
-                f"{name} has {windows.found} tokens, enough for {len(windows.rows)} samples of {self.length} "
-                f"instead of {samples}{dropped}"
-            )
+        notes = missing(windows, name, samples, self.length, refused)
         known = {"source": name, "dropped_overlap": windows.dropped, **(details or {})}
         return self._with_text(torch.tensor(windows.rows), f"tokens of {name}", known, notes)
 
@@ -224,9 +214,9 @@ class Request:
     ) -> CalibrationData:
         if self.tokenizer is None:
             return self.text((), name)
-        tokenizer = self.tokenizer
-        documents: Iterator[Document] = (document_of(row, columns, tokenizer) for row in rows)
-        return self.text(documents, name, {"columns": list(columns), **(details or {})})
+        refused: list[str] = []
+        documents = documents_of(rows, columns, self.tokenizer, refused)
+        return self.text(documents, name, {"columns": list(columns), **(details or {})}, refused)
 
     def _with_text(self, rows: Tensor, what: str, details: dict[str, Any], notes: Sequence[str]) -> CalibrationData:
         """Text, with what else the model reads: its decoder's text, or noise for its second tower."""

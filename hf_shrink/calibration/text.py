@@ -10,7 +10,7 @@ from typing import Any, TypeAlias
 
 from transformers import PreTrainedTokenizerBase
 
-from hf_shrink.calibration.chats import chat_document, is_chat
+from hf_shrink.calibration.chats import chat_document, is_chat, refused_note
 from hf_shrink.calibration.overlap import OverlapFilter
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback, quiet
@@ -191,6 +191,22 @@ def pack(
         if len(windows.rows) == samples:
             break
     return windows
+
+
+def missing(windows: Windows, name: str, samples: int, length: int, refused: Sequence[str]) -> list[str]:
+    """Notes about what the data `name` lacks: windows, and chats that were refused for these reasons.
+
+    Raises CalibrationError when there is no window at all.
+    """
+    notes, found = refused_note(refused, name), f"{name} has {windows.found} tokens"
+    overlap = f"; {windows.dropped} windows were left out because they overlap with excluded text"
+    dropped = overlap if windows.dropped else ""
+    if not windows.rows:
+        reasons = "; ".join([f"{found}, but one sample takes {length}{dropped}", *notes])
+        raise CalibrationError(f"{reasons}; give more text or a smaller length")
+    if len(windows.rows) < samples:
+        notes.append(f"{found}, enough for {len(windows.rows)} samples of {length} instead of {samples}{dropped}")
+    return notes
 
 
 def _token_pieces(

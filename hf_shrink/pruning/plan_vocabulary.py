@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from hf_shrink.calibration.chats import refused_note
 from hf_shrink.calibration.documents import documents, tokens_of
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.calibration.text import Document
@@ -46,10 +47,11 @@ class PlannedVocabulary(NamedTuple):
 
 
 class _Read(NamedTuple):
-    """Documents of one text with their tokens, and whether there were more."""
+    """Documents of one text with their tokens, whether there were more, and what the user should know of others."""
 
     encoded: list[tuple[Document, list[int]]]
     cut: bool
+    notes: list[str]
 
 
 def plan_vocabulary(
@@ -109,6 +111,7 @@ def plan_vocabulary(
     ]
     if any(found.cut for found in texts):
         notes.append(f"only the first {method.tokens:,} tokens of a text were read; prune.tokens says how many")
+    notes += [note for found in texts for note in found.notes]
     return PlannedVocabulary(plan, notes)
 
 
@@ -136,15 +139,17 @@ def _read(
 ) -> _Read:
     """Documents until there are about `most` tokens."""
     encoded: list[tuple[Document, list[int]]] = []
-    done = 0
-    for document in documents(source, tokenizer, seed):
+    refused: list[str] = []
+    done, cut = 0, False
+    for document in documents(source, tokenizer, seed, refused):
         if most is not None and done >= most:
-            return _Read(encoded, cut=True)
+            cut = True
+            break
         if document:
             encoded.append((document, tokens_of(document, tokenizer)))
             done += len(encoded[-1][1])
             progress(f"reading {source}", done, max(most or done, done))
-    return _Read(encoded, cut=False)
+    return _Read(encoded, cut, refused_note(refused, source))
 
 
 def _counts(rows: Iterable[Sequence[int]], size: int) -> Tensor:

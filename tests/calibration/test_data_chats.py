@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import copy
+import json
+from dataclasses import replace
 
 import datasets
 import pytest
@@ -8,6 +10,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from hf_shrink.calibration.data import calibration_batches
+from hf_shrink.calibration.documents import documents
 from hf_shrink.calibration.text import document_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.recipe import CalibrationSpec
@@ -83,3 +86,41 @@ def test_content_in_parts_and_missing_content_is_read_as_the_template_reads_it(t
     tokenizer.chat_template = template
     found = document_of({"messages": messages}, ("messages",), tokenizer)
     assert (found if isinstance(found, str) else tokenizer.decode(found)) == expected
+
+
+ALTERNATES = (
+    "{% for m in messages %}{% if m['role'] != ['user', 'assistant'][loop.index0 % 2] %}"
+    "{{ raise_exception('Conversation roles must alternate') }}{% endif %}<s>{{ m['content'] }}</s>{% endfor %}"
+)
+
+
+def test_chats_that_the_template_refuses_are_left_out_and_counted():
+    tokenizer = copy.deepcopy(tiny_tokenizer())
+    tokenizer.chat_template = ALTERNATES
+    good = [{"role": "user", "content": "How many stones?"}, {"role": "assistant", "content": "Nine."}]
+    bad = [{"role": "system", "content": "Be brief."}, *good]
+    spec, model = CalibrationSpec(samples=6, length=16), tiny_llama()
+    mixed = datasets.Dataset.from_dict({"messages": [good, bad, good, bad, good] * 3})
+    for batches in (2, 400):  # enough text, and less than asked for
+        data = calibration_batches(replace(spec, samples=batches), source=mixed, model=model, tokenizer=tokenizer)
+        text = tokenizer.decode(data.batches[0]["input_ids"].flatten())
+        assert "How many stones?" in text and "Be brief" not in text
+    assert "refuses 6 chats of a data set, left out: Conversation roles must alternate" in data.notes[0]
+    assert "instead of 400" in data.notes[1]
+    for source in (
+        datasets.Dataset.from_dict({"messages": [bad] * 4}),
+        datasets.Dataset.from_list([{"messages": bad}]),
+    ):
+        with pytest.raises(CalibrationError, match=r"refuses all \d chats.*Conversation roles must alternate"):
+            calibration_batches(spec, source=source, model=model, tokenizer=tokenizer)
+
+
+def test_texts_to_count_tokens_in_may_hold_chats_that_the_template_refuses(tmp_path):
+    tokenizer, refused = copy.deepcopy(tiny_tokenizer()), []
+    tokenizer.chat_template = ALTERNATES
+    chats = [[{"role": role, "content": "Nine."}] for role in ("user", "system", "user")]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps({"messages": chat}) for chat in chats))
+    found = list(documents(str(path), tokenizer, 0, refused))
+    assert [tokenizer.decode(ids) for ids in found] == ["<s>Nine.</s>"] * 2
+    assert refused == ["Conversation roles must alternate"]
