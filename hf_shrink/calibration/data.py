@@ -8,7 +8,7 @@ user made (`given.py`).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeGuard
 
@@ -57,7 +57,11 @@ def calibration_batches(
         RecipeError: a .yaml data recipe that is not valid.
     """
     source = spec.data if source is None else source
-    batches = _as_batches(source, model, spec.batch_size)
+    if is_data_set(source):
+        import datasets
+
+        source = in_order(source, purpose, seed) if isinstance(source, datasets.Dataset) else source
+    batches = _as_batches(source, model, spec)
     if batches is not None:
         kept, notes = given_batches(batches, model, spec.samples, spec.batch_size)
         return finish(kept, "batches of model inputs", {"source": "given"}, notes, spec, seed, purpose, dtype=None)
@@ -71,10 +75,7 @@ def calibration_batches(
         recipe = load_recipe(name)
         return request.written(recipe) if recipe.kind == "self" else request.recipe(recipe)
     if is_data_set(source):
-        import datasets
-
-        rows = in_order(source, purpose, seed) if isinstance(source, datasets.Dataset) else source
-        return request.rows(rows, "a data set", ())
+        return request.rows(source, "a data set", ())
     assert isinstance(source, list | tuple)
     return request.text(source, "a list of texts")
 
@@ -84,7 +85,9 @@ def is_data_set(source: Any) -> TypeGuard[Rows]:
     return type(source).__module__.partition(".")[0] == "datasets"
 
 
-def _as_batches(source: object, model: nn.Module, batch_size: int) -> Iterable[Mapping[str, Any]] | None:
+def _as_batches(
+    source: object, model: nn.Module, spec: CalibrationSpec | EvaluationSpec
+) -> Iterable[Mapping[str, Any]] | None:
     """The source as an iterable of model inputs when it is one; None for names, texts and data sets of raw rows."""
     if isinstance(source, str | Path):
         return None
@@ -93,9 +96,9 @@ def _as_batches(source: object, model: nn.Module, batch_size: int) -> Iterable[M
     if is_data_set(source):
         main = getattr(model, "main_input_name", "input_ids")
         # Rows that are already images as tensors; token ids are packed like text instead.
-        return (
-            stacked(source, [main], batch_size) if main != "input_ids" and main in (source.column_names or ()) else None
-        )
+        if main == "input_ids" or main not in (source.column_names or ()):
+            return None
+        return stacked(islice(source, spec.samples), model, spec.batch_size)
     if isinstance(source, Mapping) or not isinstance(source, Iterable):
         raise CalibrationError(
             f"calibration cannot be a {type(source).__name__}; pass a name, the path of a file, a datasets.Dataset, "

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.reads import accepted_names
@@ -29,12 +31,14 @@ def given_batches(
 ) -> tuple[list[dict[str, Tensor]], list[str]]:
     """The first `samples` rows of an iterable of model-input dicts, at most `batch_size` rows a batch, and notes.
 
-    A row without a batch dimension becomes a batch of one. A batch that cannot be cut between its rows (not one
-    image in each) stays whole, whatever its size. Keys that the model's forward does not take are left out.
+    A row without a batch dimension becomes a batch of one; only there numbers (a class) are inputs. A batch that cannot
+    be cut between its rows (not one image in each) stays whole, whatever its size. Keys that the model's forward does
+    not take are left out.
     Raises CalibrationError when an element is not a mapping of tensors, and when nothing is left.
     """
     accepted = accepted_names(model)
-    left_out: set[str] = set()
+    unread: set[str] = set()
+    unfit: set[str] = set()
     kept: list[dict[str, Tensor]] = []
     rows = 0
     cut = False
@@ -46,16 +50,18 @@ def given_batches(
             raise CalibrationError(
                 f"element {number} of the calibration data is a {type(batch).__name__}, not a dict of model inputs"
             )
-        tensors = {name: tensor for name, value in batch.items() if (tensor := _tensor(value)) is not None}
-        wanted = {n: t for n, t in tensors.items() if accepted is None or n in accepted}
-        left_out |= set(batch) - set(wanted)
+        read = {name: value for name, value in batch.items() if accepted is None or name in accepted}
+        wanted = {name: tensor for name, value in read.items() if (tensor := _tensor(value)) is not None}
         if not wanted:
             raise CalibrationError(
                 f"element {number} of the calibration data has nothing that {type(model).__name__} reads: it has "
                 f"{', '.join(map(str, batch)) or 'no keys'}"
             )
         _check_ids(wanted, model)
-        wanted = _with_decoder_ids(_with_token_types(_batched(wanted, model), accepted, model), model)
+        wanted = _without_numbers(_batched(wanted, model), batch)
+        unread |= set(batch) - set(read)
+        unfit |= set(read) - set(wanted)
+        wanted = _with_decoder_ids(_with_token_types(wanted, accepted, model), model)
         count = _rows(wanted, model)
         if count is None:
             # Not row by row (patches of several images in one list): cannot be cut, so it is taken as it is.
@@ -71,37 +77,43 @@ def given_batches(
     if not kept:
         raise CalibrationError("the calibration data is empty; pass at least one batch of model inputs")
     notes = [f"only the first {samples} rows were used (calibration.samples)"] if cut else []
-    if left_out:
-        notes.append(f"not inputs of the model, left out: {', '.join(sorted(map(str, left_out)))}")
+    for names, why in ((unread, "not inputs of the model"), (unfit, "not tensors with a row for every sample")):
+        if names:
+            notes.append(f"{why}, left out: {', '.join(sorted(map(str, names)))}")
     return kept, notes
 
 
-def stacked(rows: Iterable[Mapping[str, Any]], names: Sequence[str], batch_size: int) -> Iterable[dict[str, Tensor]]:
-    """Rows of a data set as batches, for columns that hold model inputs of one shape."""
-    group: list[Mapping[str, Any]] = []
-    for row in rows:
-        group.append(row)
-        if len(group) == batch_size:
-            yield _stack(group, names)
-            group = []
-    if group:
-        yield _stack(group, names)
+def stacked(rows: Iterable[Mapping[str, Any]], model: nn.Module, batch_size: int) -> Iterator[dict[str, Any]]:
+    """Rows of a data set that hold model inputs, as batches. Labels of different lengths are filled up with -100.
+
+    Raises CalibrationError where another column that the model reads has rows of different shapes.
+    """
+    accepted, iterator = accepted_names(model), iter(rows)
+    while group := list(islice(iterator, batch_size)):
+        columns = {name: [row[name] for row in group] for name in group[0]}
+        yield {n: _stack(n, v) if accepted is None or n in accepted else v for n, v in columns.items()}
 
 
-def _stack(group: list[Mapping[str, Any]], names: Sequence[str]) -> dict[str, Tensor]:
-    columns = {name: [torch.as_tensor(row[name]) for row in group] for name in names}
-    for name, tensors in columns.items():
-        if len({t.shape for t in tensors}) > 1:
-            raise CalibrationError(
-                f"column {name!r} has rows of different shapes, which do not fit one batch; pad them first"
-            )
-    return {name: torch.stack(tensors) for name, tensors in columns.items()}
+def _stack(name: str, values: list[Any]) -> Any:
+    """The values of one column as one tensor; as they are where some hold no numbers."""
+    tensors = [tensor for value in values if (tensor := _tensor(value)) is not None]
+    if len(tensors) < len(values):
+        return values
+    if name == "labels" and all(t.dim() == 1 and not t.is_floating_point() for t in tensors):
+        return pad_sequence(tensors, batch_first=True, padding_value=IGNORED)
+    if len({t.shape for t in tensors}) > 1:
+        raise CalibrationError(
+            f"column {name!r} has rows of different shapes, which do not fit one batch; pad them first"
+        )
+    return torch.stack(tensors)
 
 
 def _tensor(value: Any) -> Tensor | None:
-    """A CPU tensor of a tensor, an array or nested lists of numbers; None for anything else."""
+    """A CPU tensor of a tensor, an array, nested lists of numbers or a number; None for anything else."""
     if isinstance(value, Tensor):
         return value.detach().cpu()
+    if _is_number(value):
+        return torch.as_tensor(value)
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         return torch.as_tensor(value)
     if isinstance(value, list | tuple):
@@ -110,6 +122,18 @@ def _tensor(value: Any) -> Tensor | None:
         except (TypeError, ValueError, RuntimeError):
             return None
     return None
+
+
+def _is_number(value: Any) -> bool:
+    """Flags are none: they say how to run a model, not on what."""
+    return isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
+
+
+def _without_numbers(tensors: dict[str, Tensor], batch: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Numbers of a batch of one row with its dimension; those of several rows, of which they say nothing, left out."""
+    if all(len(tensor) == 1 for tensor in tensors.values() if tensor.dim() > 0):
+        return {name: tensor if tensor.dim() > 0 else tensor.unsqueeze(0) for name, tensor in tensors.items()}
+    return {name: tensor for name, tensor in tensors.items() if not _is_number(batch[name])}
 
 
 def _batched(tensors: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from transformers import Wav2Vec2Config, Wav2Vec2Model
 from hf_shrink.architectures import bind
 from hf_shrink.calibration.capture import capture
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
+from hf_shrink.calibration.labels import log_loss
 from hf_shrink.calibration.targets import model_inputs as seq2seq_inputs
 from hf_shrink.calibration.targets import targets_of
 from hf_shrink.errors import CalibrationError
@@ -117,6 +118,29 @@ def test_an_image_or_sound_without_a_batch_dimension_is_one_row(name, key, more)
     for batch in data.batches:
         assert torch.equal(batch[key], value[None])
         assert all(torch.equal(batch[other], expected[None]) for other, expected in more.items())
+
+
+@pytest.mark.parametrize("label", [3, np.int64(3), torch.tensor(3)])
+@pytest.mark.parametrize("rows", [1, None])
+def test_the_class_of_a_single_row_may_be_a_number(label, rows):
+    """A data set gives rows so; without a label `fisher` would draw one from the model."""
+    model, value = CASES["vit_classifier"].build(), CASES["vit_classifier"].inputs()["pixel_values"][0]
+    row = {"pixel_values": value.numpy() if rows is None else value[None], "labels": label, "output_attentions": True}
+    (batch,) = read([row], model=model).batches
+    assert set(batch) == {"pixel_values", "labels"} and batch["labels"].tolist() == [3]
+    outputs = {"logits": torch.zeros(1, 7)}
+    loss = log_loss("other", batch, outputs, "data", torch.Generator())
+    assert float(loss) == pytest.approx(np.log(7))
+
+
+def test_what_is_no_tensor_of_rows_is_named():
+    batch = {**CASES["vit_classifier"].inputs(), "labels": 3}
+    assert len(batch["pixel_values"]) > 1
+    data = read([batch], model=CASES["vit_classifier"].build())
+    assert "labels" not in data.batches[0]
+    assert "not tensors with a row for every sample, left out: labels" in data.notes[-1]
+    detection = {**CASES["vit_classifier"].inputs(), "labels": [{"boxes": [1, 2]}] * 2}
+    assert "left out: labels" in read([detection], model=CASES["vit_classifier"].build()).notes[-1]
 
 
 def test_sound_as_samples_may_come_without_a_batch_dimension():

@@ -4,12 +4,15 @@ import datasets
 import numpy as np
 import pytest
 import torch
+from conformance.cases_encoders import CASES
 from PIL import Image
 from tiny import tiny_llama, tiny_tokenizer
 from tiny_readers import CLS, SEP, encoder_tokenizer, tiny_bert, tiny_clip, tiny_vit, tiny_whisper
 from transformers import Wav2Vec2FeatureExtractor, WhisperFeatureExtractor
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
+from hf_shrink.architectures import bind
+from hf_shrink.calibration.capture import capture
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import inputs_of
 from hf_shrink.calibration.media import media_rows
@@ -160,6 +163,45 @@ def test_data_sets_of_model_inputs_are_stacked():
     ).with_format("torch")
     data = read(dataset, model=tiny_vit(), samples=3)
     assert [tuple(b["pixel_values"].shape) for b in data.batches] == [(2, 3, 32, 32), (1, 3, 32, 32)]
+    assert data.notes == ("not inputs of the model, left out: label",)
+
+
+def test_data_sets_of_model_inputs_are_shuffled_and_keep_their_labels():
+    classes, model = [number // 20 for number in range(60)], CASES["vit_classifier"].build()
+    pixels = torch.arange(60.0).view(60, 1, 1, 1).expand(-1, 3, 16, 16)
+    columns = {"pixel_values": pixels.numpy(), "labels": classes, "file": [f"{c}.png" for c in classes]}
+    dataset = datasets.Dataset.from_dict(columns)
+    found = {}
+    for purpose in ("calibration", "evaluation"):
+        for source in (dataset, dataset.with_format("torch")):
+            data = read(source, model=model, samples=20, batch_size=8, purpose=purpose)
+            rows = torch.cat([batch["pixel_values"] for batch in data.batches])[:, 0, 0, 0].long()
+            labels = torch.cat([batch["labels"] for batch in data.batches])
+            assert torch.equal(labels, rows // 20) and set(labels.tolist()) == {0, 1, 2}
+            assert [len(batch["labels"]) for batch in data.batches] == [8, 8, 4]
+            assert data.notes == ("not inputs of the model, left out: file",)
+            found[purpose] = set(rows.tolist())
+    assert len(found["calibration"] | found["evaluation"]) == 40
+
+
+def test_labels_of_a_data_set_of_sounds_become_the_decoders_inputs():
+    model = tiny_whisper()
+    rows = [
+        {"input_features": torch.randn(16, 100).numpy(), "labels": [5 + number] * (3 + number) + [2]}
+        for number in range(4)
+    ]
+    data = read(datasets.Dataset.from_list(rows), model=model, samples=4)
+    one_by_one = [batch for row in rows for batch in read([row], model=model).batches]
+    expected = {batch["labels"][0, 0].item(): batch["decoder_input_ids"][0] for batch in one_by_one}
+    for batch in data.batches:
+        blocks = [block.module for block in bind(model).stack("decoder").blocks]
+        assert len(capture(model, blocks, [batch]).calls) == 1
+        for labels, ids in zip(batch["labels"], batch["decoder_input_ids"], strict=True):
+            real = (labels != -100).sum()
+            assert torch.equal(ids[:real], expected[labels[0].item()])
+    ragged = datasets.Dataset.from_dict({"input_features": [[[0.0] * 100] * 16, [[0.0] * 90] * 16]})
+    with pytest.raises(CalibrationError, match=r"'input_features' has rows of different shapes.*pad them"):
+        read(ragged, model=model)
 
 
 def test_a_text_model_needs_no_eyes():
