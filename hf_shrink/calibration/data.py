@@ -85,6 +85,13 @@ def is_data_set(source: Any) -> TypeGuard[Rows]:
     return type(source).__module__.partition(".")[0] == "datasets"
 
 
+def _hold(rows: Rows, name: str) -> bool:
+    """Whether the rows have it. Of what a transform makes, and of a stream without names, the first row says so."""
+    if rows.column_names is None or getattr(rows, "format", {}).get("type") == "custom":
+        return name in next(iter(rows), {})
+    return name in rows.column_names
+
+
 def _as_batches(
     source: object, model: nn.Module, spec: CalibrationSpec | EvaluationSpec
 ) -> Iterable[Mapping[str, Any]] | None:
@@ -96,7 +103,7 @@ def _as_batches(
     if is_data_set(source):
         main = getattr(model, "main_input_name", "input_ids")
         # Rows that are already images as tensors; token ids are packed like text instead.
-        if main == "input_ids" or main not in (source.column_names or ()):
+        if main == "input_ids" or not _hold(source, main):
             return None
         return stacked(islice(source, spec.samples), model, spec.batch_size)
     if isinstance(source, Mapping) or not isinstance(source, Iterable):

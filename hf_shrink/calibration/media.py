@@ -97,14 +97,16 @@ def media_rows(
 ) -> Tensor:
     """Up to `samples` images or clips of the rows as the model's `inputs.media`, float32, through its processor.
 
-    Raises CalibrationError without a processor, without rows, and for sounds that cannot be decoded.
+    Raises CalibrationError without a processor, without rows, for rows without the column, and for sounds that cannot
+    be decoded.
     """
     if processor is None:
         what = "an image processor" if inputs.medium == "image" else "a feature extractor"
         raise CalibrationError(
             f"the data holds {inputs.medium} files, which takes {what}; pass it (or the processor) as tokenizer="
         )
-    values = _counted((row[column] for row in islice(rows, samples)), samples, progress, f"reading {inputs.medium}s")
+    cells = (_cell(row, column, inputs) for row in islice(rows, samples))
+    values = _counted(cells, samples, progress, f"reading {inputs.medium}s")
     if inputs.medium == "image":
         return _processed(
             (image.convert("RGB") if hasattr(image, "convert") else image for image in values), processor, inputs
@@ -124,6 +126,15 @@ def media_column(rows: Rows, medium: Medium, wanted: tuple[str, ...] = ()) -> st
     kind = datasets.Image if medium == "image" else datasets.Audio
     typed = [name for name, feature in (rows.features or {}).items() if isinstance(feature, kind)]
     return next((name for name in (*typed, *_COLUMNS[medium]) if name in names), None)
+
+
+def _cell(row: Mapping[str, Any], column: str, inputs: ModelInputs) -> Any:
+    if column not in row:
+        raise CalibrationError(
+            f"the data set's rows have {', '.join(row) or 'nothing'} and no column {column!r}, which it names; let its "
+            f"transform leave that in place, or make {inputs.media} of it"
+        )
+    return row[column]
 
 
 def _counted(values: Iterable[Any], total: int, progress: ProgressCallback, what: str) -> Iterator[Any]:

@@ -204,6 +204,34 @@ def test_labels_of_a_data_set_of_sounds_become_the_decoders_inputs():
         read(ragged, model=model)
 
 
+def test_a_transform_of_a_data_set_may_make_model_inputs():
+    model, processor = CASES["vit_classifier"].build(), ViTImageProcessorPil(size={"height": 16, "width": 16})
+    images = datasets.Dataset.from_dict({"image": pictures(5), "label": list(range(5))})
+    images = images.cast_column("image", datasets.Image())
+
+    def preprocess(rows):
+        made = processor([image.convert("RGB") for image in rows["image"]], return_tensors="pt")
+        return {"pixel_values": made["pixel_values"], "labels": rows["label"]}
+
+    data = read(images.with_transform(preprocess), model=model, samples=5)
+    expected = processor(pictures(5), return_tensors="pt")["pixel_values"]
+    rows = [(pixels, label) for b in data.batches for pixels, label in zip(b["pixel_values"], b["labels"], strict=True)]
+    assert {label.item() for _, label in rows} == set(range(5))
+    for pixels, label in rows:
+        torch.testing.assert_close(pixels, expected[label])
+
+    stream = images.to_iterable_dataset().map(
+        lambda row: {"pixel_values": processor(row["image"])["pixel_values"][0], "labels": row["label"]},
+        remove_columns=["image", "label"],
+    )
+    data = read(stream, model=model, samples=5)
+    assert torch.cat([batch["labels"] for batch in data.batches]).tolist() == list(range(5))
+
+    without = images.with_transform(lambda rows: {"pixels": rows["label"]})
+    with pytest.raises(CalibrationError, match=r"rows have pixels and no column 'image'.*transform"):
+        read(without, model=model, tokenizer=processor)
+
+
 def test_a_text_model_needs_no_eyes():
     with pytest.raises(CalibrationError, match="mini-imagenet"):
         read(["Some text."], model=tiny_vit(), tokenizer=tiny_tokenizer())
