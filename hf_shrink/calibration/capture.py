@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_shrink.architectures.reads import accepted_names
+from hf_shrink.calibration.padding import fitted
 from hf_shrink.calibration.routing import routed
 from hf_shrink.errors import ArchitectureError, CalibrationError
 from hf_shrink.residence import Room, States, residence_of
@@ -95,12 +96,11 @@ def capture(
             raise CalibrationError(f"the model ran {len(calls)} of its {len(blocks)} blocks on this calibration data")
         found.calls.append(calls)
         hidden = found.hidden[len(found.hidden) - 1]
-        length = hidden.shape[1]
         if _is_decoder(model, blocks):
-            found.masks.append(_padding(batch.get("decoder_attention_mask"), hidden, length))
-            found.contexts.append(_padding(batch.get("attention_mask"), hidden))
+            found.masks.append(_padding(model, batch.get("decoder_attention_mask"), hidden))
+            found.contexts.append(_context(model, batch.get("attention_mask"), calls[0]))
         else:
-            found.masks.append(_padding(batch.get("attention_mask"), hidden, length))
+            found.masks.append(_padding(model, batch.get("attention_mask"), hidden))
     if residence is not None:
         residence.glanced_outside()
     return found
@@ -235,10 +235,15 @@ def _is_decoder(model: nn.Module, blocks: Sequence[nn.Module]) -> bool:
     return not any(module is blocks[0] for module in model.get_encoder().modules())  # type: ignore[operator]
 
 
-def _padding(mask: Any, hidden: Tensor, length: int | None = None) -> Tensor | None:
-    """The mask as bool (batch, tokens); None where it pads nothing, or is not of this batch (and length)."""
+def _padding(model: nn.Module, mask: Any, states: Tensor) -> Tensor | None:
+    """The mask as bool (batch, sequence) of these states; None where it pads nothing, or is about something else."""
     if not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask.all()):
         return None
-    if mask.shape[0] != hidden.shape[0] or (length is not None and mask.shape[1] != length):
-        return None
-    return mask.bool().to(hidden.device)
+    found = fitted(mask, states.shape[:2], model)
+    return None if found is None else found.to(states.device)
+
+
+def _context(model: nn.Module, mask: Any, call: Call) -> Tensor | None:
+    """The same of the encoder's states, which are among what a decoder's block is called with."""
+    given = (v for v in (*call.args, *call.kwargs.values()) if isinstance(v, Tensor) and v.dim() == 3)
+    return next((found for states in given if (found := _padding(model, mask, states)) is not None), None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from hf_shrink.calibration.targets import IGNORED, WORDS, Batch, Hidden, Kind, Logits, targets_of
@@ -19,7 +19,14 @@ def generator_of(seed: int, batch: int) -> torch.Generator:
     return torch.Generator().manual_seed((seed << 24) + batch)
 
 
-def log_loss(kind: Kind, batch: Batch, outputs: Any, labels: Labels, generator: torch.Generator) -> Tensor:
+def log_loss(
+    kind: Kind,
+    batch: Batch,
+    outputs: Any,
+    labels: Labels,
+    generator: torch.Generator,
+    model: nn.Module | None = None,
+) -> Tensor:
     """Negative log-likelihood of a batch, summed over all that the model predicts; a float32 scalar.
 
     Args:
@@ -29,6 +36,7 @@ def log_loss(kind: Kind, batch: Batch, outputs: Any, labels: Labels, generator: 
             makes the squared gradient an estimate of the Fisher information without any labels; "auto": those of the
             data where it has any, else the model's.
         generator: of what is drawn, on the CPU.
+        model: whose outputs they are, which says what padded sounds become, see `fitted`.
 
     A model that predicts nothing but states is taken for a Gaussian of unit variance around their directions, so that
     the expected squared gradient is the squared change of these directions; a head for numbers for one around each.
@@ -36,7 +44,7 @@ def log_loss(kind: Kind, batch: Batch, outputs: Any, labels: Labels, generator: 
     Raises:
         CalibrationError: there is nothing to score in the outputs, or `labels` is "data" and there are none.
     """
-    found = targets_of(kind, batch, outputs)
+    found = targets_of(kind, batch, outputs, model)
     if isinstance(found, Hidden):
         directions = F.normalize(found.states[found.positions].float(), dim=-1)
         noise = torch.randn(directions.shape, generator=generator).to(directions.device)

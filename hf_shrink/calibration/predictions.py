@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from hf_shrink.calibration.padding import token_mask
 from hf_shrink.calibration.targets import Kind, choices
 from hf_shrink.errors import ArchitectureError, CalibrationError
 
@@ -37,7 +38,9 @@ class Predictions:
         return Predictions(self.values[index], self.distribution)
 
 
-def predictions_of(outputs: Mapping[str, Any], batch: Mapping[str, Any], kind: Kind = "other") -> Predictions:
+def predictions_of(
+    outputs: Mapping[str, Any], batch: Mapping[str, Any], kind: Kind = "other", model: nn.Module | None = None
+) -> Predictions:
     """The predictions of a model's output, without padding.
 
     Logits of a token, class or span head; else the last hidden states or the embeddings. Of several classes each is a
@@ -45,23 +48,24 @@ def predictions_of(outputs: Mapping[str, Any], batch: Mapping[str, Any], kind: K
 
     Args:
         kind: how the model is scored, see `kind_of`.
+        model: whose outputs they are, which says what padded sounds become, see `fitted`.
 
     Raises:
         ArchitectureError: there is nothing of the kind in the output.
     """
     logits = outputs.get("logits")
     if logits is not None and kind in ("several", "numbers"):
-        rows = _real_rows(logits if logits.dim() >= 2 else logits[:, None], batch)
+        rows = _real_rows(logits if logits.dim() >= 2 else logits[:, None], batch, model)
         several = kind == "several"
         return Predictions(choices(rows).flatten(0, 1) if several else rows.reshape(-1, 1), several)
     if logits is not None and logits.dim() >= 2 and logits.shape[-1] > 1:
-        return Predictions(_real_rows(logits, batch), True)
+        return Predictions(_real_rows(logits, batch, model), True)
     if outputs.get("start_logits") is not None:
         return Predictions(torch.cat([outputs["start_logits"], outputs["end_logits"]]), True)
     if logits is not None:  # a score
-        return Predictions(_real_rows(logits if logits.dim() >= 2 else logits[:, None], batch), False)
+        return Predictions(_real_rows(logits if logits.dim() >= 2 else logits[:, None], batch, model), False)
     if outputs.get("last_hidden_state") is not None:
-        return Predictions(_real_rows(outputs["last_hidden_state"], batch), False)
+        return Predictions(_real_rows(outputs["last_hidden_state"], batch, model), False)
     embeddings = [outputs[key] for key in ("image_embeds", "text_embeds") if outputs.get(key) is not None]
     if embeddings:
         return Predictions(torch.cat(embeddings), False)
@@ -71,18 +75,8 @@ def predictions_of(outputs: Mapping[str, Any], batch: Mapping[str, Any], kind: K
     )
 
 
-def token_mask(batch: Mapping[str, Any], leading: torch.Size) -> Tensor | None:
-    """bool (batch, sequence) of the real tokens where the batch says so for this shape; None: all are."""
-    keys = ("decoder_attention_mask",) if "decoder_input_ids" in batch else ("attention_mask",)
-    for key in keys:
-        mask = batch.get(key)
-        if isinstance(mask, Tensor) and mask.shape == leading:
-            return mask.bool()
-    return None
-
-
-def _real_rows(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
-    mask = token_mask(batch, values.shape[:2]) if values.dim() == 3 else None
+def _real_rows(values: Tensor, batch: Mapping[str, Any], model: nn.Module | None) -> Tensor:
+    mask = token_mask(batch, values.shape[:2], model) if values.dim() == 3 else None
     return values[mask.to(values.device)] if mask is not None else values.flatten(0, -2)
 
 

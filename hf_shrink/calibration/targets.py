@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -15,6 +16,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from hf_shrink.calibration.inputs import placeholder_ids
+from hf_shrink.calibration.padding import token_mask
 from hf_shrink.errors import CalibrationError
 
 Batch = dict[str, torch.Tensor]
@@ -131,8 +133,11 @@ def model_inputs(kind: Kind, batch: Batch) -> Batch:
     return batch
 
 
-def targets_of(kind: Kind, batch: Batch, outputs: Any) -> Logits | Hidden:
-    """The scored part of one model's outputs. Raises CalibrationError when there is nothing to compare in them."""
+def targets_of(kind: Kind, batch: Batch, outputs: Any, model: nn.Module | None = None) -> Logits | Hidden:
+    """The scored part of one model's outputs. Raises CalibrationError when there is nothing to compare in them.
+
+    `model`: whose outputs they are, which says what padded sounds become, see `fitted`.
+    """
     if kind == "causal":
         return _next_token(outputs["logits"], batch["input_ids"], batch.get("attention_mask"), batch.get("labels"))
     if kind == "masked":
@@ -148,7 +153,7 @@ def targets_of(kind: Kind, batch: Batch, outputs: Any) -> Logits | Hidden:
         if "labels" in batch:
             return Logits(outputs["logits"], batch["labels"] != IGNORED, batch["labels"])
         return _next_token(outputs["logits"], ids, batch.get("decoder_attention_mask"), None)
-    return _of_any_head(kind, batch, outputs)
+    return _of_any_head(kind, batch, outputs, model)
 
 
 def cut_by_rows(batch: Batch, rows: int) -> list[Batch]:
@@ -184,45 +189,41 @@ def _next_token(
     return Logits(logits[:, :-1], scored, target[:, 1:].masked_fill(~scored, IGNORED))
 
 
-def _of_any_head(kind: Kind, batch: Batch, outputs: Any) -> Logits | Hidden:
+def _of_any_head(kind: Kind, batch: Batch, outputs: Any, model: nn.Module | None) -> Logits | Hidden:
     """Class logits of a task head, or else hidden states or embeddings. Each of several classes is a position with a
     choice of its own, and so is each number, with one logit."""
-    attention = batch.get("attention_mask")
     if outputs.get("logits") is not None:
         logits = outputs["logits"]
         logits = logits[:, None] if logits.dim() == 2 else logits
         if logits.dim() != 3:
             raise CalibrationError(f"logits of shape {tuple(logits.shape)} are not class scores that can be compared")
-        positions = _positions(logits, attention)
+        positions = _positions(logits, batch, model)
         if kind in ("several", "numbers"):
             positions, logits = positions.repeat_interleave(logits.shape[-1], dim=1), logits.flatten(1)
             logits = choices(logits) if kind == "several" else logits[..., None]
         return Logits(logits, positions, _no_labels(logits))
     if outputs.get("start_logits") is not None:  # question answering: two distributions over the positions
         logits = torch.stack([outputs["start_logits"], outputs["end_logits"]], dim=1)
-        return Logits(logits, _positions(logits, None), _no_labels(logits))
+        return Logits(logits, _positions(logits), _no_labels(logits))
     if outputs.get("last_hidden_state") is not None:
         states = outputs["last_hidden_state"]
         states = states.flatten(2).transpose(1, 2) if states.dim() == 4 else states  # convolutional: (B, C, H, W)
-        if batch.get("decoder_attention_mask") is not None:
-            attention = batch["decoder_attention_mask"]
-        return Hidden(states, _positions(states, attention))
+        return Hidden(states, _positions(states, batch, model))
     embeddings = [outputs[key] for key in ("image_embeds", "text_embeds") if outputs.get(key) is not None]
     if embeddings and all(e.dim() == 2 for e in embeddings):
         # Images and texts may differ in number, so they are laid out as the positions of one row.
         states = torch.cat(embeddings)[None]
-        return Hidden(states, _positions(states, None))
+        return Hidden(states, _positions(states))
     raise CalibrationError(
         f"nothing to compare in the model's outputs ({', '.join(outputs)}); logits, a last hidden state or embeddings "
         "are needed"
     )
 
 
-def _positions(values: torch.Tensor, attention: torch.Tensor | None) -> torch.Tensor:
-    shape = values.shape[:2]
-    if attention is not None and attention.shape == shape:
-        return attention.bool()
-    return torch.ones(shape, dtype=torch.bool, device=values.device)
+def _positions(values: torch.Tensor, batch: Batch | None = None, model: nn.Module | None = None) -> torch.Tensor:
+    """Those of values (batch, positions, ...) that are no padding; all of them without a batch."""
+    real = token_mask(batch or {}, values.shape[:2], model)
+    return torch.ones(values.shape[:2], dtype=torch.bool, device=values.device) if real is None else real
 
 
 def _no_labels(logits: torch.Tensor) -> torch.Tensor:

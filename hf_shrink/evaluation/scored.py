@@ -58,7 +58,7 @@ def forward(kind: Kind, batch: Batch, model: Any, **options: Any) -> Logits | Hi
         outputs = {"logits": outputs}
     if not isinstance(outputs, Mapping):
         raise CalibrationError(f"{type(model).__name__} returns {type(outputs).__name__}; a dict or tensor is needed")
-    return targets_of(kind, batch, outputs)
+    return targets_of(kind, batch, outputs, model)
 
 
 def finite(logits: torch.Tensor) -> torch.Tensor:

@@ -14,8 +14,7 @@ from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.architectures.shiftable import find_shiftable
 from hf_shrink.calibration.capture import model_inputs
 from hf_shrink.calibration.collect import LastInputSeen
-from hf_shrink.calibration.padding import without_padding
-from hf_shrink.calibration.predictions import token_mask
+from hf_shrink.calibration.padding import token_mask, without_padding
 from hf_shrink.errors import CalibrationError
 from hf_shrink.plan import Scheme
 from hf_shrink.sharding import ranks

@@ -13,7 +13,8 @@ from torch.nn import functional as F
 from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.calibration.capture import first_output, model_inputs, split_hidden
-from hf_shrink.calibration.predictions import divergence, token_mask
+from hf_shrink.calibration.padding import token_mask
+from hf_shrink.calibration.predictions import divergence
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.pruning.base import Look
@@ -88,7 +89,7 @@ class MeasuredModel:
             def add(number: int, states: tuple[Tensor, Tensor], inputs: Mapping[str, Any] = inputs) -> None:
                 before, after = (state.float() for state in states)
                 turned = 1 - F.cosine_similarity(before, after.to(before.device), dim=-1)
-                turned = _real(turned, inputs, self._items.all[number].stack)
+                turned = _real(turned, inputs, self._items.all[number].stack, self._model)
                 seen[-1].append((number, float(turned.double().sum()), turned.numel()))
 
             with self._without(self._items.left(removed)), self._watching(removed, add):
@@ -125,7 +126,8 @@ class MeasuredModel:
                     raise CalibrationError(f"{self.labels[span[0]]} never runs on this calibration data")
                 before, after = states[span[0]][0], states[span[-1]][1]
                 cosine = F.cosine_similarity(before.float(), after.float().to(before.device), dim=-1)
-                angle = _real(cosine.clamp(-1, 1).arccos() / math.pi, inputs, self._items.all[span[0]].stack)
+                angle = cosine.clamp(-1, 1).arccos() / math.pi
+                angle = _real(angle, inputs, self._items.all[span[0]].stack, self._model)
                 seen[-1].append((float(angle.double().sum()), angle.numel()))
         for sample in shared.gather(seen):
             for place, (angles, tokens_there) in enumerate(sample):
@@ -230,8 +232,8 @@ class MeasuredModel:
             yield
 
 
-def _real(values: Tensor, inputs: Mapping[str, Any], stack: BoundStack) -> Tensor:
+def _real(values: Tensor, inputs: Mapping[str, Any], stack: BoundStack, model: nn.Module) -> Tensor:
     """The values (batch, sequence) of real tokens; an encoder in front of a decoder has a mask of its own."""
     encoder = stack.spec is not None and not stack.spec.cached
-    mask = token_mask({"attention_mask": inputs.get("attention_mask")} if encoder else inputs, values.shape)
+    mask = token_mask({"attention_mask": inputs.get("attention_mask")} if encoder else inputs, values.shape, model)
     return values if mask is None else values[mask.to(values.device)]

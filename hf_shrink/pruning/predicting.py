@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from hf_shrink.calibration.predictions import Predictions, keep, predictions_of, token_mask
+from hf_shrink.calibration.padding import token_mask
+from hf_shrink.calibration.predictions import Predictions, keep, predictions_of
 from hf_shrink.calibration.targets import kind_of
 from hf_shrink.ops.precision import fast_precision
 
@@ -48,15 +49,15 @@ class Predictor:
         seen: list[Tensor] = []
         with _watching(self._head(), seen):
             found = self.run(inputs)
-        predictions = predictions_of(found, inputs, self._kind)
+        predictions = self._of(found, inputs)
         most = max(1, min(most, largest // (4 * predictions.values.shape[1])))
-        rows = _rows(found, seen, inputs, most)
+        rows = _rows(found, seen, inputs, most, self._model)
         if rows is None or self._selects is False:
             return Reference(keep(predictions.thinned(most)), None)
         expected = found["logits"].flatten(0, 1)[rows]
         if self._selects is None:
             with self._head_on(rows):
-                selected = predictions_of(self.run(inputs), inputs, self._kind).values
+                selected = self._of(self.run(inputs), inputs).values
             scale = float(expected.float().abs().max().nan_to_num()) if len(expected) else 0.0
             self._selects = selected.shape == expected.shape and torch.allclose(
                 selected.float(), expected.float(), rtol=1e-2, atol=1e-2 * scale, equal_nan=True
@@ -66,9 +67,12 @@ class Predictor:
     def predict(self, inputs: Mapping[str, Any], like: Reference) -> Predictions:
         """The predictions of the model as it is now, of the same rows."""
         if like.rows is None:
-            return predictions_of(self.run(inputs), inputs, self._kind).thinned(len(like.kept.values))
+            return self._of(self.run(inputs), inputs).thinned(len(like.kept.values))
         with self._head_on(like.rows):
-            return predictions_of(self.run(inputs), inputs, self._kind)
+            return self._of(self.run(inputs), inputs)
+
+    def _of(self, found: Any, inputs: Mapping[str, Any]) -> Predictions:
+        return predictions_of(found, inputs, self._kind, self._model)
 
     def _head(self) -> nn.Module | None:
         find = getattr(self._model, "get_output_embeddings", None)
@@ -103,11 +107,13 @@ def _watching(head: nn.Module | None, seen: list[Tensor]) -> Iterator[None]:
         handle.remove()
 
 
-def _rows(found: Mapping[str, Any], seen: list[Tensor], inputs: Mapping[str, Any], most: int) -> Tensor | None:
+def _rows(
+    found: Mapping[str, Any], seen: list[Tensor], inputs: Mapping[str, Any], most: int, model: nn.Module
+) -> Tensor | None:
     """Positions of at most `most` real tokens, evenly spread; None where logits are not the head's, token by token."""
     logits = found.get("logits")
     if logits is None or logits.dim() != 3 or len(seen) != 1 or seen[0].shape[:-1] != logits.shape[:-1]:
         return None
-    mask = token_mask(inputs, logits.shape[:2])
+    mask = token_mask(inputs, logits.shape[:2], model)
     real = torch.arange(logits.shape[:2].numel()) if mask is None else mask.flatten().cpu().nonzero()[:, 0]
     return real if len(real) <= most else real[torch.linspace(0, len(real) - 1, most).long()]

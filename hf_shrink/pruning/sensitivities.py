@@ -92,7 +92,8 @@ def _of_batch(
         device = next(model.parameters()).device
         on_device = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
         # Inside, because blocks that run again must find the same probes.
-        log_loss(kind_of(model), on_device, outputs, labels, generator).backward()  # type: ignore[no-untyped-call]
+        loss = log_loss(kind_of(model), on_device, outputs, labels, generator, model)
+        loss.backward()  # type: ignore[no-untyped-call]
     return sums
 
 

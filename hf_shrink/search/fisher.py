@@ -123,8 +123,8 @@ def _of_batch(
         on_device: Batch = {key: value.to(device) for key, value in batch.items() if isinstance(value, Tensor)}
         kind = kind_of(model)
         # Inside, because blocks that run again must find the same probes.
-        log_loss(kind, on_device, outputs, "model", generator).backward()  # type: ignore[no-untyped-call]
-    sums[""] = targets_of(kind, on_device, outputs).positions.sum()
+        log_loss(kind, on_device, outputs, "model", generator, model).backward()  # type: ignore[no-untyped-call]
+    sums[""] = targets_of(kind, on_device, outputs, model).positions.sum()
     return sums
 
 

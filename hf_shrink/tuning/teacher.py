@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_shrink.calibration.capture import model_inputs
-from hf_shrink.calibration.predictions import predictions_of, token_mask
+from hf_shrink.calibration.padding import token_mask
+from hf_shrink.calibration.predictions import predictions_of
 from hf_shrink.calibration.shelf import Shelf
 from hf_shrink.calibration.targets import kind_of
 from hf_shrink.errors import CalibrationError
@@ -80,13 +81,13 @@ class Teacher:
         inputs = model_inputs(model, batch)
         with fast_precision(model.device):
             if self._head is None:
-                found = predictions_of(model(**inputs, return_dict=True), batch, kind_of(model))
+                found = predictions_of(model(**inputs, return_dict=True), batch, kind_of(model), model)
                 self._distribution = found.distribution
                 return found.values
             with _without_head(model, self._head) as passed:
                 model(**inputs)
         hidden = _seen(passed) * self._scale
-        mask = token_mask(batch, hidden.shape[:2]) if hidden.dim() == 3 else None
+        mask = token_mask(batch, hidden.shape[:2], model) if hidden.dim() == 3 else None
         return hidden[mask.to(hidden.device)] if mask is not None else hidden.flatten(0, -2)
 
     def _found_scale(self, model: PreTrainedModel) -> float:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel, default_data_collator
 
-from hf_shrink.calibration.predictions import token_mask
+from hf_shrink.calibration.padding import token_mask
 from hf_shrink.calibration.targets import Kind, kind_by_labels, kind_of, model_inputs
 from hf_shrink.checkpoint.folder import OutputFolder
 from hf_shrink.errors import CalibrationError, CheckpointError
@@ -94,7 +94,7 @@ def cache_teacher(
             batch = {key: v.to(teacher.device) if isinstance(v, Tensor) else v for key, v in batch.items()}
             outputs = teacher(**model_inputs(kind, batch))
             known = kind_by_labels(kind, batch, outputs, teacher)
-            rows = some(counted(known, batch, outputs))
+            rows = some(counted(known, batch, outputs, teacher))
             if writer is None:
                 _check_cacheable(known, rows, batch, k)
                 writer = _Writer(partial, rows.values.shape[1], k, temperature)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from hf_shrink.calibration.targets import IGNORED, Batch, Hidden, Kind, targets_of
 from hf_shrink.errors import CalibrationError
@@ -27,7 +27,7 @@ class Counted:
     examples: tuple[int, ...]
 
 
-def counted(kind: Kind, batch: Batch, outputs: Any) -> Counted:
+def counted(kind: Kind, batch: Batch, outputs: Any, model: nn.Module) -> Counted:
     """The rows of a model's outputs that count: real tokens that are predicted, and of these such as have a label
     where the batch has labels of that shape (-100: none).
 
@@ -35,6 +35,7 @@ def counted(kind: Kind, batch: Batch, outputs: Any) -> Counted:
         kind: how the model is scored, see `kind_by_labels`; of several classes each is a row, a choice between it and
             its absence.
         batch: with what the model was called, labels included.
+        model: whose outputs they are.
 
     Raises:
         CalibrationError: there is nothing in the outputs to compare.
@@ -43,7 +44,7 @@ def counted(kind: Kind, batch: Batch, outputs: Any) -> Counted:
         raise CalibrationError(
             f"the batch has {', '.join(batch)}, but no input_ids, by which the tokens to predict are known; add them"
         )
-    found = targets_of(kind, batch, outputs)
+    found = targets_of(kind, batch, outputs, model)
     if isinstance(found, Hidden):
         return _rows(found.states, found.positions, False)
     positions, labels = found.positions, batch.get("labels")

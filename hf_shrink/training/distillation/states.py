@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.architectures.binding import bind
 from hf_shrink.calibration.capture import first_output
-from hf_shrink.calibration.predictions import token_mask
+from hf_shrink.calibration.padding import token_mask
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, read_record
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.tuning.divergence import logit_divergence
@@ -108,11 +108,14 @@ def watching(blocks: Sequence[nn.Module]) -> Iterator[dict[int, Tensor]]:
         yield seen
 
 
-def hidden_error(pair: StackPair, own: Mapping[int, Tensor], dense: Mapping[int, Tensor], batch: Any) -> Tensor:
+def hidden_error(
+    pair: StackPair, own: Mapping[int, Tensor], dense: Mapping[int, Tensor], batch: Any, model: nn.Module
+) -> Tensor:
     """Mean over blocks and real tokens of ||own - dense||² / ||dense||²: a token with massive activations counts once.
 
     Args:
         own, dense: hidden states (batch, sequence, width) from `watching`.
+        model: the student, which says what padded sounds become.
 
     Raises:
         ArchitectureError: the widths differ, or a model did not run its blocks.
@@ -128,7 +131,7 @@ def hidden_error(pair: StackPair, own: Mapping[int, Tensor], dense: Mapping[int,
                 f"{tuple(target.shape)}: its stream was cut, so they cannot be compared; set hidden to 0 and learn "
                 "from logits"
             )
-        mask = token_mask(batch, states.shape[:2]) if states.dim() == 3 else None
+        mask = token_mask(batch, states.shape[:2], model) if states.dim() == 3 else None
         if mask is not None:
             states, target = states[mask.to(states.device)], target[mask.to(states.device)]
         target = target.float()
@@ -149,7 +152,7 @@ def attention_of(outputs: Any, name: str) -> tuple[Tensor | None, ...]:
 
 
 def attention_divergence(
-    pair: StackPair, own: Sequence[Tensor | None], dense: Sequence[Tensor | None], batch: Any
+    pair: StackPair, own: Sequence[Tensor | None], dense: Sequence[Tensor | None], batch: Any, model: nn.Module
 ) -> Tensor:
     """Mean KL divergence of the student's attention from the teacher's, over blocks, heads and real queries.
 
@@ -167,7 +170,7 @@ def attention_divergence(
         target = dense[number]
         if weights is None or target is None or weights.shape != target.shape:
             continue
-        mask = token_mask(batch, torch.Size((weights.shape[0], weights.shape[2])))
+        mask = token_mask(batch, torch.Size((weights.shape[0], weights.shape[2])), model)
         rows, wanted = weights.transpose(1, 2), target.to(weights.device).transpose(1, 2)
         if mask is not None:
             rows, wanted = rows[mask.to(rows.device)], wanted[mask.to(rows.device)]

@@ -171,7 +171,7 @@ class DistillationTrainer(Trainer):
 
     def _counted(self, batch: dict[str, Any], outputs: Any) -> Counted:
         kind = kind_by_labels(self._kind, batch, outputs, self._student, self.teacher)
-        return counted(kind, batch, outputs)
+        return counted(kind, batch, outputs, self._student)
 
     def _distance(
         self, batch: dict[str, Any], numbers: Tensor | None, rows: Counted, outputs: Any, own: Mapping[int, Tensor]
@@ -192,10 +192,10 @@ class DistillationTrainer(Trainer):
             self._pairs, self._by_stack(own, True), self._by_stack(seen, False), strict=True
         ):
             if parts.hidden:
-                total.append(parts.hidden / len(self._pairs) * hidden_error(pair, states, wanted, batch))
+                total.append(parts.hidden / len(self._pairs) * hidden_error(pair, states, wanted, batch, self._student))
             if parts.attention:
                 weights, aims = attention_of(outputs, pair.name), attention_of(dense, pair.name)
-                found = attention_divergence(pair, weights, aims, batch)
+                found = attention_divergence(pair, weights, aims, batch, self._student)
                 total.append(parts.attention / len(self._pairs) * found)
         return torch.stack(total).sum()
 
