@@ -56,6 +56,14 @@ def test_round_trip_through_dict_and_yaml(tmp_path: Path) -> None:
         ({"steps": [{"prune": {"what": "depth", "method": "kl_greedy"}}]}, "ratio or blocks"),
         ({"steps": [{"prune": {"what": "dept", "method": "kl_greedy", "blocks": 1}}]}, "did you mean 'depth'"),
         ({"steps": [{"prune": {"method": "wanda", "ratio": 0.1}}]}, "needs 'what'"),
+        (
+            {"steps": [{"prune": {"what": "depth", "method": "kl_greedy", "blocks": 1, "units": "mlp"}}]},
+            r"prune\.units goes with what: width; for depth there is parts",
+        ),
+        (
+            {"steps": [{"prune": {"what": "weights", "method": "wanda", "sparsity": 0.5, "units": "mlp"}}]},
+            "for weights leave it out",
+        ),
         ({"steps": [{"quantize": {"scheme": "W9A16"}}]}, "did you mean 'W8A16'"),
         ({"steps": [{"quantize": {"scheme": "w4a15"}}]}, "did you mean 'W4A16'"),
         ({"steps": [{"quantize": {"strategy": "grup"}}]}, "did you mean 'group'"),
