@@ -167,6 +167,7 @@ class Problem:
             if name in dropped or name in blocks:
                 gone = dropped.get(name, set())
                 stacks[name] = StackPlan(tuple(i for i in range(depth) if i not in gone), blocks.get(name, {}))
+        parts_go = any(block.removed for own in blocks.values() for block in own.values())
         return replace(
             self.base,
             stacks=stacks,
@@ -176,7 +177,7 @@ class Problem:
             transforms=self.base.transforms if schemes else (),
             tune=self.base.tune if schemes else {},
             refit=self.base.refit and any(blocks.values()),
-            repair=self.base.repair and bool(dropped),
+            repair=self.base.repair and (bool(dropped) or parts_go),
         )
 
     def _emptied(self, assignment: Sequence[int]) -> list[tuple[str, int]]:

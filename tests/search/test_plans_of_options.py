@@ -138,6 +138,22 @@ def test_a_block_without_any_part_goes_as_a_whole(uneven: tuple[Space, Sensitivi
     assert plan.repair and not plan.refit
 
 
+def test_what_is_left_is_repaired_where_parts_go_alone(uneven: tuple[Space, Sensitivity]) -> None:
+    model = tiny_llama(tie_word_embeddings=True)
+    problem = problem_of(model, *uneven)
+    group = next(i for i, group in enumerate(problem.groups) if group.name == "model.layers.2 mlp")
+    plans = {}
+    for index, option in enumerate(problem.groups[group].options):
+        choice = [0] * len(problem.groups)
+        choice[group] = index
+        kind = "cut" if option.change.block.channels else "removed" if option.change.block.removed else "whole"
+        if not option.change.dropped:
+            plans[kind] = problem.plan(choice)
+    assert {kind: plan.repair for kind, plan in plans.items()} == {"whole": False, "cut": False, "removed": True}
+    shrink(model, plans["removed"], calibration=tokens(), progress=False)
+    assert any("refitted to the dense model's residual stream" in note for note in model.shrink_report.notes)
+
+
 def test_choices_that_break_a_link_or_a_switch_are_refused(uneven: tuple[Space, Sensitivity]) -> None:
     problem = problem_of(tiny_llama(tie_word_embeddings=True), *uneven)
     (group, option), *_ = problem.links[0]
