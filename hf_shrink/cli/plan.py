@@ -56,8 +56,8 @@ def command(options: argparse.Namespace) -> None:
 
 def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[str, Any]) -> None:
     from hf_shrink.pipeline.estimating import estimate
-    from hf_shrink.pipeline.made_for import check_made_for
-    from hf_shrink.pipeline.planning import Planned, find_binding
+    from hf_shrink.pipeline.made_for import as_carried_out, check_made_for
+    from hf_shrink.pipeline.planning import find_binding
     from hf_shrink.pipeline.recipes import calibration_of
     from hf_shrink.pipeline.shrinking import planned
     from hf_shrink.plan import Plan
@@ -68,7 +68,7 @@ def _one(options: argparse.Namespace, model: Any, recipe: Any, settings: dict[st
 
     if isinstance(recipe, Plan):
         check_made_for(model, recipe)
-    found = Planned(recipe, ()) if isinstance(recipe, Plan) else planned(model, recipe, **settings)
+    found = as_carried_out(model, recipe) if isinstance(recipe, Plan) else planned(model, recipe, **settings)
     plan = found.plan
     if not ranks().first:
         return

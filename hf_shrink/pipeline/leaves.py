@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from torch import nn
 
@@ -29,6 +30,21 @@ def removed_by(path: str, binding: Binding | None, plan: Plan) -> bool:
                 return int(path.removeprefix(block.experts.path + ".").partition(".")[0]) not in kept
             return block.index not in stack.kept
     return False
+
+
+def without_removed(plan: Plan, binding: Binding | None) -> Plan:
+    """The plan without what it says of modules that it removes itself."""
+
+    def stays(path: str) -> bool:
+        return not removed_by(path, binding, plan)
+
+    weights = plan.weights
+    if weights is not None:
+        amounts = {path: a for path, a in weights.amounts.items() if stays(path.rpartition(".")[0])}
+        weights = replace(weights, amounts=amounts)
+    schemes = {path: scheme for path, scheme in plan.schemes.items() if stays(path)}
+    formats = {path: form for path, form in plan.formats.items() if stays(path)}
+    return replace(plan, schemes=schemes, formats=formats, weights=weights)
 
 
 def narrowed_by(model: nn.Module, binding: Binding | None, plan: Plan) -> dict[str, int]:

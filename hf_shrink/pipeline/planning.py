@@ -15,7 +15,7 @@ from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.budget import plan_budget
 from hf_shrink.pipeline.formats import resolve_formats
-from hf_shrink.pipeline.leaves import cut_by, narrowed_by, removed_by
+from hf_shrink.pipeline.leaves import cut_by, narrowed_by, removed_by, without_removed
 from hf_shrink.pipeline.recipes import (
     depth_method,
     expert_method,
@@ -175,8 +175,8 @@ def plan_recipe(
         schemes, formats, found_notes = _resolve(model, binding, recipe, quantize, plan)
         plan = replace(
             plan,
-            schemes={p: s for p, s in schemes.items() if not removed_by(p, binding, plan)},
-            formats={p: f for p, f in formats.items() if not removed_by(p, binding, plan)},
+            schemes=schemes,
+            formats=formats,
             method=quantize.method,
             options=dict(quantize.options),
             transforms=quantize.transforms,
@@ -184,6 +184,7 @@ def plan_recipe(
             starved_experts=quantize.starved_experts,
             effort=quantize.effort,
         )
+        plan = without_removed(plan, binding)
         notes += [*found_notes, *transform_notes(plan)]
     if not plan.prunes and not plan.bits and plan.vocabulary is None and plan.weights is None:
         raise RecipeError("the recipe changes nothing on this model; raise ratio or blocks, or add a quantize step")

@@ -31,7 +31,7 @@ from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.modes import modes_kept
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.keeping import NOTHING_KEPT, Keeper
-from hf_shrink.pipeline.made_for import check_made_for
+from hf_shrink.pipeline.made_for import as_carried_out, check_made_for
 from hf_shrink.pipeline.planning import Planned, find_binding, plan_recipe
 from hf_shrink.pipeline.recipes import (
     DEFAULT_RECIPE,
@@ -222,7 +222,7 @@ class Job:
     def plan(self, data: CalibrationData) -> Planned:
         if isinstance(self.asked, Plan):
             check_inputs(self.model, self.asked.schemes)
-            return Planned(self.asked, ())
+            return as_carried_out(self.model, self.asked)
         assert self.recipe is not None
         return ranks().from_first(
             plan_recipe(self.model, self.recipe, data.batches, self.seed, self.show, self.tokenizer)

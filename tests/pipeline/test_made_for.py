@@ -1,8 +1,9 @@
-"""A plan for another model is refused before anything is made or changed."""
+"""A plan for another model is refused before anything is made or changed; an edited one is carried out as it says."""
 
 from __future__ import annotations
 
 import copy
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -66,3 +67,39 @@ def test_the_command_line(command: str, tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr()
     assert "2 blocks in decoder, and this one has 3" in said.err and not said.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "plan.json"]
+
+
+def edited(plan: Plan, kept: str, blocks: dict[str, Any] | None = None) -> Plan:
+    """The plan of somebody who takes blocks or experts out in its file, and leaves everything else."""
+    data = json.loads(plan.to_json())
+    data["stacks"] = {"decoder": {"kept": kept, "blocks": blocks or {}}}
+    return Plan.from_json(json.dumps(data))
+
+
+@pytest.mark.parametrize(("kept", "left", "gone"), [("0,2-3", (0, 2, 3), 1), ("0-2", (0, 1, 2), 3)])
+def test_what_an_edited_plan_says_of_a_block_that_it_removes_is_left_out(
+    kept: str, left: tuple[int, ...], gone: int
+) -> None:
+    zeros = {"what": "weights", "method": "magnitude", "sparsity": 0.5, "ignore": ["re:.*layers.2"]}
+    few = {"method": "rtn", "group_size": 8, "overrides": {"re:.*layers.2": {"scheme": "W8A16"}}}
+    plan = make_plan(tiny_llama(), {"steps": [{"prune": zeros}, {"quantize": few}]}, progress=False)
+    whole: Any = shrink(tiny_llama(), plan, progress=False)
+    model: Any = shrink(tiny_llama(), edited(plan, kept), progress=False)
+    for block, source in zip(model.model.layers, left, strict=True):
+        expected = whole.model.layers[source].state_dict()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in block.state_dict().items())
+    assert not [path for path in model.shrink_record.plan.schemes if f".{gone}." in path]
+    assert f"the plan removes model.layers.{gone}.self_attn.q_proj and 6 more" in " ".join(model.shrink_report.notes)
+
+
+def test_what_an_edited_plan_says_of_an_expert_that_it_removes_is_left_out() -> None:
+    build = MIXTURES["mixtral"]
+    plan = make_plan(build(), {"steps": [{"quantize": {"method": "rtn", "group_size": 8}}]}, progress=False)
+    fewer = {index: {"experts": "0,2-3"} for index in "01"}
+    whole, model = (shrink(build(), p, progress=False) for p in (plan, edited(plan, "0-1", fewer)))
+    for block in range(2):
+        for place, source in enumerate((0, 2, 3)):
+            for name in ("w1", "w2", "w3"):
+                path = f"model.layers.{block}.mlp.experts"
+                kept = model.get_submodule(f"{path}.{place}.{name}").weight
+                assert torch.equal(kept, whole.get_submodule(f"{path}.{source}.{name}").weight)
