@@ -36,6 +36,7 @@ class Attention:
         head_count: attribute of `module` with the number of query heads, where none says the size of a head.
         returns: what `module` returns behind its output: the argument of that name, or None for what nobody needs.
         whole: why the attention cannot be taken out of its block; None when it can.
+        caches_heads: the KV cache gets keys and values of every query head, not of every KV group.
     """
 
     module: str
@@ -57,6 +58,7 @@ class Attention:
     head_count: str | None = None
     returns: tuple[str | None, ...] = (None,)
     whole: str | None = None
+    caches_heads: bool = False
 
 
 @dataclass(frozen=True)

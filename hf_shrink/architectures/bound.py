@@ -103,6 +103,10 @@ class BoundAttention:
         units = {"query": query_heads, "output": query_heads, "key": groups, "value": groups}
         return merge_cuts((slot, units[slot.role]) for slot in self.slots)
 
+    def cached(self, heads: int, kv_heads: int) -> int:
+        """Numbers that a token takes of the KV cache, with so many query heads and KV groups left."""
+        return 2 * (heads if self.spec.caches_heads else kv_heads) * self.head_size
+
     @property
     def group_parameters(self) -> int:
         """Parameters of one KV group with all of its query heads."""

@@ -29,6 +29,7 @@ from hf_shrink.residence import Room, visited
 from hf_shrink.runtime.experts import separate_experts
 from hf_shrink.search.blank import blank_sensitivity
 from hf_shrink.search.choose import Chosen, choose_assignment, guesses
+from hf_shrink.search.costs import check_cached
 from hf_shrink.search.fingerprint import sensitivity_of
 from hf_shrink.search.latency import LatencyTable, cache_folder, check_timed
 from hf_shrink.search.limits import Limits
@@ -195,6 +196,8 @@ class Searching:
             raise RecipeError(f"search.rehearse: {reason}; leave it out, and the search goes by what it knows of runs")
         if budget.timed:
             check_timed(self.model, [name for name in LATENCIES if getattr(budget, name) is not None])
+        if budget.memory is not None:
+            check_cached(self.model, self.sizes(budget.timed).dense)
         if not self.casts and self.needs_nothing(budget):
             raise RecipeError(f"the dense model keeps the budget ({budget}) as it is; ask for less")
         self.programme(budget, self.sizes(budget.timed))

@@ -82,7 +82,9 @@ class Budget:
         bytes: of all weights as stored.
         decode: seconds of writing one token at batch 1 on this device.
         prefill: seconds for each token of a prompt that is read at once, on this device.
-        memory: weights as stored, and the KV cache of one sequence of `context` tokens.
+        memory: weights as stored, and the KV cache of one sequence of `context` tokens. Layers with windows count as if
+            they kept all tokens; what a decoder keeps of its encoder's output is not counted, because a budget does
+            not say how many tokens the encoder reads.
         context: tokens; None: 4096, or as many as the model takes.
     """
 

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.architectures.bound import BoundAttention, BoundBlock, BoundMlp
 from hf_shrink.architectures.linears import shape
+from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import Scheme
 from hf_shrink.search.latency import LatencyTable, rest_of_blocks
 from hf_shrink.search.options import Cost
@@ -73,10 +74,10 @@ class Costs:
         dtype = self._storage.dtype_of(_weight(part.modules[path]))
         return Cost(self._storage.tensor(f"{path}.weight", dtype, (1,)) + self._storage.dense(names))
 
-    def cache(self, attention: BoundAttention, groups: int) -> int:
-        """Bytes of one token's keys and values, with so many KV groups left."""
+    def cache(self, attention: BoundAttention, heads: int, groups: int) -> int:
+        """Bytes of one token's keys and values, with so many query heads and KV groups left."""
         weight = _weight(next(iter(attention.modules.values())))
-        return 2 * groups * attention.head_size * self._storage.dtype_of(weight).itemsize
+        return attention.cached(heads, groups) * self._storage.dtype_of(weight).itemsize
 
     def fixed(self) -> Cost:
         """Everything that was not asked about. Call it last."""
@@ -88,6 +89,15 @@ class Costs:
                 seconds = self._latency.matrix(*shape(head), None)
         kept = (name for name in self._storage.state if name not in self._counted)
         return Cost(FILE + self._storage.dense(kept), 0, seconds)
+
+
+def check_cached(model: PreTrainedModel, dense: Cost) -> None:
+    """Raises ArchitectureError where a model writes text and nothing is known of its KV cache. `dense`: its cost."""
+    if model.can_generate() and not dense.cache:
+        raise ArchitectureError(
+            f"the memory of {type(model).__name__} cannot be predicted: no attention with query, key and value was "
+            "found in it, so what its cache takes is not known; give a budget in bytes"
+        )
 
 
 def _weight(module: nn.Module) -> Tensor:

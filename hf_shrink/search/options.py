@@ -21,7 +21,8 @@ class Cost:
 
     Attributes:
         bytes: in the safetensors files, their headers included.
-        cache: bytes that the KV cache takes for one token of context.
+        cache: bytes that the KV cache takes for one token of context, as if no layer had a window. Not those of cross
+            attentions, which are as many as the encoder reads tokens.
         seconds: per token, by purpose ("decode": one token after another; "prefill": the tokens of a prompt at once);
             empty where latency was not measured.
     """

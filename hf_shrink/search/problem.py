@@ -171,7 +171,9 @@ class _Maker:
         cached = kind != "cross_attention" and writes_cache(self.model, stack)
         for cut in cuts_of(part, kind, curves, allowed.get((stack.name, kind)), self._multiple):
             size = self._switch_of_size(stack, part, cut) if curves is not None else ()
-            cache = self.costs.cache(part, cut.kv_heads) if cached and isinstance(part, BoundAttention) else 0
+            cache = 0
+            if cached and isinstance(part, BoundAttention):
+                cache = self.costs.cache(part, int(cut.left.sum()), cut.kv_heads)
             yield from self._with_bits(block, part.modules, (writes, reads), cut, cache, size)
         gone = self.sensitivity.dropped.get((stack.name, block.index, kind))
         if gone is not None and self.space.depth and not self.space.portable and self._may_go(stack, block):

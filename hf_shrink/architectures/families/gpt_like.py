@@ -114,6 +114,8 @@ def _falcon(layout: AttentionLayout, when: dict[str, object]) -> tuple[Stack, St
         {"num_heads": "heads", "num_kv_heads": "kv_heads"},
         norm=("ln_attn", "input_layernorm"),
     )
+    # In groups keys and values are repeated for every query head before they are cached.
+    attention = dataclasses.replace(attention, caches_heads=layout == "per_group")
     # Attention and MLP run side by side on one norm, side by side on two, or one after the other.
     mlp = Mlp(
         up="mlp.dense_h_to_4h",
