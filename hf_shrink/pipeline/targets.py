@@ -124,7 +124,7 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
     spared = spared_by_default(model, binding, candidates, inside, step.targets or ()) if step.ignore is None else set()
     head = head_paths(model, candidates) if step.head is not None else frozenset()
     chosen: dict[str, str | None] = {}
-    by_name: set[str] = set(head)
+    by_name: set[str] = set()
     for path, module in candidates.items():
         if path in head:
             chosen[path] = None
@@ -157,7 +157,7 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         for key in step.overrides
         if key not in chosen.values()
     ]
-    return Selected(chosen, frozenset(by_name & chosen.keys()), notes, head)
+    return Selected(chosen, frozenset(by_name & chosen.keys()), notes, head & chosen.keys())
 
 
 def _width(module: nn.Module) -> int:

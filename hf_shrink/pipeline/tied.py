@@ -38,7 +38,7 @@ def weight_holders(model: nn.Module) -> dict[int, list[str]]:
 
 
 def keep_ties(model: nn.Module, chosen: dict[str, str | None], by_name: set[str]) -> list[str]:
-    """Take out weights chosen by class name only whose tied partner stays dense: untied, they would add bytes."""
+    """Take out weights not chosen `by_name` whose tied partner stays dense: untied, they would add bytes."""
     notes = []
     for paths in weight_holders(model).values():
         dense = [path for path in paths if path not in chosen]

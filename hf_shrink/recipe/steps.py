@@ -30,7 +30,8 @@ class QuantizeStep:
         overrides: by target, any of scheme, symmetric, strategy, group_size, symmetric_inputs. Exact path before
             regexes in written order before class names.
         head: the scheme of the output head and of an embedding that is tied to it, as a name or a mapping like an
-            override's; W8A16 then has one scale per row. It wins over `targets` and `ignore`. None: as these say.
+            override's; W8A16 then has one scale per row. It wins over `targets` and `ignore`. Both stay dense, with a
+            note, where the embedding is of a class of its own (a scaled one). None: as these say.
         symmetric, strategy, group_size: W8A8 and FP8A16 are symmetric with one scale per channel; the default
             group size does not apply to them, nor to another strategy than "group", and another one is an error.
         symmetric_inputs: of W8A8: round inputs without zero points, for engines that have no others; less exact.

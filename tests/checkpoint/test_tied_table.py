@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.cases import GEMMA
 from tiny import tiny_llama
 from torch.nn import functional as F
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Gemma3ForCausalLM, Gemma3TextConfig
 
 from hf_shrink import RecipeError, kernel_summary, optimize_for_inference, shrink
 from hf_shrink.checkpoint.packed import packed_modules
@@ -143,6 +144,21 @@ def test_a_head_of_its_own_is_packed_alone_and_portable() -> None:
     assert model.lm_head.scheme == Scheme(8, True, "channel", None)
     assert isinstance(model.model.embed_tokens, torch.nn.Embedding)
     assert "lm_head" in [path for paths in kernel_summary(model).values() for path in paths]
+
+
+def test_a_head_that_is_tied_to_an_embedding_of_a_class_of_its_own_stays_dense() -> None:
+    """Packed alone it would lie beside the dense table and make the model larger."""
+    dense = Gemma3ForCausalLM(Gemma3TextConfig(**{**GEMMA, "tie_word_embeddings": True})).eval()
+    models = []
+    for head in ({}, {"head": "W8A16"}):
+        recipe = {"portable": False, "steps": [{"quantize": {"method": "rtn", "group_size": 16, **head}}]}
+        models.append(shrink(copy.deepcopy(dense), recipe, progress=False))
+    without, asked = models
+    assert asked.lm_head.weight is asked.model.embed_tokens.weight
+    assert torch.equal(asked.lm_head.weight, dense.lm_head.weight)
+    assert unique_bytes(asked) == unique_bytes(without) < unique_bytes(dense)
+    said = "lm_head stays dense: it shares its weight with model.embed_tokens, which is not quantized"
+    assert said in asked.shrink_report.notes
 
 
 @pytest.mark.parametrize(
