@@ -9,10 +9,13 @@ from transformers.pytorch_utils import Conv1D
 
 
 def matches(path: str, module: nn.Module, target: str) -> bool:
-    """Whether a target (exact path, "re:" regex from the start of the path, or class name) means this module."""
+    """Whether a target means this module.
+
+    A target is its path or that of a module around it, a "re:" regex from the start of the path, or its class name.
+    """
     if target.startswith("re:"):
         return re.match(target[3:], path) is not None
-    return target in (path, class_of(module))
+    return target in (path, class_of(module)) or path.startswith(f"{target}.")
 
 
 def class_of(module: nn.Module) -> str:

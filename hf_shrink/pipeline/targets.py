@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
@@ -17,10 +16,10 @@ from hf_shrink.architectures.matching import class_of, matches
 from hf_shrink.checkpoint.experts import read_with_experts
 from hf_shrink.checkpoint.portability import needs_dequantize, portability
 from hf_shrink.errors import RecipeError
+from hf_shrink.pipeline.patterns import check_patterns
 from hf_shrink.pipeline.tied import agree_on_ties, head_paths, keep_ties, weight_holders
 from hf_shrink.plan import Scheme
 from hf_shrink.recipe import QuantizeStep
-from hf_shrink.registry import did_you_mean
 
 _EXPERT_COUNTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
@@ -62,8 +61,10 @@ def resolve_schemes(
     Without `targets`: every matrix inside the blocks, not those of towers in front of them. Without `ignore`: not the
     output head, task heads, routers and tied weights, unless an override names them; towers and what lies between them
     and the blocks only where an override names them, or a path or regex of `targets` that names no matrix of the
-    blocks. An exact path wins over regexes in their written order, those over class names. Tied weights that are both
-    chosen get one scheme.
+    blocks. The path of a module that holds others means what is inside it; of an override, where that has matrices of
+    the blocks, only these, and none that are left alone by default. A path wins over those of modules around it, the
+    nearest first, these over regexes in their written order, those over class names. Tied weights that are both chosen
+    get one scheme.
 
     Args:
         narrowed: input widths, by path, of matrices that lose inputs before they are quantized.
@@ -113,9 +114,15 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
     Raises:
         RecipeError: none is left, or a pattern is not valid or matches nothing.
     """
-    unmatched = _check_patterns(model, step)
     # Subclasses of Embedding compute something of their own (a scale, positions), which a packed one would lose.
-    candidates = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
+    weights = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
+    patterns = {"targets": step.targets or (), "overrides": step.overrides, "ignore": step.ignore or ()}
+
+    def means(pattern: str) -> bool:
+        return any(matches(path, module, pattern) for path, module in weights.items())
+
+    unmatched = check_patterns("quantize", patterns, model, weights, means)
+    candidates = weights
     if binding is not None and binding.towers and isinstance(model, PreTrainedModel):
         # A regex that names a tower means its matrices, not its table of positions.
         candidates = {p: m for p, m in candidates.items() if is_matrix(m) or m is model.get_input_embeddings()}
@@ -125,12 +132,16 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
     head = head_paths(model, candidates) if step.head is not None else frozenset()
     chosen: dict[str, str | None] = {}
     by_name: set[str] = set()
+    blocks = {path: candidates[path] for path in inside & candidates.keys()}
+    apart = {key for key in step.overrides if not any(matches(p, m, key) for p, m in blocks.items())}
     for path, module in candidates.items():
         if path in head:
             chosen[path] = None
             continue
         override = _override(path, module, step.overrides)
         named = override is not None and override != class_of(module)
+        if path.startswith(f"{override}.") and override not in apart:
+            named = path in inside and path not in spared  # what is around blocks says nothing of head and routers
         if step.ignore is not None and any(matches(path, module, t) for t in step.ignore):
             continue
         wanted = path in inside if step.targets is None else any(matches(path, module, t) for t in step.targets)
@@ -166,37 +177,13 @@ def _width(module: nn.Module) -> int:
     return module.nx if isinstance(module, Conv1D) else int(module.in_features)  # type: ignore[arg-type]
 
 
-def _check_patterns(model: nn.Module, step: QuantizeStep) -> list[str]:
-    """Every pattern must be a valid regex; targets and overrides must match something.
-
-    Returns notes: an `ignore` that matches nothing may be meant for other models, or be misspelt.
-    """
-    notes = []
-    modules = {p: m for p, m in model.named_modules() if p}
-    names = set(modules) | {class_of(m) for m in modules.values()}
-    for where, patterns in (
-        ("targets", step.targets or ()),
-        ("overrides", step.overrides),
-        ("ignore", step.ignore or ()),
-    ):
-        for pattern in patterns:
-            try:
-                found = any(matches(p, m, pattern) for p, m in modules.items())
-            except re.error as error:
-                raise RecipeError(f"quantize.{where}: {pattern!r} is not a valid regex: {error}") from error
-            if found:
-                continue
-            said = f"quantize.{where}: {pattern!r} matches no module"
-            if where != "ignore":
-                raise RecipeError(f"{said}; {did_you_mean(pattern, names)}")
-            notes.append(f"{said}, so nothing is left out by it")
-    return notes
-
-
 def _override(path: str, module: nn.Module, overrides: Mapping[str, object]) -> str | None:
-    """The most specific override's key: exact path, then the first regex, then the class name."""
-    if path in overrides:
-        return path
+    """The most specific override's key: path, the nearest module's around it, the first regex, then the class name."""
+    around = path
+    while around:
+        if around in overrides:
+            return around
+        around = around.rpartition(".")[0]
     for key in overrides:
         if key.startswith("re:") and matches(path, module, key):
             return key

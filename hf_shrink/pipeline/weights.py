@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -15,9 +14,9 @@ from hf_shrink.architectures.matching import class_of, matches
 from hf_shrink.architectures.weights import WeightRef, weight_refs
 from hf_shrink.errors import RecipeError
 from hf_shrink.ops.masks import shared_counts, whole
+from hf_shrink.pipeline.patterns import check_patterns
 from hf_shrink.pipeline.targets import spared_by_default
 from hf_shrink.pruning.base import WeightsMethod, WeightView
-from hf_shrink.registry import did_you_mean
 from hf_shrink.sparsity import Amount
 
 
@@ -64,7 +63,9 @@ def choose_weights(
         RecipeError: nothing is left, or a weight that was named cannot be pruned so.
     """
     refs = list(weight_refs(model))
-    _check_patterns(model, refs, step)
+    patterns = {"targets": step.targets or (), "ignore": step.ignore or ()}
+    owners = {ref.module_path: ref.owner for ref in refs}
+    unmatched = check_patterns("prune", patterns, model, owners, lambda t: any(_means(ref, t) for ref in refs))
     chosen: list[WeightRef] = []
     unfit: dict[str, list[str]] = {}
     for ref in _selected(model, binding, step, refs):
@@ -84,7 +85,7 @@ def choose_weights(
         f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''} stay dense: {reason}"
         for reason, paths in unfit.items()
     )
-    return ChosenWeights(_amounts(chosen, step.amount, method), notes)
+    return ChosenWeights(_amounts(chosen, step.amount, method), (*unmatched, *notes))
 
 
 def view_of(ref: WeightRef, amount: Amount, rows: Tensor | None = None) -> WeightView:
@@ -112,20 +113,6 @@ def _selected(
 
 def _means(ref: WeightRef, target: str) -> bool:
     return matches(ref.module_path, ref.owner, target) or matches(ref.path, ref.owner, target)
-
-
-def _check_patterns(model: nn.Module, refs: Iterable[WeightRef], step: Choice) -> None:
-    """Every pattern must be a valid regex; targets must mean a weight."""
-    refs = list(refs)
-    names = {name for ref in refs for name in (ref.module_path, class_of(ref.owner))}
-    for where, patterns in (("targets", step.targets or ()), ("ignore", step.ignore or ())):
-        for pattern in patterns:
-            try:
-                found = any(_means(ref, pattern) for ref in refs)
-            except re.error as error:
-                raise RecipeError(f"prune.{where}: {pattern!r} is not a valid regex: {error}") from error
-            if not found and where == "targets":
-                raise RecipeError(f"prune.targets: {pattern!r} means no weight; {did_you_mean(pattern, names)}")
 
 
 def unfit(amount: Amount, width: int) -> str | None:

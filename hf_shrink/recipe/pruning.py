@@ -69,15 +69,13 @@ class PruneStep:
             raise RecipeError(f"prune.what {self.what!r} is unknown; {did_you_mean(str(self.what), AMOUNTS)}")
         if self.units not in UNITS:
             raise RecipeError(f"prune.units {self.units!r} is unknown; {did_you_mean(str(self.units), UNITS)}")
-        if self.units != "all" and self.what != "width":
-            instead = "there is parts" if self.what == "depth" else "leave it out"
-            raise RecipeError(f"prune.units goes with what: width; for {self.what} {instead}")
         if self.parts not in PARTS:
             raise RecipeError(f"prune.parts {self.parts!r} is unknown; {did_you_mean(str(self.parts), PARTS)}")
         for own in fields(self):
             kind = OWN_KEYS.get(own.name, self.what)
             if kind != self.what and getattr(self, own.name) != own.default:
-                raise RecipeError(f"prune.{own.name} goes with what: {kind}; for {self.what} leave it out")
+                instead = "there is parts" if (own.name, self.what) == ("units", "depth") else "leave it out"
+                raise RecipeError(f"prune.{own.name} goes with what: {kind}; for {self.what} {instead}")
         if self.parts == "any" and self.blocks is not None:
             raise RecipeError("prune.parts any takes out things of different sizes: give ratio instead of blocks")
         self._check_amounts()

@@ -24,11 +24,12 @@ class QuantizeStep:
     Attributes:
         scheme: W2A16 to W8A16, W8A8 or FP8A16; with method bitsandbytes NF4, FP4 or LLM.int8, which leave no other key
             but targets, ignore and the method's options.
-        targets: class names ("Linear", "Embedding"), exact module paths, or "re:" regexes (matched from the start of
-            the path, as in compressed-tensors). None: every Linear inside the blocks.
+        targets: class names of matrices ("Linear", "Embedding"), paths of modules, which mean what is inside them too,
+            or "re:" regexes (matched from the start of the path, as in compressed-tensors). None: every Linear inside
+            the blocks.
         ignore: the same forms; None: output head, task heads, routers, tied weights. `[]`: nothing is ignored.
-        overrides: by target, any of scheme, symmetric, strategy, group_size, symmetric_inputs. Exact path before
-            regexes in written order before class names.
+        overrides: by target, any of scheme, symmetric, strategy, group_size, symmetric_inputs. Path before the path
+            of what is around it before regexes in written order before class names.
         head: the scheme of the output head and of an embedding that is tied to it, as a name or a mapping like an
             override's; W8A16 then has one scale per row. It wins over `targets` and `ignore`. Both stay dense, with a
             note, where the embedding is of a class of its own (a scaled one). None: as these say.

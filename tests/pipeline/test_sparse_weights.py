@@ -123,6 +123,9 @@ def test_targets_ignore_and_an_importance_of_ones_own() -> None:
     model = shrunk(step("tests_distance_from_mean", targets=["re:.*mlp.*"], ignore=["re:.*layers.1.*"]))
     for path, weight in inner(model).items():
         assert ((weight == 0).float().mean() == 0.5) == ("mlp" in path and "layers.1." not in path)
+    inside = shrunk(step(targets=["model.layers.0", "model.layers.1"], ignore=["model.layers.1.mlp"]))
+    for path, weight in inner(inside).items():
+        assert ((weight == 0).float().mean() == 0.5) == ("layers.0." in path or "layers.1.self_attn" in path)
     everything = shrunk(step(targets=["Linear", "Embedding"], ignore=[]), model=tiny_llama(tie_word_embeddings=True))
     assert (everything.model.embed_tokens.weight == 0).float().mean() == 0.5
     assert everything.lm_head.weight is everything.model.embed_tokens.weight
@@ -289,6 +292,9 @@ def test_notes_and_recipes_say_what_was_done() -> None:
     assert any("2:5 does not divide rows of 48 weights" in note for note in model.shrink_report.notes)
     assert (model.model.layers[0].mlp.down_proj.weight == 0).float().mean() == pytest.approx(0.6)
     assert any("neither bytes on disk nor speed" in note for note in model.shrink_report.notes)
+    misspelt = shrunk(step(ignore=["model.layers.0.mlp.down_porj"]))
+    said = "prune.ignore: 'model.layers.0.mlp.down_porj' means no weight, so nothing is left out by it"
+    assert said in misspelt.shrink_report.notes
 
 
 @pytest.mark.parametrize(
@@ -296,6 +302,8 @@ def test_notes_and_recipes_say_what_was_done() -> None:
     [
         ({"targets": ["re:.*nothing"]}, "means no weight"),
         ({"targets": ["Liner"]}, "did you mean 'Linear'"),
+        ({"targets": ["LlamaMLP"]}, "only modules that hold some"),
+        ({"ignore": ["LlamaMLP"]}, r"name such a module by its path \('model\.layers\.0\.mlp'\)"),
         ({"targets": ["re:*"]}, "not a valid regex"),
         ({"targets": "Linear"}, "is a list"),
         ({"pattern": "2:5", "targets": ["model.layers.0.mlp.up_proj"]}, "does not divide"),

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
+from conformance.cases import CASES
+from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama
+from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from hf_shrink import make_plan
 from hf_shrink.architectures import bind
+from hf_shrink.checkpoint.format import quantization_config
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.targets import Resolved, resolve_schemes
 from hf_shrink.plan import Scheme
@@ -40,7 +46,7 @@ def test_class_target_still_spares_head_and_ties_unless_ignore_is_empty() -> Non
 def test_an_ignore_that_matches_nothing_is_noted() -> None:
     """It may be meant for other models, or be misspelt: then what was to stay is rounded."""
     found = resolve(tiny_llama(), ignore=["lm_head", "model.layers.0.mlp.down_porj"])
-    assert "quantize.ignore: 'model.layers.0.mlp.down_porj' matches no module" in " ".join(found.notes)
+    assert "quantize.ignore: 'model.layers.0.mlp.down_porj' means no weight" in " ".join(found.notes)
     assert "'lm_head'" not in " ".join(found.notes)
 
 
@@ -83,13 +89,61 @@ def test_targets_and_overrides_that_do_nothing_are_noted() -> None:
     assert not [n for n in used.notes if "nothing" in n] and used.schemes["lm_head"].bits == 8
 
 
+def test_the_path_of_a_module_means_what_is_inside_it() -> None:
+    model = tiny_llama()
+    left = resolve(model, ignore=["model.layers.0"]).schemes
+    assert len(left) == 3 * 7 and not any(path.startswith("model.layers.0.") for path in left)
+    assert list(resolve(model, targets=["model.layers.1.mlp"]).schemes) == [
+        f"model.layers.1.mlp.{name}_proj" for name in ("gate", "up", "down")
+    ]
+    # What a checkpoint says to leave alone are the matrices themselves.
+    said = [target for target in quantization_config(model, left)["ignore"] if target.startswith("re:")]
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
+    assert [path for path in linears if any(re.match(t[3:], path) for t in said)] == linears[:7]
+
+
+def test_an_override_of_a_module_is_for_what_is_quantized_inside_it() -> None:
+    overrides = {
+        "Linear": {"scheme": "W2A16"},
+        "re:.*q_proj": {"scheme": "W3A16"},
+        "model.layers.0": {"scheme": "W5A16"},
+        "model.layers.0.mlp": {"scheme": "W6A16"},
+        "model.layers.0.mlp.up_proj": {"scheme": "W8A16"},
+    }
+    schemes = resolve(tiny_llama(), portable=False, overrides=overrides).schemes
+    assert len(schemes) == 4 * 7
+    bits = {path.removeprefix("model.layers."): scheme.bits for path, scheme in schemes.items()}
+    assert (bits["0.self_attn.q_proj"], bits["0.mlp.down_proj"], bits["0.mlp.up_proj"]) == (5, 6, 8)
+    assert (bits["1.self_attn.q_proj"], bits["1.mlp.up_proj"]) == (3, 2)
+    whole = resolve(tiny_llama(tie_word_embeddings=True), overrides={"model": {"scheme": "W8A16"}}).schemes
+    assert len(whole) == 4 * 7 and {scheme.bits for scheme in whole.values()} == {8}
+
+
+def test_an_override_of_a_module_leaves_routers_and_reaches_what_lies_outside_of_the_blocks() -> None:
+    step = {"quantize": {"method": "rtn", "group_size": 8, "overrides": {"model.layers.0": {"scheme": "W8A16"}}}}
+    mixture = make_plan(MIXTURES["qwen2_moe"](), {"portable": False, "steps": [step]}, progress=False).schemes
+    first = {path: scheme.bits for path, scheme in mixture.items() if path.startswith("model.layers.0.")}
+    assert "model.layers.0.mlp.experts.1.up_proj" in first and set(first.values()) == {8}
+    assert not any("gate" in path.rpartition(".")[2] and "gate_proj" not in path for path in mixture)
+    seen = CASES["llava"].build()
+    before = [path for path, module in seen.named_modules() if "projector" in path and isinstance(module, nn.Linear)]
+    around = before[0].rpartition(".")[0]
+    assert before and before[0] not in resolve(seen).schemes
+    schemes = resolve(seen, portable=False, overrides={around: {"scheme": "W8A16"}}).schemes
+    assert [schemes[path].bits for path in before] == [8] * len(before)
+
+
 @pytest.mark.parametrize(
     ("step", "message"),
     [
         ({"targets": ["Linaer"]}, "did you mean 'Linear'"),
         ({"targets": ["re:("]}, "not a valid regex"),
-        ({"overrides": {"model.layers.9.mlp.up_proj": {}}}, "matches no module"),
+        ({"overrides": {"model.layers.9.mlp.up_proj": {}}}, "means no weight"),
         ({"targets": ["lm_head"]}, "matches no weight"),
+        ({"targets": ["LlamaMLP"]}, r"only modules that hold some; .* path \('model\.layers\.0\.mlp'\)"),
+        ({"ignore": ["LlamaAttention"]}, r"regex such as 're:\.\*self_attn\[\.\]'"),
+        ({"overrides": {"re:.*mlp$": {}}}, "only modules that hold some"),
+        ({"targets": ["Linear", "LlamaRMSNorm"]}, "'LlamaRMSNorm' means no weight"),
     ],
 )
 def test_what_matches_nothing_is_an_error(step: dict[str, Any], message: str) -> None:
