@@ -86,7 +86,8 @@ class Plan:
         options: the method's options.
         transforms: names, or {name: options}, of what is folded into the weights before they are rounded, in order.
         tune: options of the tuning after rounding; empty: none.
-        starved_experts: what happens to experts that saw too few calibration tokens: an error, or rounding to nearest.
+        starved_experts: what happens to experts that saw too few calibration tokens: an error, or they are compressed
+            without data (rounded to nearest, zeros by magnitude).
         effort: the level that method, transforms and tune were chosen by, to be shown; nothing is decided by it.
         refit: whether `output` and `down` are refitted by least squares after width pruning.
         damage: predicted damage by what was removed (free form, for reports).

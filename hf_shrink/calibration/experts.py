@@ -104,9 +104,9 @@ def refuse_starved(starved: Mapping[str, int], matrices: Mapping[str, nn.Module]
     raise CalibrationError(
         f"{len(starved)} experts saw too few calibration tokens for statistics of their own: {shown}{more}; "
         f"at least {least_tokens(widest)} are needed for inputs of width {widest}. Give more samples "
-        "(--set calibration.samples=...) or more varied data, round these experts without data "
-        "(--set quantize.starved_experts=rtn; of a recipe with a budget --set search.starved_experts=rtn), or use "
-        "method: rtn"
+        "(--set calibration.samples=...) or more varied data, compress these experts without data "
+        "(--set quantize.starved_experts=rtn; of a recipe with a budget --set search.starved_experts=rtn; of one that "
+        "only prunes weights --set prune.weights.starved_experts=magnitude), or use method: rtn (to prune: magnitude)"
     )
 
 

@@ -203,7 +203,7 @@ def _state(run: Run) -> dict[str, Any]:
         "done": run.done,
         "scaled": run.scaler.scaled,
         "refused": [[*key, count] for key, count in run.scaler.refused.items()],
-        "masking": masking and {n: getattr(masking, n) for n in ("zeroed", "notes", "sparsities")},
+        "masking": masking and {n: getattr(masking, n) for n in ("zeroed", "notes", "sparsities", "without_data")},
         "learning": learning and {"seconds": learning.seconds, "gains": [asdict(gain) for gain in learning.gains]},
     }
 

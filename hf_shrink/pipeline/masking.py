@@ -36,6 +36,7 @@ class Masking:
             model's outputs on the compressed model's inputs, where the dense model is followed.
         zeroed: by kind of module: how many weights of it were zeroed, and their zeros and elements.
         sparsities: the fraction that was zeroed, by path of the parameter.
+        without_data: paths of the parameters whose zeros were chosen by magnitude, for want of statistics.
     """
 
     model: nn.Module
@@ -45,6 +46,7 @@ class Masking:
     zeroed: dict[str, list[int]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     sparsities: dict[str, float] = field(default_factory=dict)
+    without_data: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         refs = {ref.path: ref for ref in weight_refs(self.model) if ref.path in self.amounts}
@@ -108,7 +110,7 @@ class Masking:
         method = self.method
         if method.needs_statistics and statistics is None:
             method = WEIGHTS.build("magnitude", {"granularity": "row"})
-            self.notes.append(f"{refs[0].path} has no statistics of its own; its zeros are chosen by magnitude")
+            self.without_data += [ref.path for ref in refs]
         views = [view_of(ref, self.amounts[ref.path]) for ref in refs]
         for ref, view in zip(refs, views, strict=True):
             if reason := unfit(view.amount, ref.width):
@@ -135,6 +137,10 @@ class Masking:
             f"{kind}: {100 * zeros / elements:.2f}% of {elements:,} weights in {count} matrices are zero"
             for kind, (count, zeros, elements) in self.zeroed.items()
         ]
+        if self.without_data:
+            first, *others = self.without_data
+            one = f"{first} and {len(others)} more have" if others else f"{first} has"
+            lines.append(f"{one} no statistics, so that zeros were chosen by magnitude")
         return [*lines, HONEST_NOTE, *self.notes]
 
 

@@ -139,6 +139,8 @@ def plan_recipe(
             )
             stacks = _with_blocks(smaller, sources, stacks, narrower.blocks)
         notes += narrower.notes
+    zeroing = recipe.prune("weights")
+    without_data = zeroing is not None and zeroing.starved_experts == "magnitude"
     tokens = plan_tokens(model, vocabulary, processing, batches, seed, progress)
     notes += tokens.notes if tokens else []
     plan = Plan(
@@ -148,14 +150,13 @@ def plan_recipe(
         refit=width.refit if width else False,
         repair=bool(depth and depth.refit and damage),
         # An expert without statistics loses channels too, by its weights alone.
-        starved_experts="rtn" if any(stack.cuts_experts for stack in stacks.values()) else "error",
+        starved_experts="rtn" if without_data or any(stack.cuts_experts for stack in stacks.values()) else "error",
         damage=damage,
         vocabulary=tokens.plan if tokens else None,
         hidden=narrower_stream,
         dtype=recipe.dtype,
         calibration=asdict(recipe.calibration),
     )
-    zeroing = recipe.prune("weights")
     if zeroing:
         with experts_apart(model) as apart:
             chosen = choose_weights(

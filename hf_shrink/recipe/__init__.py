@@ -77,6 +77,13 @@ class Recipe:
                     "once; for more rounds run hf-shrink again on the result"
                 )
 
+        zeros = self.prune("weights")
+        if self.quantize is not None and zeros is not None and zeros.starved_experts != "error":
+            raise RecipeError(
+                "prune.starved_experts is for recipes without a quantize step; take it out and say "
+                "quantize.starved_experts: rtn, which chooses zeros of such experts by magnitude too"
+            )
+
     @property
     def quantize(self) -> QuantizeStep | None:
         return next((s for s in self.steps if isinstance(s, QuantizeStep)), None)

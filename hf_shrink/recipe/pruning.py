@@ -27,6 +27,7 @@ OWN_KEYS = {"units": "width", "parts": "depth", "targets": "weights", "ignore": 
 COUNTS = ("blocks", "experts")  # whole numbers
 UNITS = ("all", "attention", "mlp")
 PARTS = ("blocks", "attention", "mlp", "any")
+STARVED = ("error", "magnitude")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,8 @@ class PruneStep:
             the inputs of matrices. Of experts and tokens nothing is.
         options: the fields of the method's own dataclass.
         parts: of depth: whether whole blocks go, only their attentions or MLPs, or either of these ("any").
+        starved_experts: of weights: what happens to experts that saw too few calibration tokens for statistics of their
+            own: "error", or "magnitude": their zeros are chosen by that. A quantize step behind it says it for both.
     """
 
     what: str
@@ -63,6 +66,7 @@ class PruneStep:
     ignore: tuple[str, ...] | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
     parts: Literal["blocks", "attention", "mlp", "any"] = "blocks"
+    starved_experts: Literal["error", "magnitude"] = "error"
 
     def __post_init__(self) -> None:
         if self.what not in AMOUNTS:
@@ -78,6 +82,11 @@ class PruneStep:
                 raise RecipeError(f"prune.{own.name} goes with what: {kind}; for {self.what} {instead}")
         if self.parts == "any" and self.blocks is not None:
             raise RecipeError("prune.parts any takes out things of different sizes: give ratio instead of blocks")
+        if self.starved_experts not in STARVED:
+            hint = did_you_mean(str(self.starved_experts), STARVED)
+            raise RecipeError(f"unknown prune.starved_experts {self.starved_experts!r}; {hint}")
+        if self.starved_experts != "error" and self.what != "weights":
+            raise RecipeError(f"prune.starved_experts goes with what: weights; for {self.what} leave it out")
         self._check_amounts()
         self._check_weights()
         check_switch(self.refit, "prune.refit")

@@ -43,7 +43,8 @@ class QuantizeStep:
         tune: options of the tuning of scales, zero points and norms after rounding, for example {steps: 100}; empty:
             no tuning.
         starved_experts: what happens to experts that saw too few calibration tokens for statistics of their own:
-            "error", or "rtn": they are rounded to nearest without data.
+            "error", or "rtn": they are rounded to nearest without data, after zeros chosen by magnitude where weights
+            are pruned too.
         options: the fields of the method's own dataclass.
     """
 

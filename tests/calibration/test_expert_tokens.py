@@ -79,6 +79,45 @@ def test_starved_experts_are_rounded_to_nearest_where_asked() -> None:
             assert torch.equal(packed.weight, rounded.weight) == (expert in named)
 
 
+def test_zeros_alone_of_starved_experts_are_chosen_by_magnitude_where_asked() -> None:
+    start = starving(mixtral(), block=0, expert=2)
+
+    def zeros(**step: Any) -> dict[str, Any]:
+        return {"steps": [{"prune": {"what": "weights", "method": "wanda", "sparsity": 0.5, **step}}]}
+
+    with pytest.raises(CalibrationError, match=r"--set prune\.weights\.starved_experts=magnitude"):
+        shrink(copy.deepcopy(start), zeros(), calibration=data(2), progress=False)
+    asked = Recipe.from_dict(zeros()).with_overrides(["prune.weights.starved_experts=magnitude"])
+    model: Any = shrink(copy.deepcopy(start), asked, calibration=data(2), progress=False)
+    nearest: Any = shrink(copy.deepcopy(start), zeros(method="magnitude", granularity="row"), progress=False)
+    notes = model.shrink_report.notes
+    (note,) = [note for note in notes if "too few calibration tokens" in note]
+    starved = set(re.findall(r"(\S+experts\.\d+) \(\d+ tokens\)", note))
+    assert "model.layers.0.mlp.experts.2" in starved
+    fed = 0
+    for index, (layer, other) in enumerate(zip(model.model.layers, nearest.model.layers, strict=True)):
+        for expert in range(4):
+            down, simple = layer.mlp.experts.down_proj[expert], other.mlp.experts.down_proj[expert]
+            assert float((down == 0).float().mean()) == 0.5
+            assert torch.equal(down, simple) == (f"model.layers.{index}.mlp.experts.{expert}" in starved)
+            fed += not torch.equal(down, simple)
+    assert fed and sum("have no statistics, so that zeros were chosen by magnitude" in note for note in notes) == 1
+
+
+def test_what_zeros_say_of_starved_experts_goes_with_nothing_else() -> None:
+    zeros = {"what": "weights", "method": "wanda", "sparsity": 0.5, "starved_experts": "magnitude"}
+    depth = {"what": "depth", "method": "block_influence", "blocks": 1, "starved_experts": "magnitude"}
+    for steps, match in (
+        ([{"prune": {**zeros, "starved_experts": "magnitud"}}], "did you mean 'magnitude'"),
+        ([{"prune": depth}], r"prune\.starved_experts goes with what: weights"),
+        ([{"prune": zeros}, *recipe()["steps"]], r"say quantize\.starved_experts: rtn"),
+    ):
+        with pytest.raises(RecipeError, match=match):
+            Recipe.from_dict({"steps": steps})
+    asked = Recipe.from_dict({"steps": [{"prune": zeros}]})
+    assert Recipe.from_dict(asked.to_dict()) == asked
+
+
 def test_a_plan_keeps_what_was_asked() -> None:
     asked = Recipe.from_dict(recipe(starved_experts="rtn"))
     assert Recipe.from_dict(asked.to_dict()) == asked
