@@ -79,12 +79,18 @@ def load_data(args: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:
     else:
         raise SystemExit("give --dataset_name, or --train_file and --validation_file")
     if not isinstance(train.features[args.label_column], datasets.ClassLabel):
-        names = datasets.ClassLabel(names=sorted({str(label) for label in train[args.label_column]}))
         train, validation = (
-            rows.cast_column(args.label_column, datasets.Value("string")).cast_column(args.label_column, names)
-            for rows in (train, validation)
+            rows.cast_column(args.label_column, datasets.Value("string")) for rows in (train, validation)
         )
+        names = datasets.ClassLabel(names=in_order(set(train[args.label_column])))
+        train, validation = (rows.cast_column(args.label_column, names) for rows in (train, validation))
     return train.rename_column(args.label_column, "labels"), validation.rename_column(args.label_column, "labels")
+
+
+def in_order(names: set[str]) -> list[str]:
+    """Names of classes sorted, as numbers where all are whole ones, so that 0, 1, 2, 10 do not become 0, 1, 10, 2."""
+    found = sorted(names)
+    return sorted(found, key=int) if all(name.removeprefix("-").isdecimal() for name in found) else found
 
 
 def main(words: list[str] | None = None) -> dict[str, float]:

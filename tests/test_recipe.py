@@ -121,7 +121,9 @@ def test_keys_of_one_kind_of_pruning_are_refused_by_the_others(what: str, key: s
     if what == home:
         assert Recipe.from_dict(asked) == read.with_overrides([f"prune.{key}={value}"]) != read
         return
-    with pytest.raises(RecipeError, match=rf"prune\.{key} goes with what: {home}; for {what} (leave it out|there is parts)"):
+    with pytest.raises(
+        RecipeError, match=rf"prune\.{key} goes with what: {home}; for {what} (leave it out|there is parts)"
+    ):
         Recipe.from_dict(asked)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from hf_shrink.calibration.inputs import OWN_BATCHES, MediaProcessor, Medium, ModelInputs, setting
 from hf_shrink.calibration.noise import as_pixels, noise_clip, noise_images, pink_noise
@@ -25,6 +25,7 @@ _COLUMNS: dict[Medium, tuple[str, ...]] = {
     "audio": ("audio", "speech"),
     "text": (),
 }
+_MODES = {1: "L", 3: "RGB"}  # of PIL images, by channels
 _PROCESSED_AT_ONCE = 16
 
 
@@ -87,9 +88,21 @@ def _noise_pictures(
     return _processed((image.numpy() for image in as_pixels(images)), processor, inputs)
 
 
+def image_mode(config: PreTrainedConfig) -> str:
+    """The mode of PIL images that a model with this config reads. Raises CalibrationError where there is none."""
+    channels = setting(config, "num_channels") or 3
+    if channels not in _MODES:
+        raise CalibrationError(
+            f"the model reads {channels} channels, and images are read with one or three; pass model-input dicts (what "
+            "you would call the model with) as the data"
+        )
+    return _MODES[channels]
+
+
 def media_rows(
     rows: Iterable[Mapping[str, Any]],
     column: str,
+    model: PreTrainedModel,
     inputs: ModelInputs,
     processor: MediaProcessor | None,
     samples: int,
@@ -108,8 +121,9 @@ def media_rows(
     cells = (_cell(row, column, inputs) for row in islice(rows, samples))
     values = _counted(cells, samples, progress, f"reading {inputs.medium}s")
     if inputs.medium == "image":
+        mode = image_mode(model.config)
         return _processed(
-            (image.convert("RGB") if hasattr(image, "convert") else image for image in values), processor, inputs
+            (image.convert(mode) if hasattr(image, "convert") else image for image in values), processor, inputs
         )
     return _processed((_clip(value, processor) for value in values), processor, inputs)
 

@@ -150,7 +150,8 @@ class Request:
         iterator = rows if iterator is None else iterator
         column = media_column(rows, self.inputs.medium, columns) if self.inputs.media else None
         if column is not None:
-            values = media_rows(iterator, column, self.inputs, self.processor, self.spec.samples, self.progress)
+            read = self.inputs, self.processor
+            values = media_rows(iterator, column, self.model, *read, self.spec.samples, self.progress)
             return self._with_media(values, name, dict(details or {}))
         if (image := pair_column(rows, self.inputs, columns)) is not None:
             reader = PairReader(self.processing, self.inputs, self.spec.samples, self.length, self.overlap)

@@ -11,11 +11,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
 from transformers import PreTrainedTokenizerBase
+from transformers.utils import CONFIG_NAME
 
 from hf_shrink.errors import CheckpointError, ShrinkError
 from hf_shrink.plan import Plan
 from hf_shrink.report import ShrinkReport
+from hf_shrink.reporting.reproduce import is_hub_id
 
 RECORD_NAME = "shrink.json"
 CARD_NAME = "README.md"
@@ -48,6 +52,18 @@ def named(source: str, *, whole: bool = True) -> str:
     return source if source[0] in "./~" else f"./{source}"
 
 
+def source_of(model: nn.Module) -> str:
+    """Where a model in memory comes from, as a record has it: what it was loaded from, else its class.
+
+    A name without an owner is a Hub id only where it was fetched: a folder that is no longer there has such a name too.
+    """
+    name = str(getattr(getattr(model, "config", None), "_name_or_path", "") or "")
+    if not name:
+        return f"./{type(model).__name__}"
+    fetched = is_hub_id(name) and isinstance(try_to_load_from_cache(name, CONFIG_NAME), str)
+    return named(name, whole=False) if fetched or "/" in name or Path(name).is_dir() else f"./{name}"
+
+
 def _version(package: str, otherwise: str) -> str:
     try:
         return metadata.version(package)
@@ -60,7 +76,7 @@ class ShrinkRecord:
     """How a model became what it is; travels with it as `model.shrink_record` and as shrink.json.
 
     Attributes:
-        source: folder or Hub id of the dense model, see `named`.
+        source: folder or Hub id of the dense model, see `named` and `source_of`.
         recipe: the recipe as decoded YAML (`Recipe.to_dict`).
         plan: what was done.
         report: what came of it.

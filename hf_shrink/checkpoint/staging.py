@@ -77,7 +77,7 @@ def staged(folder: Path, token: str | bool | None = None) -> Iterator[tuple[Path
 def public(record: Mapping[str, Any]) -> dict[str, Any]:
     """The content of a shrink.json as others may see it: files and folders of this machine by their names."""
     source = str(record["source"])
-    return {**without_folders(record), "source": source if is_hub_id(source) else Path(source).name}
+    return {**without_folders(record), "source": source if is_hub_id(source) else f"./{Path(source).name}"}
 
 
 def named_in_card(card: str, names: Iterable[str], repo_id: str) -> str:

@@ -9,12 +9,13 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from hf_shrink.calibration.inputs import longest_text
-from hf_shrink.calibration.targets import Batch, Hidden, Kind, Logits
+from hf_shrink.calibration.targets import IGNORED, Batch, Hidden, Kind, Logits
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.divergence import Totals, is_score
 from hf_shrink.evaluation.scored import Prepared, forward, length_of
 
 TEXT = {"input_ids": "attention_mask", "decoder_input_ids": "decoder_attention_mask"}
+_HALF = "\ufffd"  # where a window begins or ends within a character
 Tokenizers = tuple[PreTrainedTokenizerBase | None, PreTrainedTokenizerBase | None]
 
 
@@ -38,7 +39,8 @@ def add_apart(
         scored: called with each row and what the model puts out for it.
 
     Raises:
-        CalibrationError: a tokenizer is missing, or a batch holds more than text.
+        CalibrationError: a tokenizer is missing or does not say where a token stands, or a batch holds more than text
+            and labels of overlapping windows.
     """
     model, baseline = models
     own, dense = tokenizers
@@ -47,8 +49,9 @@ def add_apart(
     limit = min((n for m in models if (n := longest_text(m)) is not None), default=None)
     context = 0
     kind, both = prepared.kind, (prepared, Prepared.of(prepared.kind, baseline, dense))
-    for row in _rows(batch):
-        pair = [next(p.of_all([b])) for p, b in zip(both, _same_text(row, own, dense, limit), strict=True)]
+    for row in _rows(batch, kind):
+        same = (_same_window if "labels" in row else _same_text)(row, own, dense, limit)
+        pair = [next(p.of_all([b])) for p, b in zip(both, same, strict=True)]
         context = max(context, length_of(pair[0]))
         outputs = forward(kind, pair[0], model)
         _add(totals, kind, outputs, forward(kind, pair[1], baseline))
@@ -72,9 +75,12 @@ def _add(totals: Totals, kind: Kind, own: Logits | Hidden, dense: Logits | Hidde
     totals.baseline_nll += [beside.nll[0] * share]
 
 
-def _rows(batch: Batch) -> Iterator[Batch]:
-    """The rows of a batch of text, without padding. Raises CalibrationError for other batches."""
-    known = {*TEXT, *TEXT.values(), "token_type_ids"}
+def _rows(batch: Batch, kind: Kind) -> Iterator[Batch]:
+    """The rows of a batch of text, without padding; with labels where not all of it is scored.
+
+    Raises CalibrationError for other batches.
+    """
+    known = {*TEXT, *TEXT.values(), "token_type_ids", *(["labels"] if kind == "causal" else [])}
     if not set(batch) <= known:
         raise CalibrationError(
             f"batches with {', '.join(sorted(set(batch) - known))} cannot be given to models with different "
@@ -86,6 +92,10 @@ def _rows(batch: Batch) -> Iterator[Batch]:
             if name in batch:
                 real = batch.get(mask, torch.ones_like(batch[name]))[row].bool()
                 found[name] = batch[name][row][real]
+        if "labels" in batch:
+            real = batch.get("attention_mask", torch.ones_like(batch["labels"]))[row].bool()
+            labels = batch["labels"][row][real]
+            found |= {} if torch.equal(labels, found["input_ids"]) else {"labels": labels}
         yield found
 
 
@@ -95,8 +105,7 @@ def _same_text(
     """A row's text in the tokens of both, cut where either would be too long."""
     found: tuple[Batch, Batch] = {}, {}
     for name, ids in row.items():
-        # A window may begin and end within a character.
-        text = str(dense.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False)).strip("\ufffd")
+        text = _text(ids, dense).strip(_HALF)
         while True:
             both = [t(text, add_special_tokens=False, verbose=False)["input_ids"] for t in (own, dense)]
             longest = max(map(len, both))
@@ -106,3 +115,45 @@ def _same_text(
         for batch, tokens in zip(found, both, strict=True):
             batch[name] = torch.tensor([tokens])
     return found
+
+
+def _same_window(
+    row: Batch, own: PreTrainedTokenizerBase, dense: PreTrainedTokenizerBase, limit: int | None
+) -> tuple[Batch, Batch]:
+    """A window that is scored from one of its tokens on, in the tokens of both, with labels from that character on.
+
+    Raises CalibrationError for other labels, for tokenizers that do not say where a token stands, and for what is too
+    long for a model: cut at its end it would not be scored, which the windows beside it leave to it.
+    """
+    ids, labels = row["input_ids"], row["labels"]
+    first = int((labels != IGNORED).int().argmax())
+    if not torch.equal(labels[first:], ids[first:]):
+        raise CalibrationError(
+            "labels that are not those of overlapping windows cannot be given to models with different vocabularies; "
+            "evaluate each model alone, or on text"
+        )
+    whole = _text(ids, dense)
+    text = whole.lstrip(_HALF)
+    begin = len(_text(ids[:first], dense).rstrip(_HALF)) - (len(whole) - len(text))
+    text = text.rstrip(_HALF)
+    found: tuple[Batch, Batch] = {}, {}
+    for batch, tokenizer in zip(found, (own, dense), strict=True):
+        if not tokenizer.is_fast:
+            raise CalibrationError(
+                f"{type(tokenizer).__name__} does not say where a token stands, which windows that overlap need; leave "
+                "the stride out, or use a fast tokenizer"
+            )
+        made = tokenizer(text, add_special_tokens=False, verbose=False, return_offsets_mapping=True)
+        tokens = torch.tensor([made["input_ids"]])
+        if limit is not None and tokens.shape[1] > limit:
+            raise CalibrationError(
+                f"a window of {len(ids)} tokens has {tokens.shape[1]} in the other vocabulary, and the model reads "
+                f"{limit}; give a smaller length"
+            )
+        scored = torch.tensor([[start >= begin for start, _ in made["offset_mapping"]]])
+        batch.update(input_ids=tokens, labels=tokens.masked_fill(~scored, IGNORED))
+    return found
+
+
+def _text(ids: torch.Tensor, tokenizer: PreTrainedTokenizerBase) -> str:
+    return str(tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

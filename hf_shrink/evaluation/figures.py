@@ -77,7 +77,7 @@ class Metrics:
         metric, by_group = self.get(name), {}
         for group in dict.fromkeys(observed.groups):
             part = observed.of_group(group)
-            if part.inputs(metric.reads, "model") is None:
+            if group is None or part.inputs(metric.reads, "model") is None:
                 continue
             found: Figures = {"model": {}, "baseline": {}, "skipped": {}}
             try:

@@ -15,12 +15,13 @@ from hf_shrink.errors import CalibrationError
 _RATE = 16_000
 
 
-def read_images(values: Sequence[Any], processor: MediaProcessor) -> Mapping[str, Any]:
-    """What the processor makes of images: PIL images, arrays, paths of files, or {bytes, path} as data sets store them.
+def read_images(values: Sequence[Any], processor: MediaProcessor, mode: str) -> Mapping[str, Any]:
+    """What the processor makes of images: arrays as they are; PIL images, files, and {bytes, path} as data sets store
+    them in the given mode (`image_mode`).
 
     Raises CalibrationError for what cannot be read.
     """
-    return processor([_image(value) for value in values], return_tensors="pt")
+    return processor([_image(value, mode) for value in values], return_tensors="pt")
 
 
 def read_clips(values: Sequence[Any], extractor: MediaProcessor) -> Mapping[str, Any]:
@@ -40,13 +41,13 @@ def read_clips(values: Sequence[Any], extractor: MediaProcessor) -> Mapping[str,
     return extractor(clips, sampling_rate=rate, return_tensors="pt", **({} if longest else {"padding": True}))
 
 
-def _image(value: Any) -> Any:
+def _image(value: Any, mode: str) -> Any:
     if isinstance(value, str | Path):
-        from PIL import Image, UnidentifiedImageError
+        from PIL import Image, ImageOps, UnidentifiedImageError
 
         try:
             with Image.open(value) as opened:
-                return opened.convert("RGB")
+                return ImageOps.exif_transpose(opened).convert(mode)  # upright, as data sets decode them
         except (OSError, UnidentifiedImageError) as error:
             raise CalibrationError(f"cannot read the image {value}: {error}") from error
     if isinstance(value, Mapping):
@@ -56,7 +57,7 @@ def _image(value: Any) -> Any:
             value = datasets.Image().decode_example({key: value.get(key) for key in ("bytes", "path")})
         except (OSError, ValueError) as error:
             raise CalibrationError(f"cannot read an image of the data: {error}") from error
-    return value.convert("RGB") if hasattr(value, "convert") else np.asarray(value)
+    return value.convert(mode) if hasattr(value, "convert") else np.asarray(value)
 
 
 def clip(value: Any, rate: int) -> np.ndarray[Any, np.dtype[np.float32]]:

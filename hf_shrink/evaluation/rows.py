@@ -15,10 +15,11 @@ from hf_shrink.calibration.data import is_data_set
 from hf_shrink.calibration.recipes import DataRecipe, from_parquet, iterate, load_rows
 from hf_shrink.calibration.text import read_lines, read_text
 from hf_shrink.errors import CalibrationError
+from hf_shrink.evaluation.image_folders import images_by_class
 from hf_shrink.evaluation.recipes import TaskRecipe
 from hf_shrink.evaluation.tasks import Row, Task
+from hf_shrink.evaluation.tasks.cells import Place, cell_of, shown
 from hf_shrink.registry import did_you_mean
-from hf_shrink.reporting.progress import silence_datasets
 
 ROW_FILES = (".jsonl", ".parquet", ".csv")
 _MEDIA = ("image", "audio")
@@ -30,10 +31,11 @@ class Table:
 
     Attributes:
         rows: in order, each by column name; may be read only once.
-        columns: their names, of the first row.
+        columns: their names, of all rows where these are at hand.
         names: of columns of classes, the classes' names.
         description: in words.
         folder: where paths in the rows start from.
+        cells: whether all is text, as in a CSV file, so that lists are there as JSON.
     """
 
     rows: Iterable[Mapping[str, Any]]
@@ -41,6 +43,7 @@ class Table:
     names: Mapping[str, Sequence[str]]
     description: str
     folder: Path | None = None
+    cells: bool = False
 
     def of_task(self, task: Task, wanted: Mapping[str, str], samples: int | None, model: Any) -> list[Row]:
         """The first `samples` rows (None: all) by role.
@@ -50,23 +53,31 @@ class Table:
             model: says what its classes are called.
 
         Raises:
-            CalibrationError: a column is missing, or there are no rows.
+            CalibrationError: a column is missing, or a row has nothing in one.
         """
         columns = columns_of(task, self.columns, wanted)
-        missing = [role for role in task.roles if role not in columns and role not in task.optional]
+        missing = [role for role in task.needs(model) if role not in columns]
         if missing:
             usual = ", ".join(task.roles[missing[0]])
             raise CalibrationError(
                 f"{self.description} has no column for {missing[0]!r} among {', '.join(self.columns) or 'none'}; call "
                 f"it one of {usual}, or name it under `columns` in a recipe"
             )
-        return [self._row(row, columns, model) for row in islice(self.rows, samples)]
+        return [self._row(row, columns, task, model) for row in islice(self.rows, samples)]
 
-    def _row(self, row: Mapping[str, Any], columns: Mapping[str, str], model: Any) -> Row:
+    def _row(self, row: Mapping[str, Any], columns: Mapping[str, str], task: Task, model: Any) -> Row:
         found = {role: row.get(column) for role, column in columns.items()}
+        for role in task.needs(model):
+            if found[role] is None:
+                raise CalibrationError(
+                    f"{self.description} has nothing in the column {columns[role]!r} of the row with {shown(row)}; "
+                    "fill it, or leave the row out"
+                )
         for role, column in columns.items():
             value = found[role]
-            if role in _MEDIA and isinstance(value, str) and self.folder is not None:
+            if self.cells and role in task.lists and isinstance(value, str):
+                found[role] = cell_of(value, role)
+            elif role in _MEDIA and isinstance(value, str) and self.folder is not None:
                 found[role] = self.folder / value
             elif column in self.names:
                 found[role] = _named(value, self.names[column], model)
@@ -116,17 +127,21 @@ def table_of(source: Any, recipe: TaskRecipe, seed: int) -> Table:
             return _folder(path, seed)
         rows = _file(path)
         features = getattr(rows, "features", None)
-        return _table(_mixed(rows, seed), path.name, features, path.parent)
+        return _table(_mixed(rows, seed), path.name, features, path.parent, cells=path.suffix == ".csv")
     return _table(list(source), "given rows", None)
 
 
-def _table(rows: Iterable[Mapping[str, Any]], name: str, features: Any, folder: Path | None = None) -> Table:
+def _table(
+    rows: Iterable[Mapping[str, Any]], name: str, features: Any, folder: Path | None = None, *, cells: bool = False
+) -> Table:
     iterator = iter(rows)
     first = next(iterator, None)
     if first is None:
         raise CalibrationError(f"{name} has no rows")
     names = {column: found for column, feature in (features or {}).items() if (found := _class_names(feature))}
-    return Table(_chained(first, iterator), tuple(first), names, name, folder)
+    # Rows of a data set all have the same columns; those of a list need not.
+    columns = tuple(dict.fromkeys(column for row in rows for column in row)) if isinstance(rows, list) else tuple(first)
+    return Table(_chained(first, iterator), columns, names, name, folder, cells)
 
 
 def _chained(first: Mapping[str, Any], rest: Iterator[Mapping[str, Any]]) -> Iterator[Mapping[str, Any]]:
@@ -140,28 +155,38 @@ def _file(path: Path) -> Iterable[Mapping[str, Any]]:
     if path.suffix == ".jsonl":
         return read_lines(path)
     if path.suffix == ".csv":
-        try:
-            return list(csv.DictReader(io.StringIO(read_text(path), newline="")))
-        except csv.Error as error:
-            raise CalibrationError(f"{path} is not CSV that can be read: {error}") from error
+        return _csv_rows(path)
     if path.suffix == ".parquet":
         rows: Iterable[Mapping[str, Any]] = from_parquet(path)
         return rows
     raise CalibrationError(f"{path} is not a {', '.join(ROW_FILES)} file; rows with right answers come in those")
 
 
-def _folder(path: Path, seed: int) -> Table:
-    """A folder with a folder of images for each class, as `datasets` reads it."""
-    import datasets
-
-    with silence_datasets():
-        try:
-            rows = datasets.load_dataset("imagefolder", data_dir=str(path), split="train", cache_dir=None)
-        except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+def _csv_rows(path: Path) -> list[Mapping[str, Any]]:
+    """An empty cell is nothing, as `datasets` reads it: CSV has no other way to say that."""
+    try:
+        rows = list(csv.DictReader(io.StringIO(read_text(path), newline="")))
+    except csv.Error as error:
+        raise CalibrationError(f"{path} is not CSV that can be read: {error}") from error
+    for row in rows:
+        if None in row:
             raise CalibrationError(
-                f"{path} is not a folder with a folder of images for each class: {' '.join(str(error).split())[:300]}"
-            ) from error
-    return _table(_mixed(rows, seed), path.name, rows.features)
+                f"{path} has more cells than columns in the row with {shown(row)}; put cells with commas in quotes"
+            )
+    return [{column: cell or None for column, cell in row.items()} for row in rows]
+
+
+def _folder(path: Path, seed: int) -> Table:
+    """A folder with a folder of images for each class."""
+    images = images_by_class(path)
+    # Places of classes that are called by numbers would be those of the texts: 0, 1, 10, 2.
+    numbers = all(map(str.isdecimal, images))
+    rows = [
+        {"image": image, "label": name if numbers else place}
+        for place, (name, found) in enumerate(images.items())
+        for image in found
+    ]
+    return Table(_mixed(rows, seed), ("image", "label"), {} if numbers else {"label": [*images]}, path.name)
 
 
 def _mixed(rows: Any, seed: int) -> Iterable[Mapping[str, Any]]:
@@ -193,10 +218,10 @@ def _class_names(feature: Any) -> Sequence[str] | None:
 
 
 def _named(value: Any, names: Sequence[str], model: Any) -> Any:
-    """A class by its name where the model knows that; else its number, as both count."""
-    known = {str(name).lower() for name in (getattr(model.config, "label2id", None) or {})}
-    if not all(str(name).lower() in known for name in names):
-        return value
+    """Classes by their names where the model knows all of these; else by their places, as both count."""
     if isinstance(value, list):
-        return [names[one] for one in value]
-    return names[value] if isinstance(value, int) and 0 <= value < len(names) else value
+        return [_named(one, names, model) for one in value]
+    if not isinstance(value, int) or not 0 <= value < len(names):
+        return value
+    known = {str(name).lower() for name in (getattr(model.config, "label2id", None) or {})}
+    return names[value] if all(str(name).lower() in known for name in names) else Place(value)

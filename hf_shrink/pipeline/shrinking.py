@@ -19,7 +19,7 @@ from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.loaded_dtypes import loaded_dtypes
-from hf_shrink.checkpoint.record import ShrinkRecord, named
+from hf_shrink.checkpoint.record import ShrinkRecord, source_of
 from hf_shrink.checkpoint.save import bind as bind_save
 from hf_shrink.checkpoint.save import model_portability
 from hf_shrink.checkpoint.source import check_finite
@@ -281,5 +281,4 @@ class Job:
         recipe = self.recipe.to_dict() if self.recipe is not None else {}
         if recipe and "object" in report.calibration:  # an object: the recipe can only say what it was
             recipe["calibration"]["data"] = data.description
-        source = str(getattr(getattr(model, "config", None), "_name_or_path", "") or type(model).__name__)
-        return ShrinkRecord(named(source, whole=False), recipe, planned.plan, report, tokenizer=tokenizer)
+        return ShrinkRecord(source_of(model), recipe, planned.plan, report, tokenizer=tokenizer)

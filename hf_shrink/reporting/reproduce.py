@@ -9,13 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils._validators import validate_repo_id
 
 from hf_shrink.reporting.figures import Record
 
 
 def is_hub_id(source: str) -> bool:
-    """Whether a record's source is a name on the Hub, `owner/name`; no folder is, see `checkpoint.record.named`."""
-    return re.fullmatch(r"[\w.-]+/[\w.-]+", source) is not None and source[0] != "."
+    """Whether a record's source is a name on the Hub, `owner/name`, or `name` alone as the oldest models there have it;
+    no folder is, see `checkpoint.record`."""
+    try:
+        validate_repo_id(source)
+    except HFValidationError:
+        return False
+    return True
 
 
 def shown_source(record: Record) -> str:

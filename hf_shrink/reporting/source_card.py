@@ -99,13 +99,10 @@ def find_source_card(source: str) -> str | None:
     Args:
         source: folder or Hub id.
     """
-    path = Path(source) / CARD_NAME
-    if not path.is_file():
-        cached = try_to_load_from_cache(source, CARD_NAME) if is_hub_id(source) else None
-        if not isinstance(cached, str):  # not fetched, or known not to be there
-            return None
-        path = Path(cached)
-    return path.read_text(encoding="utf-8", errors="replace")
+    place = try_to_load_from_cache(source, CARD_NAME) if is_hub_id(source) else Path(source) / CARD_NAME
+    if not isinstance(place, str | Path) or not Path(place).is_file():  # not fetched, or known not to be there
+        return None
+    return Path(place).read_text(encoding="utf-8", errors="replace")
 
 
 def _metadata(text: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import no_init_weights
 
 from hf_shrink.architectures.binding import same_family
-from hf_shrink.checkpoint.record import ShrinkRecord, named
+from hf_shrink.checkpoint.record import ShrinkRecord, source_of
 from hf_shrink.checkpoint.save import bind, model_portability, save_model
 from hf_shrink.checkpoint.ties import settle_ties
 from hf_shrink.errors import CheckpointError
@@ -33,8 +33,7 @@ from hf_shrink.training.part import Part
 def first_record(model: nn.Module, recipe: dict[str, Any], report: ShrinkReport) -> ShrinkRecord:
     """The record of a model in training, to which the parts add what they did."""
     config = getattr(model, "config", None)
-    source = str(getattr(config, "_name_or_path", "") or type(model).__name__)
-    return ShrinkRecord(named(source, whole=False), recipe, Plan(str(getattr(config, "model_type", ""))), report)
+    return ShrinkRecord(source_of(model), recipe, Plan(str(getattr(config, "model_type", ""))), report)
 
 
 def make_real(model: PreTrainedModel, parts: Sequence[Part], record: ShrinkRecord) -> None:

@@ -137,6 +137,19 @@ def test_an_image_recipe_goes_through_the_processor(tmp_path, streaming):
         read(recipe, model=tiny_llama(), tokenizer=tiny_tokenizer())
 
 
+def test_a_model_of_one_channel_gets_images_of_one(tmp_path):
+    config = tiny_vit().config
+    config.num_channels = 1
+    model = type(tiny_vit())(config).eval()
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5], image_std=[0.5])
+    for mode in ("L", "RGB"):
+        images = datasets.Dataset.from_dict({"image": [image.convert(mode) for image in pictures(3)]})
+        images = images.cast_column("image", datasets.Image())
+        data = read(images, model=model, tokenizer=processor, samples=3, batch_size=3)
+        assert data.batches[0]["pixel_values"].shape == (3, 1, 32, 32)
+        assert torch.isfinite(model(**data.batches[0]).last_hidden_state).all()
+
+
 def test_a_data_set_of_sounds_goes_through_the_feature_extractor():
     waves = [np.sin(np.arange(4000 + 50 * i) / (i + 3)).astype(np.float32) for i in range(4)]
     sounds = [{"array": wave, "sampling_rate": 16000} for wave in waves]
@@ -151,10 +164,11 @@ def test_a_data_set_of_sounds_goes_through_the_feature_extractor():
 
 
 def test_clips_for_raw_waveform_models_have_one_length():
-    inputs = inputs_of(tiny_whisper())
+    model = tiny_whisper()
+    inputs = inputs_of(model)
     waveform = type(inputs)("input_values", False, "input_values", False, False, frozenset({"input_values"}))
     rows = [{"audio": {"array": [0.1] * n, "sampling_rate": 16000}} for n in (100, 90000)]
-    assert media_rows(rows, "audio", waveform, Wav2Vec2FeatureExtractor(), 2).shape == (2, 80000)
+    assert media_rows(rows, "audio", model, waveform, Wav2Vec2FeatureExtractor(), 2).shape == (2, 80000)
 
 
 def test_data_sets_of_model_inputs_are_stacked():

@@ -10,7 +10,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 from tiny import tiny_tokenizer
 from tiny_readers import tiny_vit, tiny_whisper
 from transformers import (
@@ -26,6 +26,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation import evaluate_model
+from hf_shrink.evaluation.media import read_images
 from hf_shrink.evaluation.recipes import TaskRecipe
 
 
@@ -87,6 +88,88 @@ def test_images_of_a_data_set_are_decoded_when_they_are_looked_at(monkeypatch):
     assert isinstance(table[0]["image"], Image.Image), "the user's own data set stays as it is"
     with pytest.raises(CalibrationError, match="cannot read an image of the data"):
         evaluate_model(model, [{"image": {"bytes": b"no image"}, "label": 0}], tokenizer=processor, spec=recipe)
+
+
+def vision(names, channels=3):
+    """A classifier of images, its processor, and what it makes of a PIL image."""
+    config = tiny_vit().config
+    by_id = dict(enumerate(names))
+    config.update({"id2label": by_id, "label2id": {name: i for i, name in by_id.items()}, "initializer_range": 0.3})
+    config.num_channels = channels
+    torch.manual_seed(0)
+    model = ViTForImageClassification(config).eval()
+    size, half = {"height": 32, "width": 32}, [0.5] * channels
+    processor = ViTImageProcessorPil(size=size, image_mean=half, image_std=half)
+
+    def choice(image):
+        with torch.no_grad():
+            return names[int(model(**processor(image, return_tensors="pt")).logits.argmax())]
+
+    return model, processor, choice
+
+
+def pictures(count, mode="RGB"):
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (20 + i, 30, 3), dtype=np.uint8)).convert(mode) for i in range(count)]
+
+
+@pytest.mark.parametrize("names", [("train", "test-tube", "dev"), ("0", "1", "10", "2")], ids=["words", "numbers"])
+def test_names_of_folders_and_files_decide_nothing_but_the_class(names, tmp_path):
+    classes = names if "train" in names else [f"LABEL_{i}" for i in range(11)]
+    model, processor, choice = vision(classes)
+    right = []
+    for i, image in enumerate(pictures(8)):
+        name = names[i % len(names)]
+        path = tmp_path / "set" / name / f"{i}_{('val', 'test', 'train')[i % 3]}_eval-dev.PNG"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        image.save(path)
+        right.append(choice(image) in (name, f"LABEL_{name}"))
+    (tmp_path / "set" / "train-notes.txt").write_text("not an image")
+    (tmp_path / "set" / names[0] / "._0.png").write_text("what a file system leaves")
+    result = evaluate_model(model, tmp_path / "set", tokenizer=processor)
+    assert result["sequences"] == 8 and value(result, "accuracy") == pytest.approx(np.mean(right))
+
+
+def test_folders_that_are_no_classes_are_refused(tmp_path):
+    model, processor, _ = vision(("cat", "dog"))
+
+    def refused(message):
+        with pytest.raises(CalibrationError, match=message):
+            evaluate_model(model, tmp_path, tokenizer=processor)
+
+    refused("no image was found")
+    for split in ("train", "test"):
+        (tmp_path / split / "cat").mkdir(parents=True)
+        pictures(1)[0].save(tmp_path / split / "cat" / "0.png")
+    refused(f"give the folder that holds the classes, such as {tmp_path}/test or {tmp_path}/train")
+    pictures(1)[0].save(tmp_path / "0.png")
+    refused("0.png is in no folder of a class")
+    (tmp_path / "metadata.csv").write_text("file_name,label\n0.png,cat\n")
+    refused("has a metadata.csv, which is not read with a folder")
+
+
+def test_images_of_one_channel(tmp_path):
+    model, processor, choice = vision(("cat", "dog", "cow"), channels=1)
+    rows = []
+    for i, image in enumerate(pictures(4, "L")):
+        image.save(tmp_path / f"{i}.png")
+        rows.append({"image": f"{i}.png", "label": choice(image)})
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert value(evaluate_model(model, tmp_path / "rows.jsonl", tokenizer=processor), "accuracy") == 1
+    colour = [{"image": image, "label": choice(image.convert("L"))} for image in pictures(3)]
+    assert value(evaluate_model(model, colour, tokenizer=processor), "accuracy") == 1
+    four, processor, _ = vision(("cat", "dog"), channels=4)
+    with pytest.raises(CalibrationError, match="reads 4 channels"):
+        evaluate_model(four, [{"image": pictures(1)[0], "label": "cat"}], tokenizer=processor)
+
+
+def test_images_of_files_stand_upright(tmp_path):
+    image, exif = pictures(1)[0], Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    image.save(tmp_path / "turned.png", exif=exif)
+    seen = []
+    read_images([tmp_path / "turned.png"], lambda images, **_: seen.extend(images), "RGB")
+    assert np.array_equal(np.asarray(seen[0]), np.asarray(image.transpose(Image.Transpose.ROTATE_270)))
 
 
 def test_speech_of_wave_files(tmp_path):

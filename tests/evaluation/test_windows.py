@@ -52,6 +52,26 @@ def test_every_token_is_scored_once_with_the_context_that_is_left(tmp_path, stri
     assert f"{stride} tokens apart" in result["data"]
 
 
+def test_models_of_different_vocabularies_read_the_same_windows(tmp_path):
+    """With one vocabulary in both places the figures are those of a plain comparison."""
+    path = tmp_path / "novel.txt"
+    path.write_text(TEXT)
+    model, dense, tokenizer = tiny_llama(1), tiny_llama(), tiny_tokenizer()
+    spec = EvaluationSpec(samples=3, length=24, batch_size=4, stride=10)
+    given = {"baseline": dense, "tokenizer": tokenizer, "spec": spec, "metrics": BOTH}
+    plain = evaluate_model(model, path, **given)
+    apart = evaluate_model(model, path, baseline_tokenizer=tokenizer, **given)
+    assert (apart["tokens"], apart["context"], apart["stride"]) == (plain["tokens"], 24, 10)
+    for key in ("model", "baseline"):
+        assert apart[key]["perplexity"]["value"] == pytest.approx(plain[key]["perplexity"]["value"], rel=1e-5)
+    assert apart["model"]["bits_per_byte"]["value"] == pytest.approx(plain["model"]["bits_per_byte"]["value"], rel=1e-5)
+    assert apart["excess_loss"]["value"] == pytest.approx(plain["excess_loss"]["value"], rel=1e-4)
+    ids = torch.randint(3, 300, (1, 8))
+    holes = {"input_ids": ids, "labels": torch.where(torch.arange(8) == 4, -100, ids)}
+    with pytest.raises(CalibrationError, match="labels that are not those of overlapping windows"):
+        evaluate_model(model, [holes], baseline=dense, tokenizer=tokenizer, baseline_tokenizer=tokenizer)
+
+
 def test_special_tokens_stand_around_every_window():
     tokenizer = encoder_tokenizer()
     data = CalibrationData([{"input_ids": torch.tensor([[320, 5, 6, 7], [320, 8, 9, 10]])}], "tokens of a text")

@@ -90,7 +90,7 @@ def test_everything_of_the_folder_arrives_and_nothing_of_this_machine(hub: Serve
     assert hub.count("PUT /lfs/[0-9a-f]+/2") == 1  # the weights come in several parts
 
     record = json.loads(pushed["shrink.json"])
-    assert record["source"] == "source"
+    assert record["source"] == "./source"
     assert not [name for name, content in pushed.items() if b"private-place" in content]
     card = ModelCard(pushed["README.md"].decode())
     assert card.data.license == "mit"
@@ -107,12 +107,13 @@ def test_a_folder_is_no_name_on_the_hub(source: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert main(["report", str(tmp_path / "out")]) == 0
     record = json.loads((tmp_path / "out" / "shrink.json").read_text())
-    assert record["source"] == str(source) and public(record)["source"] == source.name
+    assert record["source"] == str(source) and public(record)["source"] == f"./{source.name}"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "base_model" not in card and "huggingface.co/private-place" not in card and str(source) not in card
     monkeypatch.chdir(place)
     model = hf_shrink.shrink(AutoModelForCausalLM.from_pretrained(relative), "w8-full", progress=False)
-    assert model.shrink_record.source == f"./{relative}" and not is_hub_id(model.shrink_record.source)
+    assert model.shrink_record.source == f"./{relative}"
+    assert not any(map(is_hub_id, (model.shrink_record.source, record["source"], public(record)["source"])))
 
 
 def test_the_commit_says_what_came_of_it(hub: Server, finished: Path, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -253,6 +254,37 @@ def test_both_models_are_measured_on_the_same_text(tmp_path: Path) -> None:
     data = ["--data", str(tmp_path / "other.txt"), "--samples", "2", "--length", "20", "--json", str(out), "--quiet"]
     assert main(["evaluate", str(tmp_path / "small"), "--baseline", str(tmp_path / "dense"), *data]) == 0
     assert json.loads(out.read_text())["baseline"]["perplexity"]["value"] > 1
+
+
+def test_overlapping_windows_are_scored_where_the_dense_model_s_are(runs: dict[str, Run], tmp_path: Path) -> None:
+    run, stride = runs["byte_level"], 7
+    text, path = (UNSEEN + " " + SEEN + " ") * 3, tmp_path / "text.txt"
+    path.write_text(text)
+    spec = {"samples": 3, "length": 20, "batch_size": 2, "stride": stride}
+    result = evaluate_model(
+        run.model, path, baseline=run.dense, tokenizer=run.tokenizer, baseline_tokenizer=run.before, spec=spec
+    )
+
+    def likelihood(model: PreTrainedModel, tokenizer: Any, context: str, new: str) -> tuple[float, int]:
+        """Summed over the tokens that begin in `new`, and their number."""
+        ids = tokenizer(context + new)["input_ids"]  # with <s>
+        first = next(k for k in range(1, len(ids)) if len(tokenizer.decode(ids[1:k])) >= len(context))
+        losses = -logits_of(model, ids)[first - 1 : -1].log_softmax(-1)
+        return float(losses.gather(1, torch.tensor(ids[first:])[:, None]).sum()), len(ids) - first
+
+    old = run.before(text, add_special_tokens=False)["input_ids"][: 3 * 19]
+    totals, counts, done = [0.0, 0.0], [0, 0], 0
+    while done < len(old):
+        stop = 19 if not done else min(done + stride, len(old))
+        parts = [run.before.decode(old[slice(*ends)]) for ends in ((stop - 19, done), (done, stop))]
+        for i, (model, tokenizer) in enumerate(((run.model, run.tokenizer), (run.dense, run.before))):
+            total, count = likelihood(model, tokenizer, *parts)
+            totals[i], counts[i] = totals[i] + total, counts[i] + count
+        done = stop
+    assert counts[0] > counts[1] == len(old)
+    assert (result["tokens"], result["stride"]) == (counts[0], stride)
+    assert result["model"]["perplexity"]["value"] == pytest.approx(math.exp(totals[0] / counts[0]), rel=1e-4)
+    assert result["excess_loss"]["value"] == pytest.approx((totals[0] - totals[1]) / counts[0], rel=1e-4)
 
 
 def test_refusals_leave_everything_as_it_was() -> None:

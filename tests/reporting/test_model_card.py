@@ -8,14 +8,17 @@ import sys
 from dataclasses import replace
 
 import pytest
+import torch
 from huggingface_hub import ModelCard, metadata_load
 from reporting.record_example import bare_record, full_record, searched_record
+from tiny import tiny_llama
 
+from hf_shrink.checkpoint.record import source_of
 from hf_shrink.errors import CheckpointError
 from hf_shrink.reporting import model_card, write_report
 from hf_shrink.reporting.html import report_html
 from hf_shrink.reporting.plots import MISSING
-from hf_shrink.reporting.reproduce import TRAINED, no_command
+from hf_shrink.reporting.reproduce import TRAINED, is_hub_id, no_command
 from hf_shrink.reporting.source_card import find_source_card
 
 SOURCE_CARD = """---
@@ -137,6 +140,37 @@ def test_a_pruned_hub_model_is_a_finetune():
     assert (data["base_model"], data["base_model_relation"]) == ("owner/dense", "finetune")
 
 
+def test_the_oldest_models_of_the_hub_have_no_owner(tmp_path, monkeypatch):
+    record = bare_record()
+    record.source = "gpt2"
+    card = ModelCard(model_card(record, source_card=SOURCE_CARD))
+    assert (card.data.base_model, card.data.base_model_relation) == ("gpt2", "finetune")
+    assert "[gpt2](https://huggingface.co/gpt2), compressed" in card.text
+    assert "[walks](https://huggingface.co/gpt2/blob/main/docs/walks.md)" in card.text
+    fetched(tmp_path, monkeypatch, "gpt2")
+    (tmp_path / "gpt2").mkdir()  # which is not what was fetched
+    (tmp_path / "gpt2" / "README.md").write_text("another")
+    monkeypatch.chdir(tmp_path)
+    assert find_source_card("gpt2") == SOURCE_CARD
+
+
+def test_a_model_in_memory_is_named_by_where_it_is_from(tmp_path, monkeypatch):
+    model, folder = tiny_llama(), tmp_path / "dense"
+    record = bare_record()
+    record.source = source_of(model)
+    card = ModelCard(model_card(record))
+    assert "base_model" not in card.data.to_dict() and "A local model (`LlamaForCausalLM`)" in card.text
+    assert not is_hub_id(source_of(torch.nn.Linear(2, 2)))
+    model.save_pretrained(folder)
+    monkeypatch.chdir(tmp_path)
+    model = type(model).from_pretrained("dense")
+    assert source_of(model) == "./dense"
+    monkeypatch.chdir(folder)
+    assert source_of(model) == "./dense" and not is_hub_id("./dense")
+    fetched(tmp_path / "cache", monkeypatch, "dense")
+    assert source_of(model) == "dense" and is_hub_id("dense")
+
+
 def test_no_claim_without_a_figure():
     text = model_card(bare_record())
     assert "was not measured" in text and "No figure of quality exists" in text and "Speed was not measured" in text
@@ -211,13 +245,22 @@ def test_write_report_writes_everything(tmp_path):
     assert again == {path: path.read_bytes() for path in paths}, "the same run gives the same files"
 
 
+def fetched(cache, monkeypatch, name):
+    """A cache of the Hub that holds a model's config and card."""
+    folder = cache / f"models--{name.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    for path, text in (
+        (folder / "refs" / "main", "0" * 40),
+        (snapshot / "README.md", SOURCE_CARD),
+        (snapshot / "config.json", "{}"),
+    ):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+
+
 def test_the_card_of_a_model_of_the_hub_is_found_where_it_was_fetched_before(tmp_path, monkeypatch):
-    (tmp_path / "models--owner--tiny-llama" / "refs").mkdir(parents=True)
-    (tmp_path / "models--owner--tiny-llama" / "refs" / "main").write_text("0" * 40)
-    snapshot = tmp_path / "models--owner--tiny-llama" / "snapshots" / ("0" * 40)
-    snapshot.mkdir(parents=True)
-    (snapshot / "README.md").write_text(SOURCE_CARD)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    fetched(tmp_path, monkeypatch, "owner/tiny-llama")
     assert find_source_card("owner/tiny-llama") == SOURCE_CARD
     assert find_source_card("owner/never-fetched") is None
     assert find_source_card(str(tmp_path / "nowhere")) is None

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import json
 from pathlib import Path
 
+import datasets
 import pytest
 from from_scripts import load_script
 from tiny import VOCABULARY, tiny_tokenizer
@@ -69,6 +71,31 @@ def test_it_trains_and_saves_a_small_model(words: list[str]) -> None:
     blocks = [sum(p.numel() for p in m.distilbert.transformer.parameters()) for m in (small, dense)]
     assert blocks[0] / blocks[1] == pytest.approx(0.6, abs=0.03)
     assert small.config.id2label == {0: "b", 1: "t"} and (folder / "shrink.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("labels", "names"),
+    [
+        ([True, False] * 4, ["false", "true"]),
+        ([*range(12)], [str(number) for number in range(12)]),
+        ([-1, 2, 10], ["-1", "2", "10"]),
+        ([0.5, 1.0], ["0.5", "1"]),
+        (["b", "10", "9"], ["10", "9", "b"]),
+    ],
+    ids=["booleans", "numbers", "gaps", "halves", "words"],
+)
+def test_labels_of_every_kind_become_classes(
+    labels: list[object], names: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    file = tmp_path / "rows.json"
+    file.write_text("".join(json.dumps({"text": f"row {i}", "label": one}) + "\n" for i, one in enumerate(labels)))
+    script = load_script("train_text_classification.py")
+    given = script.DataArguments("x", train_file=str(file), validation_file=str(file))
+    for rows in script.load_data(given):
+        assert rows.features["labels"].names == names
+        said = [json.dumps(one).strip('"').removesuffix(".0") for one in labels]
+        assert [names[place] for place in rows["labels"]] == said
 
 
 def test_without_data_it_says_what_is_missing(tmp_path: Path) -> None:

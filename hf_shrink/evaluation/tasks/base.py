@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -104,37 +103,28 @@ class Progressing:
             self._tick("evaluate", min(self._done, self._total), self._total)
 
 
-def listed(value: Any, role: str) -> Any:
-    """A list as it is, or one that a cell of a CSV file holds as JSON. Raises CalibrationError for any other text."""
-    if not isinstance(value, str):
-        return value
-    try:
-        found = json.loads(value)
-    except json.JSONDecodeError:
-        found = None
-    if not isinstance(found, list | dict):
-        raise CalibrationError(
-            f'{role} must be a list, not the text {value[:60]!r}; write it as JSON, such as ["one", "two"]'
-        )
-    return found
-
-
 class Task(ABC):
     """A kind of task; subclasses are frozen dataclasses whose fields are the options of a recipe.
 
     Attributes:
         roles: what a row has, and the column names that usually hold it, best first.
         optional: roles that rows may lack.
+        lists: roles that may be a list or a text, so that a CSV file has a list as JSON.
         together: columns that belong together, by role, best first: where there are all of one they are taken.
     """
 
     roles: ClassVar[Mapping[str, tuple[str, ...]]]
     optional: ClassVar[tuple[str, ...]] = ()
+    lists: ClassVar[tuple[str, ...]] = ()
     together: ClassVar[tuple[Mapping[str, str], ...]] = ()
 
     @abstractmethod
     def suits(self, model: Any) -> bool:
         """Whether the model was made for this task, so that rows with its columns mean it."""
+
+    def needs(self, model: Any) -> list[str]:
+        """The roles that every row must have something in for this model."""
+        return [role for role in self.roles if role not in self.optional]
 
     def check(self, subject: Subject) -> None:
         """Raises CalibrationError where the model cannot do this task at all."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any, ClassVar
 
 import torch
@@ -11,11 +13,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers.models.auto import modeling_auto as auto
 
+from hf_shrink.calibration.inputs import MEDIA
+from hf_shrink.calibration.media import image_mode
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.media import read_clips, read_images
 from hf_shrink.evaluation.observed import Columns, same
 from hf_shrink.evaluation.scored import finite
 from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.tasks.cells import Place, number_of, text_of
 
 _HEADS = (
     auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
@@ -55,14 +60,19 @@ class Classification(Task):
     def suits(self, model: Any) -> bool:
         return any(is_of(model, names) for names in _HEADS)
 
+    def needs(self, model: Any) -> list[str]:
+        return [*super().needs(model), _reads(model)]
+
     def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
         if self._scores(subject):
-            return {"reference_score": [float(row["label"]) for row in rows]}
+            return {"reference_score": [number_of(row, "label") for row in rows]}
         return {"reference": [class_of(row["label"], subject.model) for row in rows], "compared": [1] * len(rows)}
 
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
-        batches = run.batches(rows, self._alone(subject))
-        found = [subject.model(**self._inputs(subject, batch)).logits.float().cpu() for batch in batches]
+        found = []
+        for batch in run.batches(rows, self._alone(subject)):
+            for group in _of_one_kind(batch):
+                found.append(subject.model(**self._inputs(subject, group)).logits.float().cpu())
         logits = finite(torch.cat(found))
         if self._scores(subject):
             return {"score": logits[:, 0].tolist()}
@@ -90,13 +100,14 @@ class Classification(Task):
         return int(subject.model.config.num_labels) == 1
 
     def _inputs(self, subject: Subject, rows: Sequence[Row]) -> dict[str, Tensor]:
-        main = getattr(subject.model, "main_input_name", "input_ids")
-        if main == "input_ids":
-            texts, pairs = [str(needed(row, "text")) for row in rows], [row.get("pair") for row in rows]
-            return subject.padded(texts, None if pairs[0] is None else [str(pair) for pair in pairs])
-        if main == "pixel_values":
-            return subject.inputs(read_images([needed(row, "image") for row in rows], subject.media))
-        return subject.inputs(read_clips([needed(row, "audio") for row in rows], subject.media))
+        reads = _reads(subject.model)
+        if reads == "text":
+            pairs = [text_of(row, "pair") for row in rows if row.get("pair") is not None]
+            return subject.padded([text_of(row, "text") for row in rows], pairs or None)
+        values = [row[reads] for row in rows]
+        if reads == "image":
+            return subject.inputs(read_images(values, subject.media, image_mode(subject.model.config)))
+        return subject.inputs(read_clips(values, subject.media))
 
 
 def is_of(model: Any, names: Mapping[str, Any]) -> bool:
@@ -105,30 +116,47 @@ def is_of(model: Any, names: Mapping[str, Any]) -> bool:
     return any(mine == entry or (isinstance(entry, tuple) and mine in entry) for entry in names.values())
 
 
-def needed(row: Row, role: str) -> Any:
-    """What the row has there. Raises CalibrationError where it has nothing."""
-    if row.get(role) is None:
-        raise CalibrationError(f"the model reads {role}, and the rows have no column for it; name it under `columns`")
-    return row[role]
+def _reads(model: Any) -> str:
+    """The role that the model's main input is made of."""
+    return MEDIA.get(getattr(model, "main_input_name", "input_ids"), "audio")
+
+
+def _of_one_kind(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    """Rows that make one batch: a pair of texts is made of other tokens than a text alone."""
+    return (list(found) for _, found in groupby(rows, lambda row: row.get("pair") is None))
 
 
 def class_of(label: Any, model: Any) -> int:
-    """A label as the number of the model's class. Raises CalibrationError for one that the model does not have."""
+    """A label as the number of the model's class: by its name, exactly or but for case, else by its number.
+
+    Where the model's classes are called by numbers, a number is a name. Raises CalibrationError for a label that the
+    model does not have.
+    """
     if isinstance(label, list | tuple):
         raise CalibrationError(
             f"a row has several labels ({label!r}), and this task has one a row; compare the model with the dense one "
             "on texts alone, by kl_divergence and top1_agreement of each class"
         )
-    known = {str(name).lower(): int(number) for name, number in (model.config.label2id or {}).items()}
-    number = label if isinstance(label, int) else known.get(str(label).lower())
-    if number is None and str(label).lstrip("-").isdigit():
+    known = {str(name): int(number) for name, number in (model.config.label2id or {}).items()}
+    number = int(label) if isinstance(label, Place) else _by_name(str(label), known)
+    if number is None and (isinstance(label, int) or _is_number(str(label))) and not any(map(_is_number, known)):
         number = int(label)
     if number is None or not 0 <= number < model.config.num_labels:
         raise CalibrationError(
             f"the data has the label {label!r}, but the model's are {', '.join(map(str, model.config.label2id))}; "
             "rename the labels, or take the model that they belong to"
         )
-    return int(number)
+    return number
+
+
+def _by_name(label: str, known: Mapping[str, int]) -> int | None:
+    """The class of that name, or the only one whose name differs by case alone."""
+    alike = {number for name, number in known.items() if name.lower() == label.lower()}
+    return known.get(label, alike.pop() if len(alike) == 1 else None)
+
+
+def _is_number(name: str) -> bool:
+    return re.fullmatch(r"-?\d+", name) is not None
 
 
 def between_classes(own: Columns, dense: Columns) -> Columns:

@@ -15,6 +15,7 @@ from hf_shrink.evaluation.answers import same_answer
 from hf_shrink.evaluation.greedy import greedy_config
 from hf_shrink.evaluation.observed import Columns, same
 from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.tasks.cells import text_of, texts_of
 
 
 @TASKS.register("generation")
@@ -38,6 +39,7 @@ class Generation(Task):
         "group": ("group",),
     }
     optional: ClassVar[tuple[str, ...]] = ("group",)
+    lists: ClassVar[tuple[str, ...]] = ("target",)
 
     def suits(self, model: Any) -> bool:
         reads = getattr(model, "main_input_name", "")
@@ -49,7 +51,7 @@ class Generation(Task):
             raise CalibrationError(f"{type(subject.model).__name__} does not write texts for texts; use another recipe")
 
     def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
-        return {"reference_texts": [_texts(row["target"]) for row in rows], "compared": [1] * len(rows)}
+        return {"reference_texts": [texts_of(row, "target") for row in rows], "compared": [1] * len(rows)}
 
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
         model, tokenizer = subject.model, subject.tokenizer
@@ -59,7 +61,7 @@ class Generation(Task):
         room = max(subject.tokens - (self.new if decoder_only else 0), 1)
         for batch in run.batches(rows, subject.alone):
             encoded = tokenizer(
-                [self._prompt(tokenizer, str(row["text"]), room) for row in batch],
+                [self._prompt(tokenizer, text_of(row, "text"), room) for row in batch],
                 padding=not subject.alone,
                 truncation=True,
                 max_length=room,
@@ -103,9 +105,3 @@ class Generation(Task):
 
     def _cut(self, text: str) -> str:
         return (text.partition(self.until)[0] if self.until else text).strip()
-
-
-def _texts(target: Any) -> list[str]:
-    """The texts of SQuAD's {text, answer_start}, of a list, or the one text."""
-    found = target["text"] if isinstance(target, Mapping) else target
-    return [found] if isinstance(found, str) else [str(one) for one in found]

@@ -14,7 +14,8 @@ from hf_shrink.calibration.text import framing_of
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.observed import Columns, same
 from hf_shrink.evaluation.scored import device_of, finite
-from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task, listed
+from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.tasks.cells import listed, text_of, texts_of
 
 
 @TASKS.register("multiple-choice")
@@ -64,8 +65,9 @@ class MultipleChoice(Task):
         return {"agreeing": same(own["prediction"], dense["prediction"])}
 
     def _prompt(self, row: Row) -> str:
+        context = "" if row.get("context") is None else text_of(row, "context")
         try:
-            return self.template.format(question=row["question"], context=row.get("context", "")).rstrip(" ")
+            return self.template.format(question=text_of(row, "question"), context=context).rstrip(" ")
         except (KeyError, IndexError, ValueError) as error:
             raise CalibrationError(f"the template knows {{question}} and {{context}}, and not {error}") from error
 
@@ -93,11 +95,10 @@ class MultipleChoice(Task):
 
 
 def _choices(row: Row) -> list[str]:
-    given = listed(row["choices"], "choices")
-    found = given["text"] if isinstance(given, Mapping) else given
+    found = texts_of({**row, "choices": listed(row["choices"], "choices")}, "choices")
     if len(found) < 2:
         raise CalibrationError(f"the question {str(row['question'])[:60]!r} has fewer than two choices")
-    return [str(choice) for choice in found]
+    return found
 
 
 def _right(row: Row) -> int:

@@ -15,6 +15,7 @@ from hf_shrink.evaluation.answers import same_answer
 from hf_shrink.evaluation.observed import Columns, same
 from hf_shrink.evaluation.scored import finite
 from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.tasks.cells import text_of, texts_of
 from hf_shrink.evaluation.tasks.classification import is_of
 
 
@@ -38,12 +39,13 @@ class QuestionAnswering(Task):
         "group": ("group",),
     }
     optional: ClassVar[tuple[str, ...]] = ("group",)
+    lists: ClassVar[tuple[str, ...]] = ("answers",)
 
     def suits(self, model: Any) -> bool:
         return is_of(model, MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES)
 
     def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
-        return {"reference_texts": [_texts(row["answers"]) for row in rows], "compared": [1] * len(rows)}
+        return {"reference_texts": [texts_of(row, "answers") for row in rows], "compared": [1] * len(rows)}
 
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
         if not subject.tokenizer.is_fast:
@@ -59,7 +61,7 @@ class QuestionAnswering(Task):
         return {"agreeing": same(own["text"], dense["text"])}
 
     def _answer(self, subject: Subject, row: Row) -> str:
-        question, context = str(row["question"]), str(row["context"])
+        question, context = text_of(row, "question"), text_of(row, "context")
         room = subject.tokens - len(subject.tokenizer(question)["input_ids"]) - 2
         if room < 1:
             raise CalibrationError(
@@ -94,9 +96,3 @@ class QuestionAnswering(Task):
         place = int(pairs.masked_fill(~allowed, -float("inf")).argmax())
         start, end = divmod(place, len(ends))
         return float(pairs[start, end]) if bool(allowed[start, end]) else -float("inf"), start, end
-
-
-def _texts(answers: Any) -> list[str]:
-    """The texts of SQuAD's {text, answer_start}, of a list, or the one text."""
-    found = answers["text"] if isinstance(answers, Mapping) else answers
-    return [found] if isinstance(found, str) else [str(one) for one in found]

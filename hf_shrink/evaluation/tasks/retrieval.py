@@ -12,6 +12,7 @@ from torch import Tensor
 from hf_shrink.evaluation.embeddings import Pooling, check_pooling, cosines, embeddings, embeds_texts
 from hf_shrink.evaluation.observed import Columns, same
 from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.tasks.cells import text_of
 
 KEPT = 10
 
@@ -45,18 +46,20 @@ class Retrieval(Task):
 
     def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
         relevant = _relevant(rows)
-        return {"ideal_gains": [[1.0] * len(relevant[row["query"]]) for row in rows], "compared": [1] * len(rows)}
+        ideal = [[1.0] * len(relevant[text_of(row, "query")]) for row in rows]
+        return {"ideal_gains": ideal, "compared": [1] * len(rows)}
 
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
-        documents, relevant = list(dict.fromkeys(str(row["document"]) for row in rows)), _relevant(rows)
-        texts = [f"{self.query}{row['query']}" for row in rows] + [f"{self.document}{text}" for text in documents]
+        asked, relevant = [text_of(row, "query") for row in rows], _relevant(rows)
+        documents = list(dict.fromkeys(text_of(row, "document") for row in rows))
+        texts = [f"{self.query}{text}" for text in asked] + [f"{self.document}{text}" for text in documents]
         vectors = embeddings(subject, texts, self.pooling, run)
         queries, found = vectors[: len(rows)], vectors[len(rows) :]
         gains, first = [], []
-        for row, query in zip(rows, queries, strict=True):
+        for text, query in zip(asked, queries, strict=True):
             order = (found @ query).topk(min(KEPT, len(documents))).indices.tolist()
             first.append(order[0])
-            gains.append([float(documents[place] in relevant[row["query"]]) for place in order])
+            gains.append([float(documents[place] in relevant[text]) for place in order])
         return {"gains": gains, "first": first, "correct": [one[0] for one in gains], "vectors": [*queries]}
 
     def between(self, own: Columns, dense: Columns) -> Columns:
@@ -65,12 +68,12 @@ class Retrieval(Task):
         return found if cosine is None else {**found, "cosine": cosine}
 
     def batches(self, subject: Subject, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
-        return (subject.padded([f"{self.query}{row['query']}"]) for row in rows)
+        return (subject.padded([f"{self.query}{text_of(row, 'query')}"]) for row in rows)
 
 
-def _relevant(rows: Sequence[Row]) -> Mapping[Any, set[str]]:
+def _relevant(rows: Sequence[Row]) -> Mapping[str, set[str]]:
     """The documents beside each query."""
-    found: dict[Any, set[str]] = defaultdict(set)
+    found: dict[str, set[str]] = defaultdict(set)
     for row in rows:
-        found[row["query"]].add(str(row["document"]))
+        found[text_of(row, "query")].add(text_of(row, "document"))
     return found

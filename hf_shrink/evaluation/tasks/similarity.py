@@ -11,6 +11,7 @@ from torch import Tensor
 from hf_shrink.evaluation.embeddings import Pooling, check_pooling, cosines, embeddings, embeds_texts
 from hf_shrink.evaluation.observed import Columns
 from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.tasks.cells import number_of, text_of
 
 
 @TASKS.register("similarity")
@@ -39,10 +40,10 @@ class Similarity(Task):
         return embeds_texts(model)
 
     def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
-        return {"reference_score": [float(row["score"]) for row in rows], "compared": [2] * len(rows)}
+        return {"reference_score": [number_of(row, "score") for row in rows], "compared": [2] * len(rows)}
 
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
-        texts = [str(row[role]) for role in ("first", "second") for row in rows]
+        texts = [text_of(row, role) for role in ("first", "second") for row in rows]
         both = embeddings(subject, texts, self.pooling, run)
         first, second = both.chunk(2)
         return {"score": (first * second).double().sum(-1).tolist(), "vectors": [*first], "other_vectors": [*second]}
@@ -55,4 +56,4 @@ class Similarity(Task):
         return {"cosine": [sum(both) for both in zip(first, second, strict=True)]}
 
     def batches(self, subject: Subject, rows: Sequence[Row]) -> Iterator[dict[str, Tensor]]:
-        return (subject.padded([str(row["first"])]) for row in rows)
+        return (subject.padded([text_of(row, "first")]) for row in rows)

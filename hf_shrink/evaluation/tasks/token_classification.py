@@ -12,7 +12,8 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_TOKEN_CLASSIFICATIO
 from hf_shrink.errors import CalibrationError
 from hf_shrink.evaluation.observed import Columns, same
 from hf_shrink.evaluation.scored import finite
-from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task, listed
+from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.tasks.cells import listed, texts_of
 from hf_shrink.evaluation.tasks.classification import is_of
 
 
@@ -44,7 +45,7 @@ class TokenClassification(Task):
             raise CalibrationError(f"{type(tokenizer).__name__} does not say which word a token is of; use a fast one")
         names, tags = subject.model.config.id2label, []
         for batch in run.batches(rows, subject.alone):
-            given = [list(listed(row["tokens"], "tokens")) for row in batch]
+            given = [texts_of({**row, "tokens": listed(row["tokens"], "tokens")}, "tokens") for row in batch]
             encoded = tokenizer(
                 given,
                 is_split_into_words=True,

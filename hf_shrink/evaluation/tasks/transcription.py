@@ -15,6 +15,7 @@ from hf_shrink.evaluation.media import read_clips
 from hf_shrink.evaluation.observed import Columns, same
 from hf_shrink.evaluation.scored import finite
 from hf_shrink.evaluation.tasks.base import TASKS, Progressing, Row, Subject, Task
+from hf_shrink.evaluation.tasks.cells import text_of
 from hf_shrink.evaluation.tasks.classification import is_of
 
 
@@ -40,7 +41,7 @@ class Transcription(Task):
         return _by_frame(model) or is_of(model, auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES)
 
     def references(self, subject: Subject, rows: Sequence[Row]) -> Columns:
-        return {"transcript": [str(row["text"]) for row in rows], "compared": [1] * len(rows)}
+        return {"transcript": [text_of(row, "text") for row in rows], "compared": [1] * len(rows)}
 
     def answers(self, subject: Subject, rows: Sequence[Row], run: Progressing) -> Columns:
         texts: list[str] = []
