@@ -7,7 +7,7 @@ user made (`given.py`).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any, TypeGuard
@@ -43,8 +43,8 @@ def calibration_batches(
     Args:
         spec: how many samples of how many tokens, in batches of how many; and which data when `source` is None.
         source: what the user passed as `calibration=`: a data recipe's name ("self", "wikitext", ...), the path of a
-            .txt, .jsonl, .parquet or .yaml file, a `datasets.Dataset`, a list of texts, or an iterable of model-input
-            dicts.
+            .txt, .jsonl, .parquet or .yaml file, a `datasets.Dataset`, an iterable of texts (a list, a column of a
+            data set, ...), or one of model-input dicts.
         model: read for what it takes as input; written text is sampled from it, in its dtype and on its device.
         tokenizer: a tokenizer, image processor, feature extractor, or a processor of several.
         exclude: texts that must not appear in the data (of the evaluation). Windows of text that share 50 characters
@@ -61,28 +61,30 @@ def calibration_batches(
         import datasets
 
         source = in_order(source, purpose, seed) if isinstance(source, datasets.Dataset) else source
-    batches = _as_batches(source, model, spec)
+    texts, batches = _given(source, model, spec)
     if batches is not None:
         kept, notes = given_batches(batches, model, spec.samples, spec.batch_size)
         return finish(kept, "batches of model inputs", {"source": "given"}, notes, spec, seed, purpose, dtype=None)
     request = Request.of(spec, model, tokenizer, seed, exclude, purpose, progress or quiet)
-    if isinstance(source, str | Path):
-        name = str(source)
-        if Path(name).suffix in FILES:
-            return request.file(Path(name))
-        if Path(name).exists() and Path(name).suffix not in (".yaml", ".yml"):
-            raise CalibrationError(f"{name} is not a {', '.join(FILES)} or .yaml file; rename or convert it")
-        recipe = load_recipe(name)
-        return request.written(recipe) if recipe.kind == "self" else request.recipe(recipe)
+    if texts is not None:
+        return request.text(texts, "a list of texts")
     if is_data_set(source):
         return request.rows(source, "a data set", ())
-    assert isinstance(source, list | tuple)
-    return request.text(source, "a list of texts")
+    name = str(source)
+    if Path(name).suffix in FILES:
+        return request.file(Path(name))
+    if Path(name).exists() and Path(name).suffix not in (".yaml", ".yml"):
+        raise CalibrationError(f"{name} is not a {', '.join(FILES)} or .yaml file; rename or convert it")
+    recipe = load_recipe(name)
+    return request.written(recipe) if recipe.kind == "self" else request.recipe(recipe)
 
 
 def is_data_set(source: Any) -> TypeGuard[Rows]:
-    """Whether it comes from the datasets library, told without importing that: it takes a second and 90 MB."""
-    return type(source).__module__.partition(".")[0] == "datasets"
+    """Whether it comes from the datasets library, told without importing that: it takes a second and 90 MB.
+
+    One column of a data set, which that library gives too, is none.
+    """
+    return type(source).__module__.partition(".")[0] == "datasets" and hasattr(source, "column_names")
 
 
 def _hold(rows: Rows, name: str) -> bool:
@@ -92,33 +94,58 @@ def _hold(rows: Rows, name: str) -> bool:
     return name in rows.column_names
 
 
-def _as_batches(
+def _given(
     source: object, model: nn.Module, spec: CalibrationSpec | EvaluationSpec
-) -> Iterable[Mapping[str, Any]] | None:
-    """The source as an iterable of model inputs when it is one; None for names, texts and data sets of raw rows."""
+) -> tuple[Iterable[str] | None, Iterable[Mapping[str, Any]] | None]:
+    """The source as texts or as model inputs, where it is either; neither for names and data sets of raw rows."""
     if isinstance(source, str | Path):
-        return None
-    if is_data_set(source) and isinstance(source, dict):
-        raise CalibrationError(f"pass one split of the data set, for example dataset[{next(iter(source), 'train')!r}]")
+        return None, None
     if is_data_set(source):
-        main = getattr(model, "main_input_name", "input_ids")
-        # Rows that are already images as tensors; token ids are packed like text instead.
-        if main == "input_ids" or not _hold(source, main):
-            return None
-        return stacked(islice(source, spec.samples), model, spec.batch_size)
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        return None, _stacked_rows(source, model, spec)
+    # A table gives the names of its columns when it is iterated over.
+    if isinstance(source, Mapping) or hasattr(source, "columns") or not isinstance(source, Iterable):
         raise CalibrationError(
             f"calibration cannot be a {type(source).__name__}; pass a name, the path of a file, a datasets.Dataset, "
             "a list of texts, or an iterable of model-input dicts"
         )
-    if isinstance(source, list | tuple) and source and all(isinstance(item, str) for item in source):
-        return None
     iterator = iter(source)
-    first = next(iterator, None)
-    if first is None:
-        raise CalibrationError("the calibration data is empty; pass at least one text or one batch of model inputs")
-    if not isinstance(first, Mapping):
+    try:
+        first = next(iterator)
+    except StopIteration:
         raise CalibrationError(
-            f"calibration data must be all texts or all dicts of model inputs, but it holds a {type(first).__name__}"
-        )
-    return chain([first], iterator)
+            "the calibration data is empty; pass at least one text or one batch of model inputs"
+        ) from None
+    everything = chain([first], iterator)
+    if isinstance(first, str):
+        return _texts(everything), None
+    if isinstance(first, Mapping):
+        return None, everything
+    raise CalibrationError(
+        f"calibration data must be all texts or all dicts of model inputs, but it holds a {type(first).__name__}"
+    )
+
+
+def _texts(items: Iterable[Any]) -> Iterator[str]:
+    """The items as they are read, which may be endless. Raises CalibrationError at one that is no text."""
+    for number, item in enumerate(items):
+        if not isinstance(item, str):
+            raise CalibrationError(
+                "calibration data must be all texts or all dicts of model inputs, but element "
+                f"{number} is a {type(item).__name__} among texts"
+            )
+        yield item
+
+
+def _stacked_rows(
+    rows: Rows, model: nn.Module, spec: CalibrationSpec | EvaluationSpec
+) -> Iterable[Mapping[str, Any]] | None:
+    """Rows that are already images or sounds as tensors, in batches; None for other rows.
+
+    Token ids are none of these: they are packed like text.
+    """
+    if isinstance(rows, dict):
+        raise CalibrationError(f"pass one split of the data set, for example dataset[{next(iter(rows), 'train')!r}]")
+    main = getattr(model, "main_input_name", "input_ids")
+    if main == "input_ids" or not _hold(rows, main):
+        return None
+    return stacked(islice(rows, spec.samples), model, spec.batch_size)

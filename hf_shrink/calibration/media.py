@@ -128,9 +128,12 @@ def media_rows(
     return _processed((_clip(value, processor) for value in values), processor, inputs)
 
 
-def media_column(rows: Rows, medium: Medium, wanted: tuple[str, ...] = ()) -> str | None:
-    """The column of images or sounds: the one wanted, else by its type, else by its name; None when there is none."""
-    names = list(rows.column_names or ())
+def media_column(rows: Rows, example: Mapping[str, Any], medium: Medium, wanted: tuple[str, ...] = ()) -> str | None:
+    """The column of images or sounds: the one wanted, else by its type, else by its name; None when there is none.
+
+    `example`: the first row, which says what the columns are where the data set does not know (a mapped stream).
+    """
+    names = list(rows.column_names or example)
     for name in wanted[:1]:
         if names and name not in names:
             raise CalibrationError(f"the data has no column {name!r}; {did_you_mean(name, names)}")
@@ -138,7 +141,10 @@ def media_column(rows: Rows, medium: Medium, wanted: tuple[str, ...] = ()) -> st
     import datasets
 
     kind = datasets.Image if medium == "image" else datasets.Audio
-    typed = [name for name, feature in (rows.features or {}).items() if isinstance(feature, kind)]
+    if rows.features:
+        typed = [name for name, feature in rows.features.items() if isinstance(feature, kind)]
+    else:
+        typed = [name for name, value in example.items() if _decoded(value, medium)]
     return next((name for name in (*typed, *_COLUMNS[medium]) if name in names), None)
 
 
@@ -149,6 +155,13 @@ def _cell(row: Mapping[str, Any], column: str, inputs: ModelInputs) -> Any:
             f"transform leave that in place, or make {inputs.media} of it"
         )
     return row[column]
+
+
+def _decoded(value: Any, medium: Medium) -> bool:
+    """Whether a value of a row is an image or a sound, as the datasets library decodes them."""
+    if medium == "image":
+        return hasattr(value, "convert")
+    return hasattr(value, "get_all_samples") or (isinstance(value, Mapping) and "array" in value)
 
 
 def _counted(values: Iterable[Any], total: int, progress: ProgressCallback, what: str) -> Iterator[Any]:

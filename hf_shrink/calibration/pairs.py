@@ -23,9 +23,12 @@ def reads_pairs(inputs: ModelInputs) -> bool:
     return inputs.media is None and inputs.generates and "pixel_values" in inputs.accepted
 
 
-def pair_column(rows: Rows, inputs: ModelInputs, wanted: tuple[str, ...]) -> str | None:
-    """The column of images for such a model; None where there is none, or it is not wanted."""
-    column = media_column(rows, "image") if reads_pairs(inputs) else None
+def pair_column(rows: Rows, example: Mapping[str, Any], inputs: ModelInputs, wanted: tuple[str, ...]) -> str | None:
+    """The column of images for such a model; None where there is none, or it is not wanted.
+
+    `example`: the first row.
+    """
+    column = media_column(rows, example, "image") if reads_pairs(inputs) else None
     return column if not wanted or column in wanted else None
 
 

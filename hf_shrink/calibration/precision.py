@@ -1,16 +1,32 @@
-"""Half-precision blocks compute in float32 on a CPU while they are worked on: faster there, and better statistics."""
+"""In which precision models compute while they are worked on.
+
+Half-precision blocks compute in float32 on a CPU: faster there, and better statistics.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import nn
 
+from hf_shrink.ops.precision import fast_precision
 from hf_shrink.residence import at_work
 
 HALF = (torch.bfloat16, torch.float16)
+
+
+def fast_products(model: nn.Module) -> AbstractContextManager[None]:
+    """`fast_precision` for a whole model.
+
+    A float16 one with LayerNorms stays as it is on the CPU: what float16 and bfloat16 add up to is float32, and there
+    LayerNorm does not take that with a weight in float16.
+    """
+    weights = (module.weight for module in model.modules() if isinstance(module, nn.LayerNorm))
+    if any(w is not None and w.dtype == torch.float16 and w.device.type == "cpu" for w in weights):
+        return nullcontext()
+    return fast_precision(next(model.parameters()).device)
 
 
 @contextmanager

@@ -55,17 +55,17 @@ def predictions_of(
     """
     logits = outputs.get("logits")
     if logits is not None and kind in ("several", "numbers"):
-        rows = _real_rows(logits if logits.dim() >= 2 else logits[:, None], batch, model)
+        rows = real_rows(logits if logits.dim() >= 2 else logits[:, None], batch, model)
         several = kind == "several"
         return Predictions(choices(rows).flatten(0, 1) if several else rows.reshape(-1, 1), several)
     if logits is not None and logits.dim() >= 2 and logits.shape[-1] > 1:
-        return Predictions(_real_rows(logits, batch, model), True)
+        return Predictions(real_rows(logits, batch, model), True)
     if outputs.get("start_logits") is not None:
         return Predictions(torch.cat([outputs["start_logits"], outputs["end_logits"]]), True)
     if logits is not None:  # a score
-        return Predictions(_real_rows(logits if logits.dim() >= 2 else logits[:, None], batch, model), False)
+        return Predictions(real_rows(logits if logits.dim() >= 2 else logits[:, None], batch, model), False)
     if outputs.get("last_hidden_state") is not None:
-        return Predictions(_real_rows(outputs["last_hidden_state"], batch, model), False)
+        return Predictions(real_rows(outputs["last_hidden_state"], batch, model), False)
     embeddings = [outputs[key] for key in ("image_embeds", "text_embeds") if outputs.get(key) is not None]
     if embeddings:
         return Predictions(torch.cat(embeddings), False)
@@ -75,7 +75,8 @@ def predictions_of(
     )
 
 
-def _real_rows(values: Tensor, batch: Mapping[str, Any], model: nn.Module | None) -> Tensor:
+def real_rows(values: Tensor, batch: Mapping[str, Any], model: nn.Module | None = None) -> Tensor:
+    """(rows, width) of (..., width), without padding where the batch, or the model with it, says what that is."""
     mask = token_mask(batch, values.shape[:2], model) if values.dim() == 3 else None
     return values[mask.to(values.device)] if mask is not None else values.flatten(0, -2)
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
@@ -182,6 +183,13 @@ def iterate(rows: Rows, recipe: DataRecipe) -> Iterator[Mapping[str, Any]]:
         except _loading_errors() as error:
             raise _unreachable(recipe, error) from error
         yield row
+
+
+def peeked(rows: Iterable[Mapping[str, Any]]) -> tuple[Mapping[str, Any], Iterator[Mapping[str, Any]]]:
+    """The first row, which is {} where there is none, and all rows."""
+    iterator = iter(rows)
+    first = next(iterator, None)
+    return ({}, iterator) if first is None else (first, chain([first], iterator))
 
 
 def _loading_errors() -> tuple[type[Exception], ...]:

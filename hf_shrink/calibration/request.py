@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +36,7 @@ from hf_shrink.calibration.recipes import (
     iterate,
     load_recipe,
     load_rows,
+    peeked,
     positions,
 )
 from hf_shrink.calibration.sampling import stream_seed
@@ -147,24 +147,19 @@ class Request:
         iterator: Iterable[Mapping[str, Any]] | None = None,
     ) -> CalibrationData:
         """A data set of raw rows: images and sounds when the model reads them and the rows hold them, else text."""
-        iterator = rows if iterator is None else iterator
-        column = media_column(rows, self.inputs.medium, columns) if self.inputs.media else None
+        example, iterator = peeked(rows if iterator is None else iterator)
+        column = media_column(rows, example, self.inputs.medium, columns) if self.inputs.media else None
         if column is not None:
             read = self.inputs, self.processor
             values = media_rows(iterator, column, self.model, *read, self.spec.samples, self.progress)
             return self._with_media(values, name, dict(details or {}))
-        if (image := pair_column(rows, self.inputs, columns)) is not None:
+        if (image := pair_column(rows, example, self.inputs, columns)) is not None:
             reader = PairReader(self.processing, self.inputs, self.spec.samples, self.length, self.overlap)
             batches, known, notes = reader.read(iterator, image, columns, name, self.progress)
             what, known = f"{len(batches)} images with text of {name}", {**known, **(details or {})}
             notes = [*self.notes, *notes]
             return finish(batches, what, known, notes, self.spec, self.seed, self.purpose, self.model.dtype)
         need_text(self.inputs, self.model, name)
-        example: Mapping[str, Any] = {}
-        if not columns:
-            iterator = iter(iterator)
-            example = next(iterator, {})
-            iterator = chain([example], iterator) if example else ()
         names = list(rows.column_names or example)
         return self._documents(iterator, text_columns(names, columns, example), name, details)
 

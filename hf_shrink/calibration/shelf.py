@@ -43,10 +43,11 @@ class Shelf:
         return sum(size for parts in self._outside.values() for _, _, size in parts)
 
     def take(self, owner: int, tensors: Sequence[Tensor]) -> None:
-        """Put an owner's tensors away. Does nothing for an owner whose tensors are here already."""
+        """Put an owner's tensors away, each once. Does nothing for an owner whose tensors are here already."""
         if owner in self._inside or owner in self._outside:
             return
-        storages = [storage for tensor in tensors if (storage := _own_storage(tensor)) is not None]
+        found = [storage for tensor in tensors if (storage := _own_storage(tensor)) is not None]
+        storages = list({storage.data_ptr(): storage for storage in found}.values())  # views have one in common
         size = sum(storage.nbytes() for storage in storages)
         if self._room.take(size):
             self._inside[owner] = size

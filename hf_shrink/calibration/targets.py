@@ -158,8 +158,8 @@ def targets_of(kind: Kind, batch: Batch, outputs: Any, model: nn.Module | None =
 
 def cut_by_rows(batch: Batch, rows: int) -> list[Batch]:
     """The batch in pieces of at most `rows` sequences, or whole where some input is not laid out one row a sequence."""
-    sizes = {len(value) for value in batch.values()}
-    if not set(batch) <= BY_ROW or len(sizes) != 1:
+    sizes = {len(value) for value in batch.values()} if set(batch) <= BY_ROW else set()
+    if len(sizes) != 1:
         return [batch]
     total = sizes.pop()
     return [{key: value[i : i + rows] for key, value in batch.items()} for i in range(0, total, rows)]

@@ -88,7 +88,7 @@ def shrink(
         tokenizer: tokenizer or processor; needed when calibration data is text, images or sound, and rewritten in place
             where the recipe prunes the vocabulary.
         calibration: in place of the recipe's `calibration.data`: a name such as "self" or "wikitext", the path of a
-            .txt, .jsonl or .parquet file, a `datasets.Dataset`, a list of texts, or an iterable of model-input dicts.
+            .txt, .jsonl or .parquet file, a `datasets.Dataset`, or an iterable of texts or of model-input dicts.
         seed: of everything random. Same seed, same machine, same bytes.
         progress: show progress bars.
         optimize: let packed weights multiply with fast kernels in the end; see `optimize_for_inference`.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from hf_shrink.calibration.padding import token_mask
+from hf_shrink.calibration.precision import fast_products
 from hf_shrink.calibration.predictions import Predictions, keep, predictions_of
 from hf_shrink.calibration.targets import kind_of
-from hf_shrink.ops.precision import fast_precision
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,7 @@ class Predictor:
 
     def run(self, inputs: Mapping[str, Any]) -> Any:
         """The model's whole output."""
-        device = next(self._model.parameters()).device
-        with torch.no_grad(), fast_precision(device) if self._fast else nullcontext():
+        with torch.no_grad(), fast_products(self._model) if self._fast else nullcontext():
             return self._model(**inputs)
 
     def reference(self, inputs: Mapping[str, Any], most: int, largest: int) -> Reference:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils._validators import validate_repo_id
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from hf_shrink.reporting.figures import Record
 

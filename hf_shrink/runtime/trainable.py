@@ -81,7 +81,8 @@ class TrainableLinear(nn.Module):
         if self.scheme.activation_bits == 8:
             rounded = quantize_tokens(input, self.scheme.activation_symmetric).rounded()
             input = input + (rounded - input).detach()
-        return F.linear(input, self.weight.to(input.dtype), self.bias)
+        bias = None if self.bias is None else self.bias.to(input.dtype)
+        return F.linear(input, self.weight.to(input.dtype), bias)
 
     def quantized(self) -> QuantizedWeight:
         """The weight as it is now, to be packed."""

@@ -16,10 +16,11 @@ from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.tuning.allowance import Allowance
-from hf_shrink.tuning.opened import open_model
+from hf_shrink.tuning.opened import Opened, open_model
 from hf_shrink.tuning.options import Tuning
 from hf_shrink.tuning.teacher import Teacher
 
+FIRST_SCALE = 2.0**10  # of a float16 model's gradients; halved where they become infinite
 MOST_ROUNDED = 1_000_000_000  # weights whose rounding is trained where the user leaves it to us
 
 
@@ -75,7 +76,7 @@ def tune(
         stack.callback(opened.undo)
         with torch.enable_grad(), rerunning_blocks([block.module for block in bind(model).blocks]):
             allowance = Allowance(options.steps, seconds)
-            steps = _train(model, teacher, training, opened.parameter_groups(options), allowance, seed, progress)
+            steps = _train(opened, teacher, training, options, allowance, seed, progress)
         opened.close()
         after = _mean_loss(model, teacher, held_out)
         if after < before:
@@ -92,17 +93,19 @@ def tune(
 
 
 def _train(
-    model: PreTrainedModel,
+    opened: Opened,
     teacher: Teacher,
     batches: Sequence[int],
-    groups: list[dict[str, object]],
+    options: Tuning,
     allowance: Allowance,
     seed: int,
     progress: ProgressCallback,
 ) -> int:
     """Adam with a short warm-up and a cosine down to zero; returns how many steps were taken."""
     assert allowance.steps is not None
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    optimizer = torch.optim.Adam(opened.parameter_groups(options), betas=(0.9, 0.95))
+    # Small gradients would be zero in float16.
+    scaler = torch.amp.GradScaler(opened.model.device.type, FIRST_SCALE, enabled=opened.dtype == torch.float16)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, allowance.rate)
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
@@ -111,12 +114,14 @@ def _train(
             return step
         if not order:
             order = torch.randperm(len(batches), generator=generator).tolist()
-        loss = teacher.loss(model, batches[order.pop()])
+        opened.round()
+        loss = teacher.loss(opened.model, batches[order.pop()])
         if not torch.isfinite(loss):
             raise CalibrationError(f"tuning came to a loss that is not finite in step {step}; lower tune.learning_rate")
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
+        scaler.step(optimizer)
+        scaler.update()
         schedule.step()
         progress("tuning", step + 1, allowance.steps)
     return allowance.steps

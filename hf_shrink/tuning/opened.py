@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.runtime.trainable import TrainableLinear
 from hf_shrink.tuning.options import Tuning
+
+
+class Vector(NamedTuple):
+    """A norm's weight or a bias.
+
+    Attributes:
+        owner, name: where it is.
+        before: what was there.
+        tuned: float32, what the optimizer changes.
+    """
+
+    owner: nn.Module
+    name: str
+    before: nn.Parameter
+    tuned: nn.Parameter
 
 
 @dataclass
@@ -17,16 +34,18 @@ class Opened:
     """A model while it is tuned.
 
     Attributes:
+        dtype: of the model.
         linears: what stands in the place of the packed Linears, by path.
         packed: the packed Linears that were there.
-        vectors: owner and name of every norm's weight and every bias, with what was there.
+        vectors: every norm's weight and every bias.
         asked: the parameters that wanted gradients before.
     """
 
-    model: nn.Module
+    model: PreTrainedModel
+    dtype: torch.dtype
     linears: dict[str, TrainableLinear]
     packed: dict[str, CompressedLinear]
-    vectors: list[tuple[nn.Module, str, nn.Parameter]]
+    vectors: list[Vector]
     asked: list[nn.Parameter]
 
     def parameter_groups(self, options: Tuning) -> list[dict[str, Any]]:
@@ -39,24 +58,32 @@ class Opened:
         integers = [number for linear in opened for number in (linear.zero, linear.steps) if number is not None]
         groups.append({"params": integers, "lr": options.integer_rate})
         rate = options.scale_rate(min((linear.scheme.bits for linear in self.linears.values()), default=8))
-        for owner, name, before in self.vectors:
-            size = float(before.detach().float().square().mean().sqrt())
-            groups.append({"params": [getattr(owner, name)], "lr": rate * (size or 1.0)})
+        for vector in self.vectors:
+            size = float(vector.before.detach().float().square().mean().sqrt())
+            groups.append({"params": [vector.tuned], "lr": rate * (size or 1.0)})
         return [group for group in groups if group["params"]]
+
+    def round(self) -> None:
+        """Let the model compute with norms and biases as they would be stored now; before each step.
+
+        So everything has the dtypes that it has without tuning, and gradients reach the float32 parameters.
+        """
+        for owner, name, before, tuned in self.vectors:
+            owner._parameters[name] = tuned.to(before.dtype)  # type: ignore[assignment]  # no Parameter: it has a history
 
     def close(self) -> None:
         """Pack the model as it is now; norms and biases go back to the dtype they are stored in."""
         self._ask_again()
-        for owner, name, before in self.vectors:
-            tuned = getattr(owner, name).detach().to(before.dtype)
-            setattr(owner, name, nn.Parameter(tuned, requires_grad=before.requires_grad))
+        for owner, name, before, tuned in self.vectors:
+            stored = tuned.detach().to(before.dtype)
+            setattr(owner, name, nn.Parameter(stored, requires_grad=before.requires_grad))
         for path, linear in self.linears.items():
             closed = linear.packed()
             self.model.set_submodule(path, closed)
 
     def undo(self) -> None:
         """Put everything back that was there before."""
-        for owner, name, before in self.vectors:
+        for owner, name, before, _ in self.vectors:
             setattr(owner, name, before)
         for path, packed in self.packed.items():
             self.model.set_submodule(path, packed)
@@ -67,14 +94,15 @@ class Opened:
             parameter.requires_grad_(True)
 
 
-def open_model(model: nn.Module, rounding: bool) -> Opened:
-    """Put trainable modules in the places of the packed Linears, and make norms and biases float32 parameters.
+def open_model(model: PreTrainedModel, rounding: bool) -> Opened:
+    """Put trainable modules in the places of the packed Linears, and give norms and biases float32 parameters.
 
     A head that shares its weight with an embedding stays as it is: the embedding would not follow.
 
     Args:
         rounding: also make the integers trainable.
     """
+    dtype = model.dtype
     asked = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in asked:
         parameter.requires_grad_(False)
@@ -83,11 +111,10 @@ def open_model(model: nn.Module, rounding: bool) -> Opened:
     linears = {path: TrainableLinear(module, rounding=rounding) for path, module in packed.items()}
     for path, linear in linears.items():
         model.set_submodule(path, linear)
-    vectors: list[tuple[nn.Module, str, nn.Parameter]] = []
-    for owner in model.modules():
-        for name, vector in list(owner._parameters.items()):
-            if vector is None or not vector.is_floating_point() or vector.dim() != 1:
-                continue
-            vectors.append((owner, name, vector))
-            setattr(owner, name, nn.Parameter(vector.detach().float().clone()))
-    return Opened(model, linears, packed, vectors, asked)
+    vectors = [
+        Vector(owner, name, vector, nn.Parameter(vector.detach().float().clone()))
+        for owner in model.modules()
+        for name, vector in owner._parameters.items()
+        if vector is not None and vector.is_floating_point() and vector.dim() == 1
+    ]
+    return Opened(model, dtype, linears, packed, vectors, asked)

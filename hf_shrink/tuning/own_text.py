@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink.calibration.data import calibration_batches
 from hf_shrink.calibration.inputs import inputs_of
-from hf_shrink.ops.precision import fast_precision
+from hf_shrink.calibration.precision import fast_products
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.recipe import CalibrationSpec
 from hf_shrink.tuning.options import Tuning
@@ -67,7 +67,7 @@ def _written(
     """(rows, length) int64."""
     piece = min(PIECE, length)
     spec = CalibrationSpec(data="self", samples=-(-rows * length // piece), length=piece)
-    with torch.no_grad(), fast_precision(model.device):
+    with torch.no_grad(), fast_products(model):
         found = calibration_batches(spec, model=model, tokenizer=tokenizer, seed=seed, progress=progress)
     tokens = torch.cat([batch["input_ids"] for batch in found.batches]).flatten()
     return tokens[: rows * length].view(rows, length)

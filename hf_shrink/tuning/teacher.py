@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -11,25 +11,26 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from hf_shrink.calibration.capture import model_inputs
-from hf_shrink.calibration.padding import token_mask
-from hf_shrink.calibration.predictions import predictions_of
+from hf_shrink.calibration.precision import fast_products
+from hf_shrink.calibration.predictions import predictions_of, real_rows
 from hf_shrink.calibration.shelf import Shelf
-from hf_shrink.calibration.targets import kind_of
+from hf_shrink.calibration.targets import cut_by_rows, kind_of
 from hf_shrink.errors import CalibrationError
-from hf_shrink.ops.precision import fast_precision
 from hf_shrink.progress import ProgressCallback
 from hf_shrink.tuning.divergence import head_divergence, logit_divergence, state_error
 
 CONSTANT = 0.01  # relative: rounding in half precision is less, a cap is more
+LOOKED_AT = 256  # rows that show what becomes of what a head puts out
+_NOTHING: tuple[float, Tensor | None] = (1.0, None)
 
 
 class Teacher:
     """The dense model's predictions on the calibration batches, and how far another model's are from them.
 
     With an output head (a matrix over the vocabulary) the targets are the head's inputs, a hundredth of the logits:
-    the logits are made again, some rows at a time. Where the model multiplies its logits by a constant, so do we; a
-    cap on logits is left out on both sides. Without a head the targets are the model's class logits, or its hidden
-    states or embeddings.
+    the logits are made again, some rows at a time. Where the model multiplies what its head puts out by a constant, or
+    adds the same to every row, so do we; a cap on logits is left out on both sides. Without a head the targets are the
+    model's class logits, or its hidden states or embeddings.
 
     Attributes:
         batches: how many there are.
@@ -45,12 +46,12 @@ class Teacher:
         self._shelf = Shelf()
         self._targets: list[Tensor] = []
         self._distribution = False
-        self._scale = 1.0
+        self._scale, self._shift = _NOTHING
         if self._head is not None:
             head: Any = model.get_submodule(self._head)
             # A copy: transforms change the head in place.
             self._weight, self._bias = head.weight.detach().clone(), _bias(head)
-            self._scale = self._found_scale(model)
+            self._scale, self._shift = _behind_head(model, self._head, batches[0])
         for index in range(len(batches)):
             with torch.no_grad():
                 rows = self._rows(model, index).float()
@@ -68,7 +69,7 @@ class Teacher:
         rows = self._rows(model, index)
         if self._head is not None:
             head: Any = model.get_submodule(self._head)
-            own, dense = (None if b is None else b * self._scale for b in (_bias(head), self._bias))
+            own, dense = self._added(_bias(head)), self._added(self._bias)
             found = head_divergence(rows, target, (head.weight.detach(), own), (self._weight, dense))
         else:
             found = logit_divergence(rows, target) if self._distribution else state_error(rows, target)
@@ -79,38 +80,60 @@ class Teacher:
         """(rows, width): what counts of one batch, without padding; what a head reads, times `_scale`."""
         batch = self._batches[index]
         inputs = model_inputs(model, batch)
-        with fast_precision(model.device):
+        with fast_products(model):
             if self._head is None:
                 found = predictions_of(model(**inputs, return_dict=True), batch, kind_of(model), model)
                 self._distribution = found.distribution
                 return found.values
-            with _without_head(model, self._head) as passed:
-                model(**inputs)
-        hidden = _seen(passed) * self._scale
-        mask = token_mask(batch, hidden.shape[:2], model) if hidden.dim() == 3 else None
-        return hidden[mask.to(hidden.device)] if mask is not None else hidden.flatten(0, -2)
+            hidden = _head_input(model, self._head, inputs) * self._scale
+        return real_rows(hidden, batch, model)
 
-    def _found_scale(self, model: PreTrainedModel) -> float:
-        """By what the model multiplies what its head puts out; 1 where it is no constant."""
-        assert self._head is not None
-        with torch.no_grad(), _without_head(model, self._head) as passed:
-            logits = getattr(model(**model_inputs(model, self._batches[0]), return_dict=True), "logits", None)
-        hidden = _seen(passed).float()
-        if logits is None or logits.shape != hidden.shape:
-            return 1.0
-        scale = float((logits.float() * hidden).sum() / hidden.square().sum())
-        constant = float((logits.float() - scale * hidden).norm()) <= CONSTANT * abs(scale) * float(hidden.norm())
-        return scale if constant and abs(scale - 1) > CONSTANT else 1.0
+    def _added(self, bias: Tensor | None) -> Tensor | None:
+        """(classes,) what is added to the products of `_rows` with a head's weight; None where that is nothing."""
+        scaled = None if bias is None else bias * self._scale
+        if self._shift is None or scaled is None:
+            return scaled if self._shift is None else self._shift
+        return scaled + self._shift
 
 
-def _seen(passed: _PassOn) -> Tensor:
-    if passed.seen is None:
-        raise CalibrationError("the model's forward does not use its output head, so there is nothing to tune by")
-    return passed.seen
+def _behind_head(model: PreTrainedModel, path: str, batch: Mapping[str, Any]) -> tuple[float, Tensor | None]:
+    """What the model makes of what its head puts out: the number by which it multiplies it, or else the (classes,) that
+    it adds to every row. `_NOTHING` where it does neither, or what is neither."""
+    row = cut_by_rows(dict(batch), 1)[0]  # the logits of all at once may be many
+    before: list[tuple[torch.Size, Tensor]] = []
+
+    def note(_: nn.Module, __: Any, output: Tensor) -> None:
+        before.append((output.shape, _some(output, row)))
+
+    handle = model.get_submodule(path).register_forward_hook(note)
+    try:
+        with torch.no_grad():
+            logits = getattr(model(**model_inputs(model, row), return_dict=True), "logits", None)
+    finally:
+        handle.remove()
+    if len(before) != 1 or logits is None or logits.shape != before[0][0]:
+        return _NOTHING
+    given, found = before[0][1], _some(logits, row)
+    most = CONSTANT * float(found.norm())
+    scale = float((found * given).sum() / given.square().sum())
+    if float((found - scale * given).norm()) <= most:
+        return (scale, None) if abs(scale - 1) > CONSTANT else _NOTHING
+    shift = (found - given).mean(0)
+    same = len(found) > 1 and float((found - given - shift).norm()) <= most
+    return (1.0, shift) if same else _NOTHING
 
 
-class _PassOn(nn.Module):
-    """Stands where the head is; hands its input on and remembers it."""
+def _some(values: Tensor, batch: Mapping[str, Any]) -> Tensor:
+    """(rows, classes) float32, a copy: models work on their logits in place."""
+    return real_rows(values, batch)[:LOOKED_AT].float().clone()
+
+
+class _Reached(Exception):
+    """The head has what it reads; the rest of the forward is not needed."""
+
+
+class _InPlaceOfHead(nn.Module):
+    """Stands where the head is: remembers its input and ends the forward."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -119,19 +142,25 @@ class _PassOn(nn.Module):
 
     def forward(self, hidden: Tensor) -> Tensor:
         self.seen = hidden
-        return hidden
+        raise _Reached
 
 
-@contextmanager
-def _without_head(model: PreTrainedModel, path: str) -> Iterator[_PassOn]:
-    """The model without the product with its head, which costs most of a small model's forward."""
+def _head_input(model: PreTrainedModel, path: str, inputs: Mapping[str, Any]) -> Tensor:
+    """What the head reads, without the product with it, which costs most of a small model's forward.
+
+    Nor is there anything of what comes behind it, which may work on nothing but logits.
+    """
     head = model.get_submodule(path)
-    stand_in = _PassOn(head)
+    stand_in = _InPlaceOfHead(head)
     model.set_submodule(path, stand_in)
     try:
-        yield stand_in
+        with suppress(_Reached):
+            model(**inputs)
     finally:
         model.set_submodule(path, head)
+    if stand_in.seen is None:
+        raise CalibrationError("the model's forward does not use its output head, so there is nothing to tune by")
+    return stand_in.seen
 
 
 def _head_path(model: PreTrainedModel) -> str | None:

@@ -246,6 +246,31 @@ def test_a_transform_of_a_data_set_may_make_model_inputs():
         read(without, model=model, tokenizer=processor)
 
 
+def streamed(rows: datasets.Dataset) -> datasets.IterableDataset:
+    """The rows as a stream that no longer knows its columns, as every mapped one does."""
+    stream = rows.to_iterable_dataset().map(lambda row: row)
+    assert stream.column_names is None and stream.features is None
+    return stream
+
+
+def test_a_mapped_stream_is_read_by_what_its_first_row_holds():
+    images = datasets.Dataset.from_dict({"label": [0] * 4, "picture": pictures(4)})
+    images = images.cast_column("picture", datasets.Image())
+    data = read(streamed(images), model=tiny_vit(), tokenizer=image_processor(), samples=4)
+    expected = image_processor()(pictures(4), return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(torch.cat([b["pixel_values"] for b in data.batches]), expected)
+    sounds = [{"array": [0.1] * 4000, "sampling_rate": 16000}] * 3
+    heard = read(
+        streamed(datasets.Dataset.from_dict({"clip": sounds})), model=tiny_whisper(), tokenizer=extractor(), samples=3
+    )
+    assert sum(len(b["input_features"]) for b in heard.batches) == 3 and not heard.notes
+    tensors = torch.randn(5, 3, 32, 32)
+    ready = read(streamed(datasets.Dataset.from_dict({"pixel_values": tensors.tolist()})), model=tiny_vit())
+    torch.testing.assert_close(torch.cat([b["pixel_values"] for b in ready.batches]), tensors)
+    with pytest.raises(CalibrationError, match="a data set is text"):
+        read(streamed(datasets.Dataset.from_dict({"text": ["a"]})), model=tiny_vit(), tokenizer=image_processor())
+
+
 def test_a_text_model_needs_no_eyes():
     with pytest.raises(CalibrationError, match="mini-imagenet"):
         read(["Some text."], model=tiny_vit(), tokenizer=tiny_tokenizer())

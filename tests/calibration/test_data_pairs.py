@@ -84,6 +84,16 @@ def test_each_row_is_its_image_and_its_text() -> None:
     assert all(torch.equal(a[name], b[name]) for a, b in zip(data.batches, again.batches, strict=True) for name in a)
 
 
+def test_a_mapped_stream_keeps_its_images() -> None:
+    model, whole, pairs = tiny_llava(), processor(), rows(text=texts()).rename_column("image", "picture")
+    stream = pairs.to_iterable_dataset().map(lambda row: row)
+    assert stream.column_names is None
+    data, expected = (read(source, model, tokenizer=whole, samples=6) for source in (stream, pairs))
+    assert data.description == expected.description == "6 images with text of a data set"
+    shown = {batch["pixel_values"].sum().item() for batch in data.batches}  # the data set itself comes shuffled
+    assert shown == {batch["pixel_values"].sum().item() for batch in expected.batches} and len(shown) == 6
+
+
 def test_a_chat_template_says_where_the_image_goes() -> None:
     whole = processor(CHAT)
     data = read(rows(text=texts()), tiny_llava(), tokenizer=whole)

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import json
 
 import datasets
+import pandas
 import pytest
 import torch
 from tiny import TEXT, VOCABULARY, tiny_llama, tiny_tokenizer
@@ -147,6 +149,29 @@ def test_jsonl_parquet_and_data_sets_give_the_same_windows(tmp_path, make_row):
     results = [rows_of(read(source)) for source in (tmp_path / "rows.jsonl", tmp_path / "rows.parquet", dataset)]
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
     assert 0 not in results[0].tolist()[0]  # the padding of input_ids is gone
+
+
+ITERABLES = {
+    "column": lambda texts: datasets.Dataset.from_dict({"text": texts, "other": texts})["text"],
+    "column of a stream": lambda texts: datasets.Dataset.from_dict({"text": texts}).to_iterable_dataset()["text"],
+    "series": pandas.Series,
+    "generator": iter,
+    "endless": itertools.cycle,
+}
+
+
+@pytest.mark.parametrize("kind", ITERABLES)
+def test_any_iterable_of_texts_reads_as_a_list_does(kind):
+    texts = numbered(30)
+    data, expected = read(ITERABLES[kind](texts)), read(texts)
+    assert torch.equal(rows_of(data), rows_of(expected)) and data.description == expected.description
+
+
+def test_what_is_no_text_among_texts_is_an_error():
+    with pytest.raises(CalibrationError, match=r"all texts or all dicts .* element 2 is a NoneType"):
+        read(datasets.Dataset.from_dict({"text": [*numbered(2), None]})["text"])
+    with pytest.raises(CalibrationError, match="cannot be a DataFrame"):
+        read(pandas.DataFrame({"text": numbered(3)}))
 
 
 def test_data_sets_are_shuffled_by_the_seed_and_evaluation_reads_other_rows():

@@ -34,6 +34,17 @@ def test_what_fits_stays_and_the_rest_waits_in_the_file() -> None:
         assert torch.equal(view[:, 0], copy)
 
 
+def test_a_tensor_and_its_view_are_put_away_once() -> None:
+    for room, in_file in ((0, 4 * SMALLEST), (4 * SMALLEST, 0)):
+        tensor = torch.randn(4, SMALLEST // 4)
+        copy, flat = tensor.clone(), tensor.view(-1)
+        with Shelf(Room(room)) as shelf:
+            shelf.take(0, [tensor, flat])
+            assert shelf.in_file == in_file
+            shelf.give_back(0)
+            assert torch.equal(tensor, copy) and torch.equal(flat, copy.view(-1))
+
+
 def test_views_and_small_tensors_are_left_alone() -> None:
     whole = torch.randn(4, SMALLEST)
     small = torch.randn(8)

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from hf_shrink import make_plan, shrink
 from hf_shrink.architectures import bind
 from hf_shrink.architectures.inspect import describe
+from hf_shrink.calibration import shelf
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan, Plan, StackPlan
@@ -173,6 +174,18 @@ def test_quantized_saved_and_loaded(name: str, tmp_path: Path) -> None:
     again = type(model).from_pretrained(tmp_path / "two").eval()
     assert torch.equal(logits(again, **held_out), after)
     assert (tmp_path / "one" / "config.json").read_text() == (tmp_path / "two" / "config.json").read_text()
+
+
+@every_mixture
+def test_batches_that_wait_in_a_file_change_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shelf, "SMALLEST", 1)
+    states = []
+    for room in (1 << 30, 0):
+        monkeypatch.setattr(shelf, "IN_MEMORY", room)
+        states.append(shrink(MIXTURES[name](), {"steps": [GPTQ]}, calibration=data(), progress=False).state_dict())
+    inside, outside = states
+    assert inside.keys() == outside.keys()
+    assert all(torch.equal(tensor, outside[key]) for key, tensor in inside.items())
 
 
 @every_mixture

@@ -8,6 +8,7 @@ import math
 
 import pytest
 import torch
+from datasets import Dataset
 from perturbing import perturbed, windows
 from tiny import VOCABULARY, tiny_llama, tiny_tokenizer
 from transformers import (
@@ -262,6 +263,14 @@ def test_clip_is_compared_by_its_embeddings():
     batch = {"input_ids": windows(3, 8), "pixel_values": torch.randn(2, 3, 16, 16)}
     assert evaluate_model(dense, [batch], baseline=dense)["model"]["cosine"]["value"] == pytest.approx(1)
     assert evaluate_model(perturbed(dense), [batch], baseline=dense)["model"]["cosine"]["value"] < 0.999
+
+
+def test_a_column_of_a_data_set_is_text():
+    texts = [f"The tide leaves {i * 7 % 13} stones behind." for i in range(20)]
+    model, spec = tiny_llama(), {"samples": 2, "length": 16}
+    column = Dataset.from_dict({"text": texts, "label": list(range(20))})["text"]
+    found, expected = (evaluate_model(model, d, tokenizer=tiny_tokenizer(), spec=spec) for d in (column, texts))
+    assert found["model"] == expected["model"] and found["tokens"] == 30
 
 
 def test_without_baseline_there_is_only_perplexity():

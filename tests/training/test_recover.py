@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from datasets import Dataset
 from peft import PeftModel
 from tiny import TEXT, tiny_llama, tiny_tokenizer
 from transformers import AutoModelForCausalLM, BertConfig, BertForSequenceClassification
@@ -202,7 +203,7 @@ def test_half_precision_and_no_teacher(dense: Any) -> None:
     model = dense_model().to(torch.bfloat16)
     found = recover(
         model,
-        data=[TEXT],
+        data=Dataset.from_dict({"text": [TEXT]})["text"],
         tokenizer=tiny_tokenizer(),
         method="full",
         progress=False,

@@ -4,12 +4,28 @@ from __future__ import annotations
 
 import copy
 import itertools
+import re
 from typing import Any
 
 import pytest
 import torch
+from conformance.cases_encoders import CASES as ENCODERS
 from tiny import tiny_llama
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedModel
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    BertModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    PreTrainedModel,
+)
 
 from hf_shrink import shrink
 from hf_shrink.architectures import bind
@@ -167,6 +183,54 @@ def test_a_half_precision_model_keeps_its_dtypes() -> None:
     assert all(p.requires_grad for p in model.parameters())
 
 
+HALF = {"vocab_size": 200, "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+SIZES = {**HALF, "intermediate_size": 80, "initializer_range": 0.2}
+WITH_BIASES = {
+    "opt": lambda: OPTForCausalLM(OPTConfig(**HALF, ffn_dim=80, init_std=0.2, word_embed_proj_dim=48)),
+    "bert": lambda: BertForMaskedLM(BertConfig(**SIZES)),
+    "phi": lambda: PhiForCausalLM(PhiConfig(**SIZES)),
+    "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**SIZES)),
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SIZES)),
+}
+
+
+def with_biases(name: str) -> PreTrainedModel:
+    torch.manual_seed(0)
+    dense = WITH_BIASES[name]().eval()
+    with torch.no_grad():
+        for path, parameter in dense.named_parameters():
+            if path.endswith("bias"):
+                parameter.normal_(std=0.1)
+    return dense
+
+
+def share_left(model: PreTrainedModel) -> float:
+    """Of the loss on held-out batches, after a few steps of tuning."""
+    model = shrunk(model, {"steps": 16, "learning_rate": 0.02}, batches(4))
+    (note,) = [note for note in model.shrink_report.notes if note.startswith("tuning took")]
+    before, after = (float(number) for number in re.findall(r"\d\.\S+", note))
+    return after / before
+
+
+@pytest.mark.parametrize(("name", "native"), [*((name, False) for name in WITH_BIASES), ("opt", True)])
+def test_half_precision_is_as_good_as_float32(name: str, native: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where bfloat16 products are not native, so that nothing casts by itself."""
+    for module in ("ops.precision", "runtime.attention", "runtime.kernels.base"):
+        monkeypatch.setattr(f"hf_shrink.{module}.multiplies_bfloat16", lambda device: native)
+    expected = share_left(with_biases(name))
+    assert expected < 0.95
+    for dtype in (torch.bfloat16, torch.float16):
+        model = with_biases(name).to(dtype)
+        assert share_left(model) == pytest.approx(expected, rel=0.05)
+        assert {t.dtype for t in model.state_dict().values() if t.is_floating_point()} == {dtype}
+
+
+def test_small_gradients_are_not_lost_in_float16(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = Teacher.loss
+    monkeypatch.setattr(Teacher, "loss", lambda *arguments: real(*arguments) / 2**14)
+    assert share_left(with_biases("opt").half()) == pytest.approx(share_left(with_biases("opt")), rel=0.05)
+
+
 def bert(kind: type[PreTrainedModel]) -> PreTrainedModel:
     torch.manual_seed(0)
     settings = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 3, "num_attention_heads": 4}
@@ -178,6 +242,29 @@ def test_models_without_an_output_head(kind: type[PreTrainedModel]) -> None:
     model = shrunk(bert(kind), {"steps": 20, "learning_rate": 0.01})
     (note,) = [note for note in model.shrink_report.notes if "tuning" in note]
     assert ("KL divergence" if kind is BertForSequenceClassification else "relative squared error") in note
+
+
+def test_an_encoder_decoder_that_adds_to_its_logits() -> None:
+    dense = ENCODERS["bart"].build()
+    dense.final_logits_bias.normal_(std=2.0)
+    draw = torch.Generator().manual_seed(0)
+    data = []
+    for index in range(10):
+        labels = torch.randint(5, 300, (4, 9), generator=draw)
+        labels[0, 4 + index % 4 :] = -100
+        data.append({"input_ids": torch.randint(5, 300, (4, 12), generator=draw), "labels": labels})
+    plain, tuned = (
+        shrunk(copy.deepcopy(dense), options, data[:8]) for options in (None, {"steps": 60, "learning_rate": 0.01})
+    )
+    assert any("tuning took the KL divergence" in note for note in tuned.shrink_report.notes)
+    losses = [0.0, 0.0]
+    with torch.no_grad():
+        for batch in data[8:]:
+            real = batch["labels"] != -100
+            rows = [m(**batch).logits[real].double().log_softmax(-1) for m in (dense, plain, tuned)]
+            for place, own in enumerate(rows[1:]):
+                losses[place] += float((rows[0].exp() * (rows[0] - own)).sum())
+    assert losses[1] < 0.95 * losses[0]
 
 
 def test_blocks_that_run_again_give_the_same_gradients() -> None:

@@ -88,7 +88,7 @@ def recover(
     Args:
         model: pruned, packed by hf_shrink, in NF4 by bitsandbytes, or plainly dense. Is changed in place.
         data: as `shrink`'s calibration: "self" (text that the teacher writes), another data recipe's name, the path of
-            a .txt, .jsonl or .parquet file, a `datasets.Dataset`, a list of texts, or an iterable of model-input dicts.
+            a .txt, .jsonl or .parquet file, a `datasets.Dataset`, or an iterable of texts or of model-input dicts.
         teacher: the dense model, which is afterwards as it was; None: the data's own tokens or labels are learned,
             which is not what it was.
         tokenizer: needed for text.
