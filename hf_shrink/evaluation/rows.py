@@ -219,9 +219,12 @@ def _class_names(feature: Any) -> Sequence[str] | None:
 
 def _named(value: Any, names: Sequence[str], model: Any) -> Any:
     """Classes by their names where the model knows all of these; else by their places, as both count."""
-    if isinstance(value, list):
-        return [_named(one, names, model) for one in value]
-    if not isinstance(value, int) or not 0 <= value < len(names):
-        return value
     known = {str(name).lower() for name in (getattr(model.config, "label2id", None) or {})}
-    return names[value] if all(str(name).lower() in known for name in names) else Place(value)
+    by_name = all(str(name).lower() in known for name in names)
+
+    def one(place: Any) -> Any:
+        if not isinstance(place, int) or not 0 <= place < len(names):  # of no class: -1, say
+            return place
+        return names[place] if by_name else Place(place)
+
+    return [one(place) for place in value] if isinstance(value, list) else one(value)
