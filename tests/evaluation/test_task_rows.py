@@ -8,8 +8,10 @@ import dataclasses
 import json
 
 import datasets
+import numpy as np
 import pytest
 import torch
+from perturbing import perturbed
 from tiny import TEXT, tiny_llama, tiny_tokenizer
 from tiny_readers import encoder_tokenizer, tiny_bert, tiny_whisper
 from transformers import BertForQuestionAnswering, BertForSequenceClassification, BertForTokenClassification
@@ -38,10 +40,20 @@ def classifier(names):
     )
 
 
-def chosen(model, *texts):
-    """The class that a model chooses, asked by hand."""
+def logits_of(model, *texts):
+    """Of one text or pair, asked by hand."""
     with torch.no_grad():
-        return int(model(**encoder_tokenizer()(*texts, return_tensors="pt")).logits.argmax())
+        return model(**encoder_tokenizer()(*texts, return_tensors="pt")).logits[0].double()
+
+
+def chosen(model, *texts):
+    return int(logits_of(model, *texts).argmax())
+
+
+def divergence(dense, model, *texts):
+    """KL(dense || model) of the classes."""
+    p, q = (logits_of(one, *texts).softmax(-1) for one in (dense, model))
+    return (p * (p / q).log()).sum().item()
 
 
 def write_rows(path, rows):
@@ -188,14 +200,18 @@ def test_what_the_columns_are_does_not_depend_on_the_order(tmp_path):
 def test_rows_with_and_without_a_pair_are_read_as_they_are(tmp_path):
     model, tokenizer = classifier(["b", "c", "d"]), encoder_tokenizer()
     pairs = [(text, SENTENCES[-i]) if i % 3 else (text,) for i, text in enumerate(SENTENCES, start=1)]
+    other = perturbed(model, 0.3)
+    expected = np.mean([divergence(other, model, *both) for both in pairs])
     rows = [
         {"text": both[0], "pair": both[1] if len(both) > 1 else None, "label": "bcd"[chosen(model, *both)]}
         for both in pairs
     ]
     for path in (write_rows(tmp_path / f"rows{suffix}", rows) for suffix in (".jsonl", ".csv")):
         for batch_size in (1, 2, 16):
-            result = evaluate_model(model, path, tokenizer=tokenizer, spec={"batch_size": batch_size})
-            assert result["model"]["accuracy"]["value"] == 1, (path.suffix, batch_size)
+            spec = {"batch_size": batch_size}
+            figures = evaluate_model(model, path, baseline=other, tokenizer=tokenizer, spec=spec)["model"]
+            assert figures["accuracy"]["value"] == 1
+            assert figures["kl_divergence"]["value"] == pytest.approx(expected, rel=1e-4), (path.suffix, batch_size)
 
 
 def test_more_cells_than_columns_are_refused(tmp_path):
