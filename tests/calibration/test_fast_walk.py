@@ -7,13 +7,16 @@ from typing import Any
 
 import pytest
 import torch
+from conformance.cases import CASES
 from tiny import tiny_llama
 from torch import nn
 
 from hf_shrink import shrink
+from hf_shrink.calibration.precision import fast_products
 from hf_shrink.calibration.statistics import InputStatistics
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops import precision
+from hf_shrink.pruning.predicting import Predictor
 
 BLOCK = "model.layers.0."
 NAMES = ("self_attn.q_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
@@ -74,3 +77,15 @@ def test_four_bits_come_out_as_good(method: str) -> None:
         with torch.no_grad():
             errors.append(float((model(ids).logits - dense(ids).logits).norm() / dense(ids).logits.norm()))
     assert errors[1] < 0.03 < errors[0] < 0.4
+
+
+def test_a_whole_float16_model_stays_as_it_is_where_its_norms_take_nothing_else() -> None:
+    ids = torch.randint(3, 300, (2, 12))
+    for name, fast in (("opt", False), ("llama", True)):
+        model = CASES[name].build().half()
+        with torch.no_grad():
+            expected = model(input_ids=ids).logits
+        with fast_products(model):
+            assert torch.is_autocast_enabled("cpu") is fast
+        found = Predictor(model, fast=True).run({"input_ids": ids}).logits
+        assert float((found - expected).norm() / expected.norm()) < (0.05 if fast else 1e-6)
