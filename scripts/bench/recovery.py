@@ -4,12 +4,12 @@
     python scripts/bench/recovery.py ... --only depth20 --threads 1
 
 Started from: 20% of the blocks' parameters pruned (whole blocks, the others refitted; or MLP channels), recovered by
-LoRA and distillation, alone or with half as much of the texts' own next tokens (-task), which are learned with it; 3
-and 2 bits by GPTQ in groups of 64, recovered by training scales. Learned from: text that the dense model writes itself,
-and emma.txt. Held out: 40 x 512 tokens each of mansfieldpark.txt and prideprejudice.txt; the predictions' divergence
-from the dense model is measured on the same tokens. What counts is everything after the model is compressed: text,
-teacher, training, both measurements that decide. CPU seconds of all threads stand beside wall seconds: two cores have
-1,800 in 15 minutes.
+LoRA and distillation, alone or with half as much of the texts' own next tokens beside it (-task); 3 and 2 bits by GPTQ
+in groups of 64, recovered by training scales (-rate: at twice the usual rate). Learned from: text that the dense model
+writes, and emma.txt. Held out: 40 x 512 tokens each of mansfieldpark.txt and prideprejudice.txt; the predictions'
+divergence from the dense model is measured on the same tokens. What counts is everything after the model is compressed:
+text, teacher, training, both measurements that decide. CPU seconds of all threads stand beside wall seconds: two cores
+have 1,800 in 15 minutes.
 
 Every variant runs in a process of its own. Results are written after each; one that the file has is not run again.
 """
@@ -49,6 +49,7 @@ VARIANTS: Mapping[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "width20": (pruned("width", "obs"), LORA),
     "w3": (quantized(3), SCALES),
     "w2": (quantized(2, symmetric=False), SCALES),
+    "w2-rate": (quantized(2, symmetric=False), {**SCALES, "steps": 190, "samples": 192, "learning_rate": 8e-3}),
 }
 
 
