@@ -150,8 +150,9 @@ class Request:
         example, iterator = peeked(rows if iterator is None else iterator)
         column = media_column(rows, example, self.inputs.medium, columns) if self.inputs.media else None
         if column is not None:
-            read = self.inputs, self.processor
-            values = media_rows(iterator, column, self.model, *read, self.spec.samples, self.progress)
+            values = media_rows(
+                iterator, column, self.model, self.inputs, self.processor, self.spec.samples, self.progress
+            )
             return self._with_media(values, name, dict(details or {}))
         if (image := pair_column(rows, example, self.inputs, columns)) is not None:
             reader = PairReader(self.processing, self.inputs, self.spec.samples, self.length, self.overlap)

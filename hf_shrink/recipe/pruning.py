@@ -23,7 +23,14 @@ AMOUNTS: Mapping[str, tuple[str, ...]] = {
 }
 PRUNE_KINDS = tuple(AMOUNTS)
 AMOUNT_KEYS = tuple(dict.fromkeys(key for keys in AMOUNTS.values() for key in keys))
-OWN_KEYS = {"units": "width", "parts": "depth", "targets": "weights", "ignore": "weights"}  # of one kind only
+# Keys of one kind only.
+OWN_KEYS = {
+    "units": "width",
+    "parts": "depth",
+    "targets": "weights",
+    "ignore": "weights",
+    "starved_experts": "weights",
+}
 COUNTS = ("blocks", "experts")  # whole numbers
 UNITS = ("all", "attention", "mlp")
 PARTS = ("blocks", "attention", "mlp", "any")
@@ -85,8 +92,6 @@ class PruneStep:
         if self.starved_experts not in STARVED:
             hint = did_you_mean(str(self.starved_experts), STARVED)
             raise RecipeError(f"unknown prune.starved_experts {self.starved_experts!r}; {hint}")
-        if self.starved_experts != "error" and self.what != "weights":
-            raise RecipeError(f"prune.starved_experts goes with what: weights; for {self.what} leave it out")
         self._check_amounts()
         self._check_weights()
         check_switch(self.refit, "prune.refit")

@@ -26,9 +26,8 @@ def main(source: str, output: str, samples: int, length: int) -> None:
     model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
     rows = [batch["input_ids"][0].tolist() for batch in tokens(samples, length)]
     data = Dataset.from_dict({"input_ids": rows, "attention_mask": [[1] * length for _ in rows]})
-    unused = Tokenizer(
-        WordLevel({"<unk>": 0}, unk_token="<unk>")
-    )  # it wants one, also for tokens that are made already
+    # It wants one, also for tokens that are made already.
+    unused = Tokenizer(WordLevel({"<unk>": 0}, unk_token="<unk>"))
     oneshot(
         model=model,
         processor=PreTrainedTokenizerFast(tokenizer_object=unused, unk_token="<unk>", pad_token="<unk>"),
