@@ -142,7 +142,8 @@ def _rounded(pools: list[Pool], chosen: list[Choice], request: Request) -> list[
         for pool, choice in zip(pools, chosen, strict=True):
             units, unit = len(pool.parts[0].ways[choice.way]), pool.unit(choice.way)
             wanted = choice.removed + carry
-            step = (wide_step if units >= WIDE else 32) if units >= ROUND_FROM else 1
+            allowed = pool.counts(choice.way)[1:2] or [1]  # experts: in steps that can be multiplied
+            step = (wide_step if units >= WIDE else 32) if units >= ROUND_FROM else allowed[0]
             left = max(round((units - wanted / unit) / step) * step, step)
             left = units if wanted / unit < step / 2 else min(left, units)
             rounded.append(pool.choice(choice.way, units - left))

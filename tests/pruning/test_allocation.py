@@ -11,7 +11,7 @@ from hf_shrink.errors import RecipeError
 from hf_shrink.ops.removal import RemovalCurve
 from hf_shrink.pruning.allocate import Allocation, Request, allocate
 from hf_shrink.pruning.curves import additive_curve
-from hf_shrink.pruning.parts import Part, attention_ways, channel_ways, pools_by
+from hf_shrink.pruning.parts import Part, attention_ways, channel_ways, expert_ways, pools_by
 
 HEAD, GROUP, CHANNEL = 73_728, 294_912, 1_728  # parameters, as in SmolLM2: 3 KV groups of 3 heads, 1536 channels
 BLOCK = 3 * GROUP + 1536 * CHANNEL
@@ -181,6 +181,17 @@ def test_stacks_that_share_a_key_get_one_count_and_others_their_own() -> None:
     assert kept["decoder", 0] == kept["decoder", 1]
     assert kept["vision", 0] == pytest.approx(600, abs=32)
     assert allocation.removed / total == pytest.approx(0.25, abs=0.01)
+
+
+@pytest.mark.parametrize("ratio", [0.12, 0.2, 0.29, 0.37])
+def test_narrow_experts_beside_a_wide_mlp_keep_multiples_of_8(ratio: float) -> None:
+    channels = additive_curve(shares(4 * 128, 7), 4)
+    experts = Part(("decoder", 1), "experts", 4 * 128, expert_ways(channels, 4, 4 * CHANNEL), key="expert channels")
+    total = (1536 + 4 * 128) * CHANNEL
+    allocation = ask([mlp(0), experts], ratio, "mlp", total=total)
+    assert counts(allocation, "mlp")[0] % 32 == 0
+    assert counts(allocation, "experts")[1] % (4 * 8) == 0
+    assert allocation.removed / total == pytest.approx(ratio, abs=0.01)
 
 
 def test_tied_parts_lose_the_same_heads_even_when_blocks_may_differ() -> None:
