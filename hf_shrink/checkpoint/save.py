@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from transformers import BitsAndBytesConfig, PreTrainedModel
 
+from hf_shrink.architectures.adapters import without_adapters
 from hf_shrink.checkpoint.format import PRUNED_METHOD, quantization_config
 from hf_shrink.checkpoint.packed import packed_schemes
 from hf_shrink.checkpoint.portability import portability
@@ -82,6 +83,7 @@ def save_model(
 
     Writes what it writes, with our block in config.json, and shrink.json and README.md when the model has a
     `shrink_record` (with a card). Weights of an earlier save that `from_pretrained` would read instead are removed.
+    Adapters that PEFT has put into the model are left out: its own `save_pretrained` writes them.
 
     Raises:
         CheckpointError: the model is uneven in a way that stock transformers would load wrong without an error.
@@ -89,7 +91,7 @@ def save_model(
     directory = Path(directory)
     hub = {name: kwargs.pop(name) for name in _HUB_OPTIONS if name in kwargs} if push_to_hub else {}
     streams = residence_of(model) is not None and getattr(model, "hf_quantizer", None) is None and not kwargs
-    with one_layout(directory, kwargs.get("variant"), is_main_process):
+    with _without_adapters_beside(model), one_layout(directory, kwargs.get("variant"), is_main_process):
         with at_home(model), _block_in_config(model):
             state = saved_state(model, state_dict)
             with _handed_through(model, state):
@@ -132,6 +134,11 @@ def config_block(model: PreTrainedModel) -> dict[str, Any] | None:
 def model_portability(model: PreTrainedModel) -> list[str]:
     """Why stock transformers cannot load a checkpoint of this model as it is now; empty when it can."""
     return portability(model, packed_schemes(model))
+
+
+def _without_adapters_beside(model: PreTrainedModel) -> AbstractContextManager[object]:
+    """The model without PEFT's adapters, but for those of `add_adapter`: transformers saves these, and nothing else."""
+    return nullcontext() if getattr(model, "_hf_peft_config_loaded", False) else without_adapters(model)
 
 
 @contextmanager

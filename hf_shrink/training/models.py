@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
-
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -56,22 +52,3 @@ def is_sharded(model: nn.Module) -> bool:
 def whole(tensor: Tensor) -> Tensor:
     """The whole of a tensor that is in pieces, for which every process has to come here; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-@contextmanager
-def without_adapters(model: nn.Module) -> Iterator[int]:
-    """The model with the layers that adapters were put on in the adapters' place, to look at; how many there are."""
-    places: list[tuple[nn.Module, str, Any]] = []
-    if is_peft_available():
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        for parent in list(model.modules()):
-            for name, child in list(parent.named_children()):
-                if isinstance(child, BaseTunerLayer) and not isinstance(parent, BaseTunerLayer):
-                    places.append((parent, name, child))
-                    setattr(parent, name, child.get_base_layer())
-    try:
-        yield len(places)
-    finally:
-        for parent, name, child in places:
-            setattr(parent, name, child)

@@ -12,10 +12,11 @@ import pytest
 import torch
 from checkpoint.rows import ROWS, W4, W8, inner_linears, llama, pack
 from checkpoint.saved import Saved, logits_of
+from peft import LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, integrations
 
 import hf_shrink  # noqa: F401  registers the loaders
 from hf_shrink.checkpoint.record import ShrinkRecord, current_versions, read_record
@@ -52,6 +53,21 @@ def test_saving_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path)
     assert not hasattr(model.config, "quantization_config")
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adapters_that_transformers_added_are_saved_alone_as_ever(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tiny_llama()
+    bind(model)
+    monkeypatch.setattr(integrations.peft, "MIN_PEFT_VERSION", "0.18")  # transformers asks for one to come
+    model.add_adapter(LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
+    model.save_pretrained(tmp_path)
+    found = load_file(tmp_path / "adapter_model.safetensors")
+    wanted = {name: p for name, p in model.named_parameters() if "lora_" in name}
+    assert len(found) == len(wanted) == 8
+    for name, tensor in wanted.items():
+        assert torch.equal(found[f"base_model.model.{name}".replace(".default", "")], tensor)
 
 
 def test_a_tied_pair_is_written_once_also_after_a_move(tmp_path: Path) -> None:

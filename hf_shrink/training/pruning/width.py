@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.adapters import without_adapters
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.architectures.bound import BoundAttention, BoundMlp, Cuts
 from hf_shrink.checkpoint.record import ShrinkRecord
@@ -26,7 +27,7 @@ from hf_shrink.pruning.units import channel_view, group_view, head_view, reader
 from hf_shrink.recipe import PruneStep
 from hf_shrink.registry import did_you_mean
 from hf_shrink.surgery import check_plan, cut_block
-from hf_shrink.training.models import is_sharded, without_adapters
+from hf_shrink.training.models import is_sharded
 from hf_shrink.training.pruning.collecting import Collected
 from hf_shrink.training.pruning.gate import Gate, remove_gates
 from hf_shrink.training.pruning.scoring import SCORES, TrainingScore

@@ -8,10 +8,11 @@ from typing import ClassVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.adapters import without_adapters
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.errors import ShrinkError
 from hf_shrink.pruning.zeros import ZeroKeeper, keep_zeros
-from hf_shrink.training.models import is_sharded, without_adapters
+from hf_shrink.training.models import is_sharded
 from hf_shrink.training.schedule import Window
 
 

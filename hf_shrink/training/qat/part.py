@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from hf_shrink.architectures.adapters import without_adapters
 from hf_shrink.architectures.bound import Cuts
 from hf_shrink.calibration.data import calibration_batches
 from hf_shrink.checkpoint.packed import packed_schemes
@@ -16,7 +17,7 @@ from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.errors import CalibrationError, ShrinkError
 from hf_shrink.plan import Plan
 from hf_shrink.recipe import Recipe
-from hf_shrink.training.models import is_sharded, whole, without_adapters
+from hf_shrink.training.models import is_sharded, whole
 from hf_shrink.training.qat.adapters import adapted_layers, attach_adapted, detach_adapted, weight_now
 from hf_shrink.training.qat.forward import detach_all, owned_quantizers
 from hf_shrink.training.qat.placing import pack_trained, place_quantizers

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hf_shrink.architectures.adapters import without_adapters
 from hf_shrink.ops.quantized import QuantizedWeight
 from hf_shrink.pipeline.applying import apply_plan
 from hf_shrink.pipeline.packing import Task, solve_alone
@@ -22,7 +23,6 @@ from hf_shrink.quantization.base import ModelMethod, QuantizationMethod
 from hf_shrink.report import ShrinkReport
 from hf_shrink.runtime.packed import PackedModule
 from hf_shrink.scheme import Scheme
-from hf_shrink.training.models import without_adapters
 from hf_shrink.training.qat.adapters import adapted_layers
 from hf_shrink.training.qat.forward import detach
 
