@@ -28,6 +28,7 @@ from hf_shrink.reporting.source_card import find_source_card
 from hf_shrink.runtime.packed import count_parameters
 from hf_shrink.surgery import settle_config, settle_generation
 from hf_shrink.training.part import Part
+from hf_shrink.training.qat.forward import without_quantizers
 
 
 def first_record(model: nn.Module, recipe: dict[str, Any], report: ShrinkReport) -> ShrinkRecord:
@@ -39,9 +40,10 @@ def first_record(model: nn.Module, recipe: dict[str, Any], report: ShrinkReport)
 def make_real(model: PreTrainedModel, parts: Sequence[Part], record: ShrinkRecord) -> None:
     """Let every part change the model in place, and bind `save_pretrained` and `push_to_hub` as `shrink` does."""
     report = record.report
-    report.parameters_before, report.bytes_before = count_parameters(model), unique_bytes(model)
-    binding = find_binding(model)
-    report.layout = [] if binding is None else [block.to_dict() for block in layout_of(binding)]
+    with without_quantizers(model):  # the dense model has none
+        report.parameters_before, report.bytes_before = count_parameters(model), unique_bytes(model)
+        binding = find_binding(model)
+        report.layout = [] if binding is None else [block.to_dict() for block in layout_of(binding)]
     with torch.no_grad():
         for part in parts:
             part.finish(model, record)

@@ -52,6 +52,7 @@ class GradualWeights:
     def attach(self, model: PreTrainedModel) -> None:
         check_no_adapters(model)
         self._model = model
+        self._all = sum(parameter.numel() for parameter in model.parameters())  # a quantize step adds its own
         if mixed := [block.path for block in bind(model).blocks if block.experts is not None]:
             raise ArchitectureError(
                 f"{mixed[0]} is a mixture of experts, whose single weights cannot be pruned in training; run `shrink` "
@@ -141,8 +142,7 @@ class GradualWeights:
         zeros, and the fraction of the chosen weights that the last change of the masks took."""
         zeros = sum(int((ref.parameter == 0).sum()) for ref in self._refs.values())
         total = sum(ref.parameter.numel() for ref in self._refs.values())
-        parameters = sum(parameter.numel() for parameter in self._model.parameters())
-        return {"sparsity": zeros / total, "parameters": float(parameters - zeros), "mask_churn": self._changed}
+        return {"sparsity": zeros / total, "parameters": float(self._all - zeros), "mask_churn": self._changed}
 
     def _chosen(self) -> ChosenWeights:
         return choose_weights(self._model, bind(self._model), self._step, self._method)

@@ -7,7 +7,8 @@ more, and what looks for Linears (PEFT, surgery, FSDP) finds them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from types import MethodType
 from typing import Any
 
@@ -67,6 +68,19 @@ def detach_all(model: nn.Module) -> None:
         ours = getattr(vars(module).get("forward"), "__func__", None) in _FORWARDS.values()
         if ours and isinstance(getattr(module, NAME, None), WeightQuantizer):
             detach(module)
+
+
+@contextmanager
+def without_quantizers(model: nn.Module) -> Iterator[None]:
+    """The model without what training has put beside its weights, to look at: it does not compute meanwhile."""
+    beside = {module: module._modules[NAME] for module in model.modules() if NAME in module._modules}
+    for module in beside:
+        del module._modules[NAME]
+    try:
+        yield
+    finally:
+        for module, quantizer in beside.items():
+            module._modules[NAME] = quantizer
 
 
 def rows_of(module: nn.Module) -> Tensor:

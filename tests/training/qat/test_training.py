@@ -17,7 +17,10 @@ from transformers import TrainerCallback
 
 import hf_shrink
 from hf_shrink import CalibrationError, DistillationTrainer, RecipeError, ShrinkCallback, ShrinkError
+from hf_shrink.architectures.binding import bind
+from hf_shrink.evaluation.size import unique_bytes
 from hf_shrink.pipeline.recipes import load_recipe
+from hf_shrink.reporting.layout import layout_of
 from hf_shrink.runtime.linear import CompressedLinear
 from hf_shrink.training.qat.adapters import merged_weight
 from hf_shrink.training.qat.plan import plan_training
@@ -197,6 +200,24 @@ def test_zeros_of_a_prune_step_stay_zeros(tmp_path: Path) -> None:
         assert layer.mlp.gate_proj.sparse
         assert ((weight.view(-1, 4) != 0).sum(1) <= 2).all() and (weight != 0).float().mean() > 0.4
     assert model.shrink_record.plan.weights is not None and model.shrink_record.plan.schemes
+
+
+def test_dense_figures_are_those_of_the_model_before_training(tmp_path: Path) -> None:
+    recipe = {"steps": weights(sparsity=0.5)["steps"] + quantize("W4A16", symmetric=False)["steps"]}
+    model = tiny_llama(num_hidden_layers=2)
+    parameters, weight_bytes = sum(p.numel() for p in model.parameters()), unique_bytes(model)
+    prunable = sum(p.numel() for name, p in model.named_parameters() if "_proj" in name)
+    layout = [block.to_dict() for block in layout_of(bind(model))]
+    run = trainer(model, language, tmp_path, [ShrinkCallback(recipe, start=0.1, end=0.5)])
+    run.train()
+    report, logged = model.shrink_report, [entry for entry in run.state.log_history if "loss" in entry]
+    assert (report.parameters_before, report.bytes_before) == (parameters, weight_bytes)
+    assert report.parameters_after == parameters and report.bytes_after < 0.6 * weight_bytes
+    assert report.layout == layout
+    assert logged[0]["shrink_parameters"] == parameters
+    assert logged[-1]["shrink_parameters"] == pytest.approx(parameters - 0.5 * prunable, rel=1e-3)
+    card = model.shrink_record.card
+    assert f"| Parameters | {parameters / 1000:.1f}K | {parameters / 1000:.1f}K |" in card
 
 
 @pytest.mark.parametrize("name", ["groups", "channels and inputs"])
