@@ -37,11 +37,13 @@ class Saved:
         tensors: each part's, on the CPU.
         window: the one that the training began with.
         history: of what the training had logged, a digest.
+        entries: how many these were; None: a checkpoint from before this was written down.
     """
 
     tensors: list[dict[str, Tensor]]
     window: Window
     history: str
+    entries: int | None
 
 
 def write_state(
@@ -55,12 +57,14 @@ def write_state(
     """
     flat = {f"{i}.{name}": t.detach().cpu().clone() for i, part in enumerate(parts) for name, t in part.items()}
     flat = {name: tensor.contiguous() for name, tensor in flat.items()}
+    logged = TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME)).log_history
     metadata = {
         "hf_shrink_format": FORMAT,
         "recipe": json.dumps(recipe, sort_keys=True),
         "schedule": json.dumps(asdict(schedule)),
         "window": json.dumps(asdict(window)),
-        "history": _digest(TrainerState.load_from_json(str(folder / TRAINER_STATE_NAME))),
+        "history": _digest(logged),
+        "entries": str(len(logged)),
     }
     new = folder / f".{STATE_NAME}.new"
     save_file(flat, new, metadata=metadata)
@@ -102,13 +106,14 @@ def read_state(folder: Path, recipe: Mapping[str, Any], schedule: Schedule, part
     for name, tensor in flat.items():
         number, _, own = name.partition(".")
         found[int(number)][own] = tensor
-    return Saved(found, Window(**json.loads(metadata["window"])), metadata["history"])
+    entries = int(metadata["entries"]) if "entries" in metadata else None
+    return Saved(found, Window(**json.loads(metadata["window"])), metadata["history"], entries)
 
 
 def check_same_training(folder: Path, saved: Saved, state: TrainerState) -> None:
     """Raises CheckpointError where the Trainer goes on from a checkpoint in another folder, as a digest of what was
-    logged until then shows: it does not tell callbacks where that is."""
-    if saved.history != _digest(state):
+    logged until then shows: it does not tell callbacks where that is. Callbacks in front may have logged more since."""
+    if saved.history != _digest(state.log_history[: saved.entries]):
         raise CheckpointError(
             f"{folder} is of another training than the checkpoint that is resumed, and it is there that masks and "
             "scores are looked for; set output_dir to the folder that holds this checkpoint, or resume from one in "
@@ -116,6 +121,6 @@ def check_same_training(folder: Path, saved: Saved, state: TrainerState) -> None
         )
 
 
-def _digest(state: TrainerState) -> str:
+def _digest(logged: Sequence[Mapping[str, Any]]) -> str:
     """Of what was logged, the same before and after it was in trainer_state.json."""
-    return hashlib.sha256(json.dumps(state.log_history, sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(logged, sort_keys=True).encode()).hexdigest()

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tiny import tiny_llama
 from torch import Tensor
 from training.trained import language, quantize, trainer, weights, width
@@ -136,6 +138,40 @@ def test_the_state_is_that_of_the_checkpoint_that_is_resumed(tmp_path: Path) -> 
     resumed = run(tmp_path / "moved")
     resumed.train(resume_from_checkpoint=True)
     assert hasattr(resumed.model, "shrink_record")
+
+
+class Says(TrainerCallback):
+    """Logs when training begins."""
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.run.log({"trainable": 1.0})
+
+
+def test_what_a_callback_in_front_logs_at_the_beginning_is_no_other_training(tmp_path: Path) -> None:
+    def run(*more: TrainerCallback) -> Trainer:
+        says = Says()
+        callbacks = [says, ShrinkCallback(RECIPES["width by magnitude"]), *more]
+        settings: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2}
+        says.run = trainer(tiny_llama(num_hidden_layers=1), language, tmp_path, callbacks, **settings)
+        return says.run
+
+    run(StopAt(2)).train()
+    going_on = run()
+    going_on.train(resume_from_checkpoint=True)
+    assert sum("trainable" in entry for entry in going_on.state.log_history) == 2
+    assert hasattr(going_on.model, "shrink_record")
+
+
+def test_a_state_from_before_entries_were_counted_is_resumed(tmp_path: Path) -> None:
+    stopped(RECIPES["width by magnitude"], tmp_path, stop=2)
+    path = tmp_path / "checkpoint-2" / "hf_shrink_state.safetensors"
+    with safe_open(path, "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        metadata = file.metadata()
+    del metadata["entries"]
+    save_file(tensors, path, metadata=metadata)
+    model, _ = resumed(RECIPES["width by magnitude"], tmp_path, 8)
+    assert hasattr(model, "shrink_record")
 
 
 def test_a_damaged_state_is_refused_with_the_remedy(tmp_path: Path) -> None:
