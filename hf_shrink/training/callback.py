@@ -18,7 +18,7 @@ from hf_shrink.errors import CheckpointError, ShrinkError
 from hf_shrink.pipeline.recipes import RecipeLike, read_recipe
 from hf_shrink.report import ShrinkReport
 from hf_shrink.training.card import keep_card
-from hf_shrink.training.checks import check_deepspeed, check_one_device, check_sharded
+from hf_shrink.training.checks import check_one_device, check_sharded, check_trainer
 from hf_shrink.training.finishing import SaveWhole, first_record, make_real
 from hf_shrink.training.models import bare, is_peft, is_sharded, unwrapped
 from hf_shrink.training.part import Part
@@ -131,7 +131,7 @@ class ShrinkCallback(TrainerCallback):
             )
 
     def on_init_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        check_deepspeed(args)
+        check_trainer(args, state, self)
         if kwargs.get("optimizer") is not None:
             self._refuse_late()
         self._attach(kwargs["model"])
@@ -139,7 +139,7 @@ class ShrinkCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        check_deepspeed(args)
+        check_trainer(args, state, self)
         model = bare(kwargs["model"])
         sharded = is_sharded(kwargs["model"])
         if self._model is not model:  # added late, or made anew by `model_init`

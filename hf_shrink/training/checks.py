@@ -4,16 +4,23 @@ from __future__ import annotations
 
 from accelerate.state import AcceleratorState
 from torch import nn
-from transformers import TrainingArguments
+from transformers import TrainerCallback, TrainerState, TrainingArguments
 
 from hf_shrink.errors import ShrinkError
 from hf_shrink.training.models import is_peft, unwrapped
 
 
-def check_deepspeed(args: TrainingArguments) -> None:
-    """Raises ShrinkError: its engine keeps weights, gradients and scales where only it finds them."""
+def check_trainer(args: TrainingArguments, state: TrainerState, callback: TrainerCallback) -> None:
+    """Raises ShrinkError under DeepSpeed, whose engine keeps weights, gradients and scales where only it finds them,
+    and for a second ShrinkCallback: neither would know what the other makes of the model."""
     if args.deepspeed is not None:
         raise ShrinkError("ShrinkCallback does not work with DeepSpeed; train with DDP, or with FSDP")
+    # A Trainer makes a state when it is made and for every training, and shows it to all of its callbacks.
+    if vars(state).setdefault("shrink_callback", id(callback)) != id(callback):
+        raise ShrinkError(
+            "this Trainer has two ShrinkCallbacks, and neither would know what the other does to the model; give one "
+            "ShrinkCallback a recipe with the steps of both, or train twice, with one after the other"
+        )
 
 
 def check_one_device(args: TrainingArguments) -> None:

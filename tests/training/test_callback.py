@@ -13,7 +13,7 @@ import torch
 from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama
 from torch._dynamo.utils import counters
-from training.trained import TASKS, image, language, outputs, tiny_vit, trainer, weights, width
+from training.trained import TASKS, image, language, outputs, quantize, tiny_vit, trainer, weights, width
 from transformers import TrainerCallback
 
 import hf_shrink
@@ -271,6 +271,21 @@ def test_refused_for_the_model(tmp_path: Path) -> None:
         trainer(adapted, language, tmp_path, [ShrinkCallback(weights(sparsity=0.5))])
     with pytest.raises(ArchitectureError, match="transformers model"):
         trainer(torch.nn.Linear(2, 2), language, tmp_path, [ShrinkCallback(width())])  # type: ignore[arg-type]
+
+
+def test_a_second_one_is_refused_before_training(tmp_path: Path) -> None:
+    first, second = ShrinkCallback(width()), ShrinkCallback(quantize())
+    with pytest.raises(ShrinkError, match=r"two ShrinkCallbacks, .* one ShrinkCallback a recipe"):
+        trainer(tiny_llama(), language, tmp_path, [first, second])
+    run = trainer(tiny_llama(), language, tmp_path, [first])
+    late = ShrinkCallback(weights(sparsity=0.5))
+    run.add_callback(late)
+    with pytest.raises(ShrinkError, match="two ShrinkCallbacks"):
+        run.train()
+    assert run.state.global_step == 0
+    run.remove_callback(first)
+    run.train()  # one in the place of the other
+    assert run.model.shrink_record.plan.weights is not None
 
 
 def test_deepspeed_is_refused() -> None:
