@@ -5,7 +5,8 @@
         --learning_rate 2e-5 --num_train_epochs 1 --per_device_train_batch_size 8
 
 The callback is all that differs from an ordinary fine-tuning. `--recipe` is what `hf-shrink run` takes: a built-in name
-or the path of a YAML file, with a quantize step, a prune step of heads and channels or of weights, or both.
+or the path of a YAML file, with a quantize step, a prune step of heads and channels or of weights, or both. With
+`portable: true` there, or --portable, it only does what stock transformers can load.
 """
 
 from __future__ import annotations
@@ -41,6 +42,9 @@ class Arguments:
     validation_file: str = field(metadata={"help": "held-out text to evaluate on"})
     recipe: str = field(default="w4a16", metadata={"help": "built-in recipe or path of a YAML file"})
     start: float = field(default=0.0, metadata={"help": "fraction of the steps after which weights are rounded"})
+    portable: bool = field(
+        default=False, metadata={"help": "only what stock transformers can load, also where the recipe does not say it"}
+    )
     block_size: int = field(default=256, metadata={"help": "tokens of a training sequence"})
 
 
@@ -88,7 +92,13 @@ def main(words: list[str] | None = None) -> dict[str, float]:
             compute_metrics=perplexity,
             preprocess_logits_for_metrics=losses_of,
         )
-        ShrinkCallback(arguments.recipe, start=arguments.start, end=max(arguments.start, 0.7)).attach(trainer)
+        callback = ShrinkCallback(
+            arguments.recipe,
+            start=arguments.start,
+            end=max(arguments.start, 0.7),
+            portable=arguments.portable or None,
+        )
+        callback.attach(trainer)
         trainer.log_metrics("dense", trainer.evaluate())
         trainer.train(resume_from_checkpoint=training.resume_from_checkpoint)
         measured = trainer.evaluate()

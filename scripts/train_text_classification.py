@@ -6,7 +6,7 @@
         --validation_file test.csv --output_dir out --recipe my_recipe.yaml
 
 Takes every argument of transformers' TrainingArguments. The folder it writes loads with `import hf_shrink` and
-`from_pretrained`; with --portable also without hf_shrink.
+`from_pretrained`; with --portable, or `portable: true` in the recipe, also without hf_shrink.
 """
 
 from __future__ import annotations
@@ -59,12 +59,14 @@ class ShrinkArguments:
     recipe: str | None = field(default=None, metadata={"help": "a YAML file, in place of ratio and method"})
     start: float = field(default=0.1, metadata={"help": "the fraction of the training before pruning begins"})
     end: float = field(default=0.7, metadata={"help": "the fraction of the training after which it has ended"})
-    portable: bool = field(default=False, metadata={"help": "only what stock transformers can load"})
+    portable: bool = field(
+        default=False, metadata={"help": "only what stock transformers can load, also where the recipe does not say it"}
+    )
 
     def callback(self) -> ShrinkCallback:
         step = {"what": "width", "method": self.method, "ratio": self.ratio}
         recipe: Any = self.recipe or {"steps": [{"prune": step}]}
-        return ShrinkCallback(recipe, start=self.start, end=self.end, portable=self.portable)
+        return ShrinkCallback(recipe, start=self.start, end=self.end, portable=self.portable or None)
 
 
 def load_data(args: DataArguments) -> tuple[datasets.Dataset, datasets.Dataset]:

@@ -52,19 +52,23 @@ def load_recipe(recipe: RecipeLike) -> Recipe:
     return loaded
 
 
-def read_recipe(recipe: RecipeLike) -> Recipe:
-    """As `load_recipe`, but for the methods and their options, which are not looked at (training has others)."""
+def read_recipe(recipe: RecipeLike, *, portable: bool = True) -> Recipe:
+    """As `load_recipe`, but for the methods and their options, which are not looked at (training has others).
+
+    Args:
+        portable: where a file or a mapping does not say it.
+    """
     if isinstance(recipe, Recipe):
         return recipe
     if isinstance(recipe, Mapping):
-        return Recipe.from_dict(recipe)
+        return Recipe.from_dict(recipe, portable=portable)
     known = built_in_recipes()
     path = Path(recipe)
     if str(recipe) in known:
         path = known[str(recipe)]
     elif not path.is_file():
         raise RecipeError(f"unknown recipe {str(recipe)!r}: no such file, and {did_you_mean(str(recipe), known)}")
-    return Recipe.from_yaml(path)
+    return Recipe.from_yaml(path, portable=portable)
 
 
 def calibration_of(asked: Recipe | Plan) -> CalibrationSpec:

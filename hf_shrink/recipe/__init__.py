@@ -92,14 +92,15 @@ class Recipe:
         return next((s for s in self.steps if isinstance(s, PruneStep) and s.what == what), None)
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], name: str = "custom") -> Recipe:
-        """Validate a decoded recipe. Raises RecipeError that names the nearest valid key."""
+    def from_dict(cls, data: Mapping[str, Any], name: str = "custom", *, portable: bool = True) -> Recipe:
+        """Validate a decoded recipe; `portable`: where it does not say it. Raises RecipeError that names the nearest
+        valid key."""
         data = dict(_mapping(data, "the recipe"))
         _check_keys(data, KEYS, "the recipe")
         steps = data.get("steps", () if data.get("budget") is not None else None)
         if not isinstance(steps, list | tuple):
             raise RecipeError("the recipe's `steps` must be a list of prune and quantize steps")
-        portable = data.get("portable", True)
+        portable = data.get("portable", portable)
         if not isinstance(portable, bool):
             raise RecipeError(f"portable must be true or false, not {portable!r}")
         return cls(
@@ -114,8 +115,8 @@ class Recipe:
         )
 
     @classmethod
-    def from_yaml(cls, path: str | Path) -> Recipe:
-        """Read a YAML file with the safe loader. Raises RecipeError."""
+    def from_yaml(cls, path: str | Path, *, portable: bool = True) -> Recipe:
+        """Read a YAML file with the safe loader; `portable` as for `from_dict`. Raises RecipeError."""
         path = Path(path)
         try:
             data = yaml.safe_load(path.read_text())
@@ -123,7 +124,7 @@ class Recipe:
             raise RecipeError(f"cannot read recipe {path}: {error}") from error
         except yaml.YAMLError as error:
             raise RecipeError(f"recipe {path} is not valid YAML: {' '.join(str(error).split())}") from error
-        return cls.from_dict(_mapping(data, f"recipe {path}"), name=path.stem)
+        return cls.from_dict(_mapping(data, f"recipe {path}"), name=path.stem, portable=portable)
 
     def to_dict(self) -> dict[str, Any]:
         """The form that `from_dict` reads."""

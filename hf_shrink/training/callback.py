@@ -61,7 +61,7 @@ class ShrinkCallback(TrainerCallback):
             what is kept is trained. None: nothing more is pruned, and the zeros that the model has are kept.
         start, end: the fractions of all optimizer steps between which masks change, and rounding begins.
         every: optimizer steps between two changes; None: about 50 changes.
-        portable: in place of the recipe's `portable`: only what stock transformers can load (see `shrink`).
+        portable: in place of the recipe's (see `shrink`), which is false here where a file or mapping leaves it out.
         calibration, tokenizer, seed: as for `shrink`, for a quantize step whose method wants statistics, such as gptq:
             it then chooses where the scales start. Without them they start where they fit the weights best.
 
@@ -77,12 +77,14 @@ class ShrinkCallback(TrainerCallback):
         start: float = 0.1,
         end: float = 0.7,
         every: int | None = None,
-        portable: bool = False,
+        portable: bool | None = None,
         calibration: Any = None,
         tokenizer: Any = None,
         seed: int = 0,
     ) -> None:
-        self.recipe = None if recipe is None else replace(read_recipe(recipe), portable=portable)
+        self.recipe = None if recipe is None else read_recipe(recipe, portable=False)
+        if self.recipe is not None and portable is not None:
+            self.recipe = replace(self.recipe, portable=portable)
         self.schedule = Schedule(start, end, every)
         self._build = partial(build_parts, self.recipe, calibration, tokenizer, seed)
         self.parts: list[Part] = self._build()

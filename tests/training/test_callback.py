@@ -10,6 +10,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import yaml
 from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama
 from torch._dynamo.utils import counters
@@ -17,7 +18,7 @@ from training.trained import TASKS, image, language, outputs, quantize, tiny_vit
 from transformers import TrainerCallback
 
 import hf_shrink
-from hf_shrink import ArchitectureError, RecipeError, ShrinkCallback, ShrinkError, prune_weights
+from hf_shrink import ArchitectureError, Recipe, RecipeError, ShrinkCallback, ShrinkError, prune_weights
 
 
 def small(model: Any) -> float:
@@ -257,6 +258,19 @@ def test_refused_before_training(name: str) -> None:
     recipe, message = REFUSED[name]
     with pytest.raises(RecipeError, match=message):
         ShrinkCallback(recipe)
+
+
+def test_portable_is_what_the_recipe_says_unless_the_argument_says_it(tmp_path: Path) -> None:
+    for said in (True, False):
+        recipe = {"portable": said, **width()}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe))
+        for form in (recipe, tmp_path / "own.yaml", Recipe.from_dict(recipe)):
+            found = [ShrinkCallback(form, portable=asked).recipe for asked in (None, True, False)]
+            assert [recipe is not None and recipe.portable for recipe in found] == [said, True, False]
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump(width()))
+    for silent in (width(), tmp_path / "own.yaml", "w4a16"):
+        recipe = ShrinkCallback(silent).recipe
+        assert recipe is not None and not recipe.portable
 
 
 def test_refused_for_the_model(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import datasets
 import pytest
+import yaml
 from from_scripts import load_script
 from tiny import VOCABULARY, tiny_tokenizer
 from transformers import AutoModelForSequenceClassification, DistilBertConfig, DistilBertForSequenceClassification
@@ -96,6 +97,15 @@ def test_labels_of_every_kind_become_classes(
         assert rows.features["labels"].names == names
         said = [json.dumps(one).strip('"').removesuffix(".0") for one in labels]
         assert [names[place] for place in rows["labels"]] == said
+
+
+def test_portable_is_asked_for_by_the_recipe_or_a_flag(tmp_path: Path) -> None:
+    script = load_script("train_text_classification.py")
+    for said, asked, wanted in ((True, False, True), (False, True, True), (None, True, True), (None, False, False)):
+        recipe = {"steps": [{"prune": {"what": "width", "method": "movement", "ratio": 0.5}}]}
+        (tmp_path / "own.yaml").write_text(yaml.safe_dump(recipe if said is None else {"portable": said, **recipe}))
+        callback = script.ShrinkArguments(recipe=str(tmp_path / "own.yaml"), portable=asked).callback()
+        assert callback.recipe.portable is wanted
 
 
 def test_without_data_it_says_what_is_missing(tmp_path: Path) -> None:

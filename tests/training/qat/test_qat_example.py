@@ -30,9 +30,11 @@ def test_it_trains_and_saves_a_packed_model(tmp_path: Path) -> None:
         "report_to": "none",
         "use_cpu": True,
         "disable_tqdm": True,
+        "portable": True,
     }
     found = load_script("train_causal_lm.py").main([str(word) for k, v in settings.items() for word in (f"--{k}", v)])
     assert found["eval_perplexity"] == pytest.approx(math.exp(found["eval_loss"]), rel=1e-3)
     assert found["eval_perplexity"] < 100  # of 320 tokens, and the untrained model is far above
     packed = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert isinstance(packed.model.layers[0].mlp.down_proj, CompressedLinear)
+    assert packed.shrink_record.recipe["portable"] and packed.shrink_report.portable
