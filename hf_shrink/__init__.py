@@ -8,7 +8,7 @@ from __future__ import annotations
 from importlib import import_module, metadata
 from typing import TYPE_CHECKING, Any
 
-from hf_shrink.checkpoint.adapters import load_adapter
+from hf_shrink.checkpoint.adapters import known_to_peft, load_adapter
 from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.module import load_module, save_module
 from hf_shrink.checkpoint.push import push_shrunk_to_hub
@@ -81,6 +81,7 @@ __all__ = [
     "evaluate_model",
     "keep_zeros",
     "kernel_summary",
+    "known_to_peft",
     "load_adapter",
     "load_module",
     "make_front",

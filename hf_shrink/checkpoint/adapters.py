@@ -24,7 +24,14 @@ def has_adapter(folder: Path) -> bool:
 
 
 def known_to_peft(config: LoraConfig) -> LoraConfig:
-    """The config with packed Linears among what PEFT can put adapters on; that is not stored with an adapter."""
+    """The config, in which packed Linears are from now on among what PEFT can put adapters on.
+
+        config = LoraConfig(target_modules=["q_proj", "v_proj"])
+        adapted = get_peft_model(model, hf_shrink.known_to_peft(config))
+
+    An adapter is stored without that, so put it on again with `load_adapter`. `target_modules="all-linear"` finds dense
+    matrices only: name them.
+    """
     from peft.tuners import lora
 
     config._register_custom_module({CompressedLinear: lora.Linear})

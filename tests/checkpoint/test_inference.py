@@ -9,13 +9,19 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from peft.tuners import lora
 from safetensors.torch import load_file
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from hf_shrink import CheckpointError, LoadingConfig, kernel_summary, optimize_for_inference, shrink
-from hf_shrink.runtime import CompressedLinear
+from hf_shrink import (
+    CheckpointError,
+    LoadingConfig,
+    kernel_summary,
+    known_to_peft,
+    load_adapter,
+    optimize_for_inference,
+    shrink,
+)
 
 RECIPE = {"steps": [{"quantize": {"method": "rtn", "scheme": "W4A16", "group_size": 32}}]}
 
@@ -103,11 +109,11 @@ def test_checkpoints_of_others_only_when_asked(packed, tmp_path):
 
 
 @pytest.mark.parametrize("training", [False, True])
-def test_lora_on_top(packed, training):
-    fast = optimize_for_inference(copy.deepcopy(packed))
+def test_lora_on_top_of_a_loaded_checkpoint(packed, training, tmp_path):
+    packed.save_pretrained(tmp_path)
+    fast = AutoModelForCausalLM.from_pretrained(tmp_path)
     config = LoraConfig(target_modules=["q_proj", "down_proj"], r=4, init_lora_weights=False)
-    config._register_custom_module({CompressedLinear: lora.Linear})
-    tuned = get_peft_model(fast, config).train(training)
+    tuned = get_peft_model(fast, known_to_peft(config)).train(training)
     ids = torch.randint(96, (2, 12))
     optimizer = torch.optim.SGD([p for p in tuned.parameters() if p.requires_grad], lr=1.0)
     losses = []
@@ -120,6 +126,10 @@ def test_lora_on_top(packed, training):
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert len(kernel_summary(tuned)["int4"]) == 14
+    tuned.save_pretrained(tmp_path / "adapter")
+    again = load_adapter(AutoModelForCausalLM.from_pretrained(tmp_path), tmp_path / "adapter")
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, tuned.eval()(ids).logits)
 
 
 def test_a_first_part_of_the_model_learns_through_it(packed):
