@@ -99,6 +99,11 @@ def quantization_method(step: QuantizeStep) -> Method:
 def plan_method(plan: Plan) -> Method | None:
     """The method that a plan's weights are stored by. Raises RecipeError where it is not one for what the plan has."""
     if plan.method is None:
+        if plan.bits:
+            raise RecipeError(
+                f"the plan says how {len(plan.bits)} weights are stored, but not by which method (method: null); write "
+                "a quantization method there, such as rtn, or take its schemes and formats out"
+            )
         return None
     method = METHODS.build(plan.method, plan.options)
     if (plan.schemes if isinstance(method, ModelMethod) else plan.formats) or len(set(plan.formats.values())) > 1:

@@ -14,7 +14,7 @@ from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from hf_shrink import ArchitectureError, Plan, make_plan, shrink
+from hf_shrink import ArchitectureError, Plan, RecipeError, make_plan, shrink
 from hf_shrink.cli import main
 
 RTN: dict[str, Any] = {"dtype": "bfloat16", "steps": [{"quantize": {"method": "rtn", "group_size": 8}}]}
@@ -54,6 +54,13 @@ def test_experts_and_types(monkeypatch: pytest.MonkeyPatch) -> None:
     shrink(MIXTURES["qwen3_moe"](), plan, progress=False)
     refused(MIXTURES["qwen3_moe"](num_experts=4), plan, r"experts\.4\.", monkeypatch)
     refused(MIXTURES["olmoe"](), plan, "for a 'qwen3_moe' model, and this one is 'olmoe'", monkeypatch)
+
+
+@pytest.mark.parametrize("said", [{"formats": {}}, {"schemes": {}, "formats": {"lm_head": "NF4"}}])
+def test_weights_that_are_stored_by_no_method(said: dict[str, Any]) -> None:
+    plan = replace(plan_for(tiny_llama()), method=None, **said)
+    with pytest.raises(RecipeError, match=rf"how {len(plan.bits)} weights are stored, but not by which method"):
+        shrink(tiny_llama(), plan, progress=False)
 
 
 @pytest.mark.parametrize("command", ["plan", "run"])
