@@ -7,6 +7,11 @@ from collections.abc import Iterable
 from hf_shrink.errors import RecipeError
 
 
+def are_numbers(values: Iterable[object]) -> bool:
+    """Whether all of them are whole numbers; true and false are none."""
+    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+
+
 def to_ranges(numbers: Iterable[int], separator: str = ",") -> str:
     """Ascending numbers from 0 on, as text; no numbers are ""."""
     parts: list[list[int]] = []

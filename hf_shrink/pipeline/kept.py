@@ -33,7 +33,7 @@ def whole_stack(stack: BoundStack) -> KeptStack:
 
 def remove_planned(model: nn.Module, binding: Binding, plan: Plan) -> list[KeptStack]:
     """Take out the blocks and parts that the plan removes, in place; the stacks left. Raises as `check_plan`."""
-    check_plan(binding, plan)
+    check_plan(model, plan)
     plans = {s.name: plan.stacks.get(s.name, StackPlan(tuple(range(len(s.blocks))))) for s in binding.stacks}
     for stack in binding.stacks:
         for index, block in plans[stack.name].blocks.items():

@@ -110,13 +110,13 @@ def plan_recipe(
     experts_left: dict[tuple[str, int], int] = {}
     if hidden:
         assert isinstance(model, PreTrainedModel) and binding is not None
-        with _without(model, binding, stacks) as (shallower, _):
+        with without_planned(model, binding, stacks) as (shallower, _):
             narrowing = plan_hidden(model, shallower, hidden, hidden_method(hidden))
         narrower_stream = narrowing.plan
         notes += narrowing.notes
     if experts:
         assert binding is not None
-        with _without(model, binding, stacks) as (_, sources), experts_apart(model) as apart:
+        with without_planned(model, binding, stacks) as (_, sources), experts_apart(model) as apart:
             assert apart is not None
             fewer = plan_experts(model, apart, experts, expert_method(experts), batches, progress=progress)
             stacks = _with_blocks(apart, sources, stacks, fewer.blocks)
@@ -124,7 +124,7 @@ def plan_recipe(
         notes += fewer.notes
     if width:
         assert binding is not None
-        with _without(model, binding, stacks) as (_, sources), experts_apart(model) as smaller:
+        with without_planned(model, binding, stacks) as (_, sources), experts_apart(model) as smaller:
             assert smaller is not None
             narrower = plan_width(
                 model,
@@ -220,7 +220,7 @@ def experts_apart(model: nn.Module) -> Iterator[Binding | None]:
 
 
 @contextmanager
-def _without(
+def without_planned(
     model: nn.Module, binding: Binding, stacks: Mapping[str, StackPlan]
 ) -> Iterator[tuple[Binding, dict[str, tuple[int, ...]]]]:
     """The model with the planned blocks and parts out: its binding, and the source index of every block left."""

@@ -60,7 +60,7 @@ def repair(
     Raises as `check_plan` and `StackWalk`.
     """
     since = time.perf_counter()
-    check_plan(binding, plan)
+    check_plan(model, plan)
     job = _Repair(model, progress)
     whole = {s.name: StackPlan(tuple(range(len(s.blocks)))) for s in binding.stacks}
     plans = {stack.name: plan.stacks.get(stack.name, whole[stack.name]) for stack in binding.stacks}

@@ -44,7 +44,6 @@ from hf_shrink.pipeline.recipes import (
     plan_weights_method,
 )
 from hf_shrink.pipeline.searching import Searching
-from hf_shrink.pipeline.targets import check_inputs
 from hf_shrink.pipeline.vocabulary import apply_vocabulary
 from hf_shrink.pipeline.whole_tuning import teacher_of, tune_whole
 from hf_shrink.plan import Plan
@@ -175,6 +174,7 @@ class Job:
             plan_method(self.asked)
             plan_transforms(self.asked)
             plan_weights_method(self.asked)
+            Tuning.from_options(self.asked.tune)
         check_not_quantized(self.model)
         if residence_of(self.model) is None:  # else that was done when it was opened
             check_finite(self.model)
@@ -221,7 +221,6 @@ class Job:
 
     def plan(self, data: CalibrationData) -> Planned:
         if isinstance(self.asked, Plan):
-            check_inputs(self.model, self.asked.schemes)
             return as_carried_out(self.model, self.asked)
         assert self.recipe is not None
         return ranks().from_first(

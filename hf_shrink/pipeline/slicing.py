@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel
 
-from hf_shrink.architectures.binding import bind
+from hf_shrink.architectures.binding import Binding, bind
+from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.architectures.residual import ResidualStream, find_residual
 from hf_shrink.errors import ArchitectureError, CalibrationError
 from hf_shrink.pipeline.kept import KeptStack
@@ -41,7 +42,7 @@ def slice_planned(
     if not batches or not isinstance(model, PreTrainedModel):
         raise CalibrationError("cutting the residual stream needs a transformers model and calibration data")
     since = time.perf_counter()
-    stream = _stream(model, stacks, plan)
+    stream = _stream(model, [kept.stack for kept in stacks], plan)
     stack = next(kept.stack for kept in stacks if kept.stack.name == plan.stack)
     notes = report.notes
     if plan.untie and stream.tied:
@@ -49,7 +50,7 @@ def slice_planned(
         untie(model, set(stream.readers[-1].matrices))
         added = (count_parameters(model) - before) * plan.width // stream.width
         notes.append(f"the head has a weight of its own now: {added:,} parameters more than tied to the embedding")
-        stream = _stream(model, stacks, plan)
+        stream = _stream(model, [kept.stack for kept in stacks], plan)
     how = find_slice(model, stack, stream, plan, HIDDEN.build(plan.method, plan.options), batches, progress)
     dense = DenseCopy(model, stack, stream, batches) if plan.refit else None
     slice_stream(model, stack, stream, how)
@@ -61,10 +62,21 @@ def slice_planned(
     return [KeptStack(bound.stack(kept.stack.name), kept.kept, kept.plan) for kept in stacks]
 
 
-def _stream(model: PreTrainedModel, stacks: Sequence[KeptStack], plan: HiddenPlan) -> ResidualStream:
-    for kept in stacks:
-        if kept.stack.name == plan.stack:
-            stream = find_residual(model, kept.stack, tied=True)
+def check_hidden(model: nn.Module, binding: Binding, plan: HiddenPlan) -> None:
+    """See that a residual stream can be cut as planned. The model is without the blocks and parts that go too.
+
+    Raises:
+        ArchitectureError: the plan was made for another model.
+        RecipeError: there is no such method, or it does not take these options.
+    """
+    HIDDEN.build(plan.method, plan.options)
+    _stream(model, binding.stacks, plan)
+
+
+def _stream(model: nn.Module, stacks: Iterable[BoundStack], plan: HiddenPlan) -> ResidualStream:
+    for stack in stacks:
+        if stack.name == plan.stack:
+            stream = find_residual(model, stack, tied=True)
             if isinstance(stream, str):
                 raise ArchitectureError(f"the residual stream of the {plan.stack} cannot be cut: {stream}")
             if not 0 < plan.width < stream.width:

@@ -81,7 +81,7 @@ def resolve_schemes(
     notes = selected.notes
     chosen = agree_on_ties(model, chosen)
     check_inputs(model, chosen)
-    widths = {path: _width(model.get_submodule(path)) for path in chosen} | dict(narrowed or {})
+    widths = {path: width_of(model.get_submodule(path)) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
     if portable and isinstance(model, PreTrainedModel):
         experts = read_with_experts(model, schemes)
@@ -93,7 +93,7 @@ def resolve_schemes(
                 f"not portable: {'; '.join(reasons)}. Use one scheme (W8A8 aside), or set portable: false "
                 "(--set portable=false): the result then loads after `import hf_shrink`"
             )
-    notes[:0] = _group_notes(chosen, schemes)
+    notes[:0] = group_notes(chosen, schemes)
     return Resolved(schemes, tuple(notes))
 
 
@@ -171,7 +171,7 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
     return Selected(chosen, frozenset(by_name & chosen.keys()), notes, head & chosen.keys())
 
 
-def _width(module: nn.Module) -> int:
+def width_of(module: nn.Module) -> int:
     if isinstance(module, nn.Embedding):
         return module.embedding_dim
     return module.nx if isinstance(module, Conv1D) else int(module.in_features)  # type: ignore[arg-type]
@@ -267,7 +267,7 @@ def _one_group_size(
     return {path: replace(scheme, group_size=size) for path, scheme in schemes.items()}
 
 
-def _group_notes(asked: Mapping[str, Scheme], got: Mapping[str, Scheme]) -> Iterable[str]:
+def group_notes(asked: Mapping[str, Scheme], got: Mapping[str, Scheme]) -> Iterable[str]:
     changed: dict[tuple[int | None, int | None], int] = {}
     for path, scheme in got.items():
         if scheme.group_size != asked[path].group_size:

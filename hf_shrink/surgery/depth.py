@@ -9,10 +9,11 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from hf_shrink.architectures.absent import take_parts
+from hf_shrink.architectures.absent import PARTS, take_parts
 from hf_shrink.architectures.bound import BoundBlock, BoundMlp, BoundStack
 from hf_shrink.architectures.portable import stack_config
 from hf_shrink.errors import ArchitectureError
+from hf_shrink.registry import did_you_mean
 from hf_shrink.surgery.checks import check_units
 
 
@@ -36,13 +37,7 @@ def without_blocks(model: nn.Module, stack: BoundStack, removed: Sequence[int]) 
 
 def remove_blocks(model: nn.Module, stack: BoundStack, kept: Sequence[int]) -> None:
     """Keep only the given blocks of a stack, renumber them, and set the config's depth. The binding is stale after."""
-    check_units(kept, len(stack.blocks), stack.path, "blocks")
-    if stack.spec is None:
-        raise ArchitectureError(f"blocks of {stack.path} cannot be removed: its config keys are not in the table")
-    if stack.spec.depth_fixed is not None and len(kept) != len(stack.blocks):
-        raise ArchitectureError(f"blocks of {stack.path} cannot be removed: {stack.spec.depth_fixed}")
-    if stack.spec.first_is_special and kept[0] != 0:
-        raise ArchitectureError(f"{stack.path}: the first block is built differently and must be kept")
+    check_blocks(stack, kept)
     owner = model.get_submodule(stack.path.rpartition(".")[0])
     modules = model.get_submodule(stack.path)
     assert isinstance(modules, nn.ModuleList)
@@ -56,20 +51,37 @@ def remove_blocks(model: nn.Module, stack: BoundStack, kept: Sequence[int]) -> N
                 module.layer_id = new  # type: ignore[assignment]
 
 
+def check_blocks(stack: BoundStack, kept: Sequence[int]) -> None:
+    """Raises ArchitectureError where a stack cannot keep these blocks and no others."""
+    check_units(kept, len(stack.blocks), stack.path, "blocks")
+    if stack.spec is None:
+        raise ArchitectureError(f"blocks of {stack.path} cannot be removed: its config keys are not in the table")
+    if stack.spec.depth_fixed is not None and len(kept) != len(stack.blocks):
+        raise ArchitectureError(f"blocks of {stack.path} cannot be removed: {stack.spec.depth_fixed}")
+    if stack.spec.first_is_special and kept[0] != 0:
+        raise ArchitectureError(f"{stack.path}: the first block is built differently and must be kept")
+
+
 def remove_parts(stack: BoundStack, block: BoundBlock, parts: Sequence[str]) -> None:
     """Take an attention or an MLP out of a block, with stand-ins in its place. The binding is stale afterwards.
 
     Raises:
         ArchitectureError: the block has no such part, or cannot do without it.
     """
-    if not parts:
-        return
+    for part in parts:
+        check_part(stack, block, part)
+    if parts and stack.spec is not None:
+        take_parts(block.module, stack.spec, parts)
+
+
+def check_part(stack: BoundStack, block: BoundBlock, part: str) -> None:
+    """Raises ArchitectureError where a block cannot do without a part, or there is none of that name."""
+    if part not in PARTS:
+        raise ArchitectureError(f"no part of {block.path} is called {part!r}; {did_you_mean(part, PARTS)}")
     if stack.spec is None:
         raise ArchitectureError(f"parts of {block.path} cannot be removed: its roles are not in the table")
-    for part in parts:
-        if (reason := why_part_stays(block, part)) is not None:
-            raise ArchitectureError(f"the {part.replace('_', ' ')} of {block.path} cannot be removed: {reason}")
-    take_parts(block.module, stack.spec, parts)
+    if (reason := why_part_stays(block, part)) is not None:
+        raise ArchitectureError(f"the {part.replace('_', ' ')} of {block.path} cannot be removed: {reason}")
 
 
 def writes_cache(model: nn.Module, stack: BoundStack) -> bool:

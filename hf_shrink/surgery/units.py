@@ -14,24 +14,18 @@ from hf_shrink.architectures.linears import cut, matrix
 from hf_shrink.errors import ArchitectureError
 from hf_shrink.plan import BlockPlan
 from hf_shrink.surgery.checks import check_units
-from hf_shrink.surgery.expert_channels import cut_expert_channels, expert_channel_cuts
+from hf_shrink.surgery.expert_channels import check_expert_channels, cut_expert_channels, expert_channel_cuts
 
 CONFIG_PREFIX = "config."  # of an attribute that a module reads from its config
 
 
 def cut_block(block: BoundBlock, plan: BlockPlan) -> None:
     """Remove the query heads and channels that `plan` does not keep, in place. The binding is stale afterwards."""
-    cross = plan.cross_heads
-    for attention, heads in ((block.attention, plan.query_heads), (block.cross_attention, cross)):
-        if heads is None:
-            continue
-        if attention is None:
-            raise ArchitectureError(f"{block.path} has no such attention whose heads could be removed")
-        _cut_attention(attention, heads)
-    if plan.channels is not None:
-        if block.mlp is None:
-            raise ArchitectureError(f"{block.path} has no MLP whose channels could be removed")
-        check_units(plan.channels, block.mlp.channels, block.mlp.path, "channels")
+    check_cuts(block, plan)
+    for attention, heads in ((block.attention, plan.query_heads), (block.cross_attention, plan.cross_heads)):
+        if attention is not None and heads is not None:
+            _cut_attention(attention, heads)
+    if plan.channels is not None and block.mlp is not None:
         _cut(block.mlp, block.mlp.cuts(plan.channels))
         values = {"channels": len(plan.channels)}
         for name, quantity in block.mlp.spec.attributes.items():
@@ -39,10 +33,28 @@ def cut_block(block: BoundBlock, plan: BlockPlan) -> None:
     cut_expert_channels(block, plan)
 
 
+def check_cuts(block: BoundBlock, plan: BlockPlan) -> None:
+    """Raises ArchitectureError where a block cannot keep the heads and channels of `plan`, those of experts too."""
+    for attention, heads in ((block.attention, plan.query_heads), (block.cross_attention, plan.cross_heads)):
+        if heads is None:
+            continue
+        if attention is None:
+            raise ArchitectureError(f"{block.path} has no such attention whose heads could be removed")
+        check_units(heads, attention.heads, attention.path, "query heads")
+        if attention.spec.fixed is not None and len(heads) != attention.heads:
+            raise ArchitectureError(f"heads of {attention.path} cannot be removed: {attention.spec.fixed}")
+        attention.groups_of(heads)
+    if plan.channels is not None:
+        if block.mlp is None:
+            raise ArchitectureError(f"{block.path} has no MLP whose channels could be removed")
+        check_units(plan.channels, block.mlp.channels, block.mlp.path, "channels")
+    if plan.expert_channels is not None:
+        if block.experts is None:
+            raise ArchitectureError(f"{block.path} has no experts whose channels could be removed")
+        check_expert_channels(block.experts, plan)
+
+
 def _cut_attention(attention: BoundAttention, heads: Sequence[int]) -> None:
-    if attention.spec.fixed is not None and len(heads) != attention.heads:
-        raise ArchitectureError(f"heads of {attention.path} cannot be removed: {attention.spec.fixed}")
-    check_units(heads, attention.heads, attention.path, "query heads")
     groups = attention.groups_of(heads)
     _cut(attention, attention.cuts(heads))
     for path, dim in attention.per_head.items():

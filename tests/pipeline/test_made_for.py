@@ -14,8 +14,10 @@ from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import PreTrainedModel
 
-from hf_shrink import ArchitectureError, Plan, RecipeError, make_plan, shrink
+from hf_shrink import ArchitectureError, Plan, RecipeError, make_plan, shrink, shrink_checkpoint
 from hf_shrink.cli import main
+from hf_shrink.plan import HiddenPlan
+from hf_shrink.sparsity import Amount
 
 RTN: dict[str, Any] = {"dtype": "bfloat16", "steps": [{"quantize": {"method": "rtn", "group_size": 8}}]}
 
@@ -74,6 +76,91 @@ def test_the_command_line(command: str, tmp_path: Path, capsys: pytest.CaptureFi
     said = capsys.readouterr()
     assert "2 blocks in decoder, and this one has 3" in said.err and not said.out
     assert sorted(path.name for path in tmp_path.iterdir()) == ["2", "3", "plan.json"]
+
+
+@pytest.mark.parametrize(
+    ("block", "match"),
+    [
+        ({"channels": [0, 1, 9999]}, "layers.3.mlp: kept channels must be ascending whole numbers below 80"),
+        ({"channels": [0, 0, 1]}, "each once"),
+        ({"channels": []}, "nothing would be left of its channels"),
+        ({"query_heads": [0, 1, 2]}, "same number of query heads in every KV group"),
+        ({"query_heads": [0, 99]}, "kept query heads must be ascending whole numbers below 6"),
+        ({"cross_heads": [0]}, "no such attention"),
+        ({"experts": [0]}, "no experts that could be removed"),
+        ({"expert_channels": [[0]]}, "no experts whose channels"),
+        ({"removed": ["mpl"]}, "no part of model.layers.3 is called 'mpl'; did you mean 'mlp'"),
+        ({"removed": ["mpl"], "channels": [0]}, "did you mean 'mlp'"),
+        ({"removed": ["path"]}, "no part of model.layers.3 is called 'path'"),
+    ],
+)
+def test_what_a_block_cannot_lose(block: dict[str, Any], match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last block, which is reached last."""
+    width = {"prune": {"what": "width", "method": "magnitude", "ratio": 0.2, "refit": False}}
+    plan = make_plan(tiny_llama(), {"steps": [width, *RTN["steps"]]}, progress=False)
+    data = json.loads(plan.to_json())
+    data["stacks"]["decoder"]["blocks"]["3"] = block
+    refused(tiny_llama(), Plan.from_json(data), match, monkeypatch)
+
+
+def test_experts_that_a_mixture_cannot_lose(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(MIXTURES["mixtral"](), RTN, progress=False)
+    for fewer, match in (
+        ({"experts": "0-1,9"}, "kept experts must be ascending whole numbers below"),
+        ({"experts": "0-1", "merges": [[1, 0, 0.5]]}, "merges removed experts into kept ones"),
+        ({"expert_channels": ["0-7"]}, "the plan says of 1 which"),
+    ):
+        refused(MIXTURES["mixtral"](), edited(plan, "0-1", dict.fromkeys("01", fewer)), match, monkeypatch)
+
+
+@pytest.mark.parametrize(
+    "path", ["model.layers.3.input_layernorm", "model.norm", "model.layers.3.mlp", "model.rotary_emb", ""]
+)
+def test_what_is_no_matrix_cannot_be_stored_in_few_bits(path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_for(tiny_llama())
+    scheme = next(iter(plan.schemes.values()))
+    wrong = replace(plan, schemes={**plan.schemes, path: scheme})
+    refused(tiny_llama(), wrong, f"names {path}, which is neither a matrix nor a plain embedding", monkeypatch)
+
+
+def test_what_cannot_get_zeros_or_another_format(monkeypatch: pytest.MonkeyPatch) -> None:
+    zeros = {"prune": {"what": "weights", "method": "magnitude", "sparsity": 0.5}}
+    plan = make_plan(tiny_llama(), {"steps": [zeros]}, progress=False)
+    other = replace(plan, weights=None, formats={"model.embed_tokens": "NF4"}, method="bitsandbytes")
+    assert plan.weights is not None
+    for path, amount, match in (
+        ("model.norm.weight", Amount(0.5), "names model.norm.weight, which is no weight here"),
+        ("model.layers.3.mlp.up_proj.bias", Amount(0.5), "which is no weight here"),
+        ("model.layers.3.mlp.up_proj.weight", Amount(pattern="3:7"), "3:7 does not divide rows of 48"),
+    ):
+        wrong = replace(plan, weights=replace(plan.weights, amounts={**plan.weights.amounts, path: amount}))
+        refused(tiny_llama(), wrong, match, monkeypatch)
+    refused(tiny_llama(), other, "embed_tokens cannot be stored as NF4: bitsandbytes takes Linear only", monkeypatch)
+
+
+def test_a_stream_that_cannot_be_cut_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = plan_for(tiny_llama())
+    wide, missing = HiddenPlan("decoder", 99, "pca"), HiddenPlan("encoder", 8, "pca")
+    refused(tiny_llama(), replace(plan, hidden=wide), "cuts a stream of 48 channels to 99", monkeypatch)
+    refused(tiny_llama(), replace(plan, hidden=missing), "stream of 'encoder', which this model does not", monkeypatch)
+
+
+def test_a_folder_is_not_touched_by_a_plan_that_does_not_fit(tmp_path: Path) -> None:
+    tiny_llama().save_pretrained(tmp_path / "model")
+    plan = edited(plan_for(tiny_llama()), "0-3", {"3": {"channels": [0, 99]}})
+    with pytest.raises(ArchitectureError, match="below 80"):
+        shrink_checkpoint(tmp_path / "model", tmp_path / "out", plan, tokenizer=tiny_tokenizer(), progress=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_group_size_that_does_not_divide_is_told_as_a_recipe_does() -> None:
+    plan = plan_for(tiny_llama())
+    path = "model.layers.0.self_attn.q_proj"
+    odd = replace(plan, schemes={**plan.schemes, path: replace(plan.schemes[path], group_size=7)})
+    model: Any = shrink(tiny_llama(), odd, progress=False)
+    assert model.get_submodule(path).scheme.group_size == model.shrink_record.plan.schemes[path].group_size == 6
+    assert "group size 7 does not divide the width of 1 weights; they use 6" in " ".join(model.shrink_report.notes)
+    assert model.shrink_record.plan.schemes["model.layers.0.self_attn.k_proj"].group_size == 8
 
 
 def edited(plan: Plan, kept: str, blocks: dict[str, Any] | None = None) -> Plan:

@@ -37,7 +37,7 @@ def plan(kept: tuple[int, ...] = EVERY, model_type: str = "llama", **blocks: Blo
         (plan(model_type="mistral"), "made for a 'mistral' model"),
         (Plan("llama", {"encoder": StackPlan((0,))}), "no stack 'encoder'"),
         (plan(()), "nothing would be left of its blocks"),
-        (plan((0, 4)), "ascending numbers below 4"),
+        (plan((0, 4)), "ascending whole numbers below 4"),
         (plan((1, 0)), "ascending"),
         (plan((0, 1), b2=BlockPlan(channels=(0,))), "units of blocks that it removes"),
         (plan(b0=BlockPlan(channels=())), "nothing would be left of its channels"),

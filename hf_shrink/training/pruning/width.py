@@ -132,7 +132,7 @@ class GradualWidth:
             name: StackPlan(tuple(range(len(binding.stack(name).blocks))), blocks) for name, blocks in plans.items()
         }
         record.plan = replace(record.plan, stacks=stacks, refit=False)
-        check_plan(binding, record.plan)
+        check_plan(model, record.plan)
         for name, stack_plan in stacks.items():
             for block in binding.stack(name).blocks:
                 cut_block(block, stack_plan.blocks.get(block.index, BlockPlan()))
