@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
-from hf_shrink.registry import did_you_mean
 from hf_shrink.scheme import BITS, KINDS, STRATEGIES, Kind, Scheme, Strategy
 from hf_shrink.sparsity import WeightsPlan
 from hf_shrink.stacks import BlockPlan, StackPlan
 from hf_shrink.tokens import VocabularyPlan
+from hf_shrink.values import as_list, check_one_of, check_switch, is_whole
 
 __all__ = [
     "BITS",
@@ -21,6 +21,7 @@ __all__ = [
     "FORMATS",
     "KINDS",
     "PLAN_FORMAT",
+    "STARVED",
     "STRATEGIES",
     "BlockPlan",
     "HiddenPlan",
@@ -35,6 +36,7 @@ __all__ = [
 
 PLAN_FORMAT = 1
 DTYPES = ("keep", "float32", "bfloat16", "float16")
+STARVED = ("error", "rtn")
 # Formats of other libraries, and the bits that they take for a weight.
 FORMATS: Mapping[str, int] = {"NF4": 4, "FP4": 4, "LLM.int8": 8}
 TransformSpec = str | Mapping[str, Mapping[str, Any]]  # a name, or {name: options}
@@ -69,6 +71,12 @@ class HiddenPlan:
     options: Mapping[str, Any] = field(default_factory=dict)
     refit: bool = True
     untie: bool = False
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.width):
+            raise RecipeError(f"hidden.width must be a whole number, not {self.width!r}")
+        for name in ("refit", "untie"):
+            check_switch(getattr(self, name), f"hidden.{name}")
 
 
 @dataclass(frozen=True)
@@ -122,6 +130,19 @@ class Plan:
     search: Mapping[str, Any] = field(default_factory=dict)
     depths: Mapping[str, int] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        for name in ("refit", "repair"):
+            check_switch(getattr(self, name), name)
+        for name in ("formats", "options", "tune", "damage", "calibration", "search", "depths"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise RecipeError(f"{name} must be a mapping, not {getattr(self, name)!r}")
+        if self.method is not None and not isinstance(self.method, str):
+            raise RecipeError(f"method is a name such as gptq, or null, not {self.method!r}")
+        check_one_of(self.starved_experts, STARVED, "starved_experts")
+        check_one_of(self.dtype, DTYPES, "dtype")
+        for found in self.formats.values():
+            check_one_of(found, FORMATS, "format")
+
     @property
     def prunes(self) -> bool:
         return bool(self.stacks) or self.hidden is not None
@@ -151,23 +172,21 @@ class Plan:
                 data = json.loads(text)
             except json.JSONDecodeError as error:
                 raise RecipeError(f"not a plan: {error}") from error
-        if data.pop("plan_format", None) != PLAN_FORMAT:
+        if not isinstance(data, dict) or data.pop("plan_format", None) != PLAN_FORMAT:
             raise RecipeError(f"not a plan of format {PLAN_FORMAT}; make one with `hf-shrink plan` or make_plan()")
         try:
             stacks = {name: StackPlan.from_dict(stack) for name, stack in data.pop("stacks").items()}
-            schemes = {path: Scheme(**scheme) for path, scheme in data.pop("schemes").items()}
-            transforms = tuple(data.pop("transforms", ()))
+            schemes = {path: _scheme(path, scheme) for path, scheme in data.pop("schemes").items()}
+            transforms = as_list(data.pop("transforms", ()), "transforms")
             vocabulary = data.pop("vocabulary", None)
             data["vocabulary"] = None if vocabulary is None else VocabularyPlan(**vocabulary)
             weights = data.pop("weights", None)
             weights = None if weights is None else WeightsPlan.from_dict(weights)
             hidden = data.pop("hidden", None)
             hidden = None if hidden is None else HiddenPlan(**hidden)
-            for found in set(dict(data.get("formats", {})).values()) - set(FORMATS):
-                raise RecipeError(f"the plan has a format {found!r}; {did_you_mean(str(found), FORMATS)}")
-            if (dtype := data.get("dtype", "keep")) not in DTYPES:
-                raise RecipeError(f"the plan has a dtype {dtype!r}; {did_you_mean(str(dtype), DTYPES)}")
             return cls(stacks=stacks, schemes=schemes, transforms=transforms, weights=weights, hidden=hidden, **data)
+        except RecipeError as error:
+            raise RecipeError(f"not a plan: {error}") from error
         except (KeyError, TypeError, AttributeError) as error:
             raise RecipeError(f"not a plan: {error!r}") from error
 
@@ -231,6 +250,14 @@ class Plan:
         if tune:
             lines.append(f"after rounding, scales, zero points and norms are tuned: {tune}")
         return lines
+
+
+def _scheme(path: str, said: Mapping[str, Any]) -> Scheme:
+    """Raises RecipeError naming the weight."""
+    try:
+        return Scheme(**said)
+    except (RecipeError, TypeError) as error:
+        raise RecipeError(f"schemes of {path}: {error}") from error
 
 
 def _named(transform: TransformSpec) -> str:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.values import is_whole
 
 
 def are_numbers(values: Iterable[object]) -> bool:
-    """Whether all of them are whole numbers; true and false are none."""
-    return all(isinstance(value, int) and not isinstance(value, bool) for value in values)
+    """Whether all of them are whole numbers."""
+    return all(map(is_whole, values))
 
 
 def to_ranges(numbers: Iterable[int], separator: str = ",") -> str:

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.registry import did_you_mean
+from hf_shrink.values import check_one_of, check_switch, is_whole
 
 Strategy = Literal["tensor", "channel", "group"]
 STRATEGIES = ("tensor", "channel", "group")
@@ -56,13 +57,13 @@ class Scheme:
     activation_symmetric: bool = False
 
     def __post_init__(self) -> None:
-        if self.bits not in BITS:
-            raise RecipeError(
-                f"weights can have 2 to 8 bits, not {self.bits}; did you mean {min(max(self.bits, 2), 8)}?"
-            )
-        if self.strategy not in STRATEGIES:
-            raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(self.strategy, STRATEGIES)}")
-        size: object = self.group_size
+        if not is_whole(self.bits) or self.bits not in BITS:
+            near = f"; did you mean {min(max(self.bits, 2), 8)}?" if is_whole(self.bits) else ", a whole number"
+            raise RecipeError(f"weights can have 2 to 8 bits, not {self.bits!r}{near}")
+        for name in ("symmetric", "activation_symmetric"):
+            check_switch(getattr(self, name), name)
+        check_one_of(self.strategy, STRATEGIES, "strategy")
+        size = self.group_size
         if self.strategy == "group" and size is None:
             raise RecipeError(
                 "strategy: group needs a group_size, such as 128; for one scale a row write strategy: channel"
@@ -72,10 +73,10 @@ class Scheme:
                 f"group_size: {size} goes with strategy: group, not with strategy: {self.strategy}; take it out "
                 "(or set it to null), or write strategy: group"
             )
-        if size is not None and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
+        if size is not None and (not is_whole(size) or size < 1):
             raise RecipeError(f"group_size must be a whole number of at least 1, not {size!r}")
         kind = Kind(self.bits, self.type, self.activation_bits)
-        if kind not in KINDS.values():
+        if kind not in KINDS.values() or not is_whole(self.activation_bits):
             raise RecipeError(
                 f"no scheme has {self.bits}-bit {self.type} weights with {self.activation_bits}-bit activations; "
                 f"there are {', '.join(KINDS)}"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.values import check_switch
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,9 @@ class WeightsPlan:
     amounts: Mapping[str, Amount]
     options: Mapping[str, Any] = field(default_factory=dict)
     refit: bool = True
+
+    def __post_init__(self) -> None:
+        check_switch(self.refit, "weights.refit")
 
     @property
     def modules(self) -> list[str]:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from hf_shrink.ranges import from_ranges, to_ranges
+from hf_shrink.errors import RecipeError
+from hf_shrink.ranges import are_numbers, from_ranges, to_ranges
 
 
 @dataclass(frozen=True)
@@ -50,13 +51,20 @@ class BlockPlan:
     def from_dict(cls, data: Mapping[str, Any]) -> BlockPlan:
         """From decoded JSON; kept units may also be lists of numbers.
 
-        Raises RecipeError where the text of units is none, TypeError at a key that is unknown.
+        Raises RecipeError where something is not of its kind, TypeError at a key that is unknown.
         """
         found = {key: _tuples(value) for key, value in data.items()}
         for name in _UNITS & found.keys():
-            found[name] = _numbers(found[name])
+            found[name] = _numbers(found[name], name)
         if found.get("expert_channels") is not None:
-            found["expert_channels"] = tuple(map(_numbers, found["expert_channels"]))
+            _check_list(found["expert_channels"], "expert_channels", str | tuple)
+            found["expert_channels"] = tuple(_numbers(c, "expert_channels") for c in found["expert_channels"])
+        if found.get("removed") is not None:
+            _check_list(found["removed"], "removed", str)
+        for merge in found.get("merges") or ():
+            _check_list(merge, "merges", int | float)
+            if len(merge) != 3 or not are_numbers(merge[:2]):
+                raise RecipeError(f"merges are (removed expert, kept expert, share), not {merge!r}")
         return cls(**found)
 
     def summary(self) -> str:
@@ -99,9 +107,12 @@ class StackPlan:
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> StackPlan:
         """From decoded JSON. Raises RecipeError, KeyError, TypeError or AttributeError where it is none."""
-        kept = _numbers(_tuples(data["kept"]))
+        kept = _numbers(_tuples(data["kept"]), "kept")
         if kept is None:
             raise TypeError("a stack's kept blocks are missing")
+        for index in data["blocks"]:
+            if not str(index).isdecimal():
+                raise RecipeError(f"blocks are named by their numbers in the source, not {index!r}")
         return cls(kept, {int(index): BlockPlan.from_dict(block) for index, block in data["blocks"].items()})
 
     def summary(self, name: str) -> list[str]:
@@ -114,8 +125,19 @@ class StackPlan:
         return lines
 
 
-def _numbers(said: str | tuple[int, ...] | None) -> tuple[int, ...] | None:
-    return from_ranges(said) if isinstance(said, str) else said
+def _numbers(said: Any, where: str) -> tuple[int, ...] | None:
+    if said is None or isinstance(said, str):
+        return None if said is None else from_ranges(said)
+    _check_list(said, where, int)
+    if not are_numbers(said):
+        raise RecipeError(f"{where} are whole numbers, or such as '0-2,5'")
+    return tuple(said)
+
+
+def _check_list(said: Any, where: str, kind: Any) -> None:
+    """Raises RecipeError unless it is a list of values of a kind, by now a tuple."""
+    if not isinstance(said, tuple) or not all(isinstance(value, kind) for value in said):
+        raise RecipeError(f"{where} cannot be {str(said)[:60]}; see what `hf-shrink plan --json` writes")
 
 
 def _tuples(value: Any) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from hf_shrink.errors import RecipeError
 from hf_shrink.ranges import from_ranges
+from hf_shrink.values import is_whole
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,10 @@ class VocabularyPlan:
     rows: int
     kept: str
     tokenizer: str
+
+    def __post_init__(self) -> None:
+        if not is_whole(self.rows) or not isinstance(self.kept, str) or not isinstance(self.tokenizer, str):
+            raise RecipeError("of a vocabulary, rows is a whole number, kept text such as '0-257,300', tokenizer text")
 
     @property
     def ids(self) -> tuple[int, ...]:

@@ -15,7 +15,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_shrink"
 # Lowest first. A room may import rooms of the layers before its own, and itself; never a neighbour in its layer.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("registry", "ranges", "modes"),
+    ("registry", "modes"),
+    ("values",),
+    ("ranges",),
     ("scheme", "sparsity", "stacks", "tokens"),
     ("plan", "report", "speed_report", "resources", "progress", "recall", "residence", "sharding"),
     ("recipe", "front"),

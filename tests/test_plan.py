@@ -52,10 +52,57 @@ def test_units_that_are_no_ranges_are_refused(said: str) -> None:
         Plan.from_json(bad)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "match"),
+    [
+        ("refit", "no", "refit must be true or false, not 'no'"),
+        ("repair", 1, "repair must be true or false"),
+        ("starved_experts", "foo", "unknown starved_experts 'foo'"),
+        ("dtype", "float8", "unknown dtype 'float8'; did you mean 'float"),
+        ("formats", {"a": "NF5"}, "unknown format 'NF5'; did you mean 'NF4'"),
+        ("formats", [], "formats must be a mapping"),
+        ("tune", "best", "tune must be a mapping"),
+        ("transforms", "awq", r"transforms is a list, for example \[awq\]"),
+        ("method", 4, "method is a name such as gptq"),
+        ("schemes", [], "not a plan"),
+        ("schemes", {"a.b": {"bits": 4.0}}, "schemes of a.b: weights can have 2 to 8 bits, not 4.0, a whole number"),
+        ("schemes", {"a.b": {"bits": "4"}}, "not '4', a whole number"),
+        ("schemes", {"a.b": {"bits": 4, "symmetric": "false"}}, "a.b: symmetric must be true or false, not 'false'"),
+        ("schemes", {"a.b": {"bits": 8, "activation_symmetric": "no"}}, "activation_symmetric must be true or false"),
+        ("schemes", {"a.b": {"bits": 4, "activation_bits": 16.0}}, "no scheme has 4-bit int weights with 16.0-bit"),
+        ("schemes", {"a.b": {"symmetric": True}}, "schemes of a.b: .*missing.*'bits'"),
+        (
+            "stacks",
+            {"s": {"kept": "0", "blocks": {"x": {}}}},
+            "named by their numbers in the source, not 'x'",
+        ),
+        ("stacks", {"s": {"kept": [0.0], "blocks": {}}}, "kept cannot be"),
+        ("stacks", {"s": {"kept": "0", "blocks": {"0": {"channels": ["a"]}}}}, "channels cannot be"),
+        ("stacks", {"s": {"kept": "0", "blocks": {"0": {"channels": [True]}}}}, "channels are whole numbers"),
+        ("stacks", {"s": {"kept": "0", "blocks": {"0": {"removed": "mlp"}}}}, "removed cannot be mlp"),
+        ("stacks", {"s": {"kept": "0", "blocks": {"0": {"expert_channels": "0-7"}}}}, "expert_channels cannot be 0-7"),
+        ("stacks", {"s": {"kept": "0", "blocks": {"0": {"merges": [[1, 0]]}}}}, "removed expert, kept expert, share"),
+        ("weights", {"method": "wanda", "amounts": {}, "refit": "no"}, "weights.refit must be true or false"),
+        ("hidden", {"stack": "s", "width": 8.0, "method": "pca"}, "hidden.width must be a whole number"),
+        ("hidden", {"stack": "s", "width": 8, "method": "pca", "untie": 0}, "hidden.untie must be true or false"),
+        ("vocabulary", {"rows": 9, "kept": [0, 1], "tokenizer": "x"}, "kept text such as"),
+    ],
+)
+def test_values_of_another_kind_are_refused(key: str, value: object, match: str) -> None:
+    with pytest.raises(RecipeError, match=match):
+        Plan.from_json({**json.loads(PLAN.to_json()), key: value})
+
+
 @pytest.mark.parametrize("bad", ["{", "{}", '{"plan_format": 99}', '{"plan_format": 1, "stacks": 3}'])
 def test_not_a_plan(bad: str) -> None:
     with pytest.raises(RecipeError, match="not a plan"):
         Plan.from_json(bad)
+
+
+def test_a_file_that_holds_no_plan(tmp_path: Path) -> None:
+    (tmp_path / "list.json").write_text("[1, 2]")
+    with pytest.raises(RecipeError, match="not a plan"):
+        Plan.from_json(tmp_path / "list.json")
 
 
 def test_summary_names_what_is_kept_and_how_it_is_stored() -> None:

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
-from hf_shrink.recipe.values import as_list, check_switch
 from hf_shrink.registry import did_you_mean
 from hf_shrink.sparsity import Amount
+from hf_shrink.values import as_list, check_switch
 
 # Kinds of pruning in the order in which they are carried out, each with the keys of which a step takes exactly one
 # to say how much. Kinds that decide by themselves what goes take none.

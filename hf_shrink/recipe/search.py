@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.plan import STARVED
 from hf_shrink.recipe.effort import EFFORTS
-from hf_shrink.recipe.steps import STARVED
 from hf_shrink.registry import did_you_mean
 from hf_shrink.scheme import BITS
+from hf_shrink.values import check_one_of
 
 GENERATIONS = 12  # of the refinement where neither generations nor minutes are given
 
@@ -58,9 +59,7 @@ class SearchSpec:
             raise RecipeError("the search has nothing to choose from; give bits, width: true or depth: true")
         if self.effort not in EFFORTS:
             raise RecipeError(f"unknown effort {self.effort!r} in search; {did_you_mean(str(self.effort), EFFORTS)}")
-        if self.starved_experts not in STARVED:
-            hint = did_you_mean(str(self.starved_experts), STARVED)
-            raise RecipeError(f"unknown search.starved_experts {self.starved_experts!r}; {hint}")
+        check_one_of(self.starved_experts, STARVED, "search.starved_experts")
         for name, least in (("group_size", 1), ("generations", 0)):
             value = getattr(self, name)
             if name == "generations" and value is None:

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from hf_shrink.errors import RecipeError
-from hf_shrink.recipe.values import as_list
 from hf_shrink.registry import did_you_mean
 from hf_shrink.resources import metric_names
+from hf_shrink.values import as_list
 
 # What is measured where nothing is named, as far as there are files for it.
 METRICS = tuple(name for name in ("perplexity", "kl_divergence", "top1_agreement") if name in metric_names())

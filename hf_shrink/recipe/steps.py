@@ -7,13 +7,12 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
-from hf_shrink.plan import STRATEGIES, Scheme, Strategy, TransformSpec, split_transform
+from hf_shrink.plan import STARVED, STRATEGIES, Scheme, Strategy, TransformSpec, split_transform
 from hf_shrink.recipe.formats import FORMAT_METHOD, check_formats, format_of
 from hf_shrink.recipe.pruning import PruneStep
-from hf_shrink.recipe.values import as_list, check_switch
 from hf_shrink.registry import did_you_mean
+from hf_shrink.values import as_list, check_one_of, check_switch
 
-STARVED = ("error", "rtn")
 GROUP_SIZE = 128
 
 
@@ -77,11 +76,8 @@ class QuantizeStep:
             raise RecipeError(f"quantize.method is a name such as gptq, not {self.method!r}")
         for transform in self.transforms:
             split_transform(transform)
-        if self.starved_experts not in STARVED:
-            hint = did_you_mean(str(self.starved_experts), STARVED)
-            raise RecipeError(f"unknown quantize.starved_experts {self.starved_experts!r}; {hint}")
-        if self.strategy not in STRATEGIES:
-            raise RecipeError(f"unknown strategy {self.strategy!r}; {did_you_mean(str(self.strategy), STRATEGIES)}")
+        check_one_of(self.starved_experts, STARVED, "quantize.starved_experts")
+        check_one_of(self.strategy, STRATEGIES, "strategy")
         standard = {f.name: f.default for f in fields(self)}
         check_formats({k: v for k, v in vars(self).items() if k in ("method", "scheme") or v != standard[k]})
         if self.format is not None:
