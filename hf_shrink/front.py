@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.paths import json_text
 from hf_shrink.plan import Plan
 
 FRONT_FORMAT = 1
@@ -105,7 +106,7 @@ class Front:
     @classmethod
     def from_json(cls, source: str | Path) -> Front:
         """From JSON text or a path. Raises RecipeError where it is not a front."""
-        text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
+        text = json_text(source, "front")
         try:
             data = json.loads(text)
             if data.pop("front_format", None) != FRONT_FORMAT:

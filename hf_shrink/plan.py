@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.paths import json_text
 from hf_shrink.scheme import BITS, KINDS, STRATEGIES, Kind, Scheme, Strategy
 from hf_shrink.sparsity import WeightsPlan
 from hf_shrink.stacks import BlockPlan, StackPlan
@@ -167,9 +168,8 @@ class Plan:
         if isinstance(source, Mapping):
             data = dict(source)
         else:
-            text = source if isinstance(source, str) and source.lstrip().startswith("{") else Path(source).read_text()
             try:
-                data = json.loads(text)
+                data = json.loads(json_text(source, "plan"))
             except json.JSONDecodeError as error:
                 raise RecipeError(f"not a plan: {error}") from error
         if not isinstance(data, dict) or data.pop("plan_format", None) != PLAN_FORMAT:

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parents[1] / "hf_shrink"
 # Lowest first. A room may import rooms of the layers before its own, and itself; never a neighbour in its layer.
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("errors",),
-    ("registry", "modes"),
+    ("registry", "modes", "paths"),
     ("values",),
     ("ranges",),
     ("scheme", "sparsity", "stacks", "tokens"),

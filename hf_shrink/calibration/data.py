@@ -16,7 +16,7 @@ from torch import nn
 
 from hf_shrink.calibration.batches import CalibrationData, finish
 from hf_shrink.calibration.given import given_batches, stacked
-from hf_shrink.calibration.recipes import Purpose, Rows, in_order, load_recipe
+from hf_shrink.calibration.recipes import Purpose, Rows, check_data_name, in_order, load_recipe
 from hf_shrink.calibration.request import Request
 from hf_shrink.errors import CalibrationError
 from hf_shrink.progress import ProgressCallback, quiet
@@ -71,6 +71,7 @@ def calibration_batches(
     if is_data_set(source):
         return request.rows(source, "a data set", ())
     name = str(source)
+    check_data_name(name)
     if Path(name).suffix in FILES:
         return request.file(Path(name))
     if Path(name).exists() and Path(name).suffix not in (".yaml", ".yml"):

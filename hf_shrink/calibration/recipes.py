@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 import yaml
 
 from hf_shrink.errors import CalibrationError, RecipeError
+from hf_shrink.paths import check_name
 from hf_shrink.registry import did_you_mean
 from hf_shrink.reporting.progress import silence_datasets
 from hf_shrink.resources import recipes_folder
@@ -78,6 +79,11 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in recipes_folder("calibration").glob("*.yaml"))
 
 
+def check_data_name(name: str | Path) -> None:
+    """Raises CalibrationError where the data itself, as text, stands in the place of its name."""
+    check_name(name, "pass a list of texts, or write it into a .txt file and pass its path", CalibrationError)
+
+
 def load_recipe(name: str) -> DataRecipe:
     """A built-in data recipe by name, or one of your own by the path of its .yaml file.
 
@@ -89,7 +95,7 @@ def load_recipe(name: str) -> DataRecipe:
         if name not in known:
             raise CalibrationError(
                 f"unknown data {name!r}; {did_you_mean(name, known)} "
-                "(or give the path of a .txt, .jsonl, .parquet or .yaml file)"
+                "(or give the path of a .txt, .jsonl, .parquet or .yaml file, or a list of texts)"
             )
         path = recipes_folder("calibration") / f"{name}.yaml"
     try:
@@ -112,6 +118,7 @@ def data_files(name: str) -> list[Path]:
 
     None where the data is the Hub's, the model's own, or not there. Raises as `load_recipe` of one's own data recipe.
     """
+    check_data_name(name)
     path = Path(name)
     files = [path] if path.is_file() else []
     if name in recipe_names() or (files and path.suffix in (".yaml", ".yml")):

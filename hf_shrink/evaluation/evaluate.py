@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from hf_shrink.calibration.data import CalibrationData, calibration_batches, is_data_set
+from hf_shrink.calibration.recipes import check_data_name
 from hf_shrink.calibration.recipes import recipe_names as data_names
 from hf_shrink.calibration.targets import Batch, kind_of, without_placeholders
 from hf_shrink.errors import CalibrationError
@@ -196,6 +197,8 @@ class _Job:
     def _rows(self, data: Any, spec: Spec | None) -> tuple[TaskRecipe, Task, Table] | None:
         if isinstance(data, EvaluationSpec):
             data, spec = data.data, data
+        if isinstance(data, str | Path):
+            check_data_name(data)
         if isinstance(data, str | Path) and not isinstance(spec, EvaluationSpec | TaskRecipe):
             named = evaluation_spec(data)
             if isinstance(named, TaskRecipe):

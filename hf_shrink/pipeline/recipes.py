@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.paths import check_name
 from hf_shrink.plan import Plan
 from hf_shrink.pruning.base import (
     DEPTH,
@@ -63,6 +64,7 @@ def read_recipe(recipe: RecipeLike, *, portable: bool = True) -> Recipe:
     if isinstance(recipe, Mapping):
         return Recipe.from_dict(recipe, portable=portable)
     known = built_in_recipes()
+    check_name(recipe, "write a recipe into a .yaml file and pass its path, or pass the mapping that it spells")
     path = Path(recipe)
     if str(recipe) in known:
         path = known[str(recipe)]
