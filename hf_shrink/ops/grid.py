@@ -234,7 +234,8 @@ def _importance_roots(weight: Tensor, groups: Tensor, importance: Tensor | None)
 
 def stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
     """`scale` as it is stored: rounded to `dtype`, finite, never zero (1 where a group is all zeros)."""
-    info = torch.finfo(dtype)
+    # Scales are found and used in float32, whatever they are stored in.
+    info = torch.finfo(torch.float32 if dtype == torch.float64 else dtype)
     # float16 has no room to spare, so its subnormals are used; the others' have no finite float32 reciprocal.
     smallest = info.smallest_normal * info.eps if dtype == torch.float16 else info.smallest_normal
     magnitude = scale.abs().clamp(smallest, info.max)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.targets import select
 from hf_shrink.pipeline.tied import weight_holders
+from hf_shrink.plan import FORMATS
 from hf_shrink.quantization.base import ModelMethod
 from hf_shrink.recipe import QuantizeStep
 from hf_shrink.surgery.sizes import module_shape
@@ -58,6 +60,21 @@ def resolve_formats(
         others = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
         notes.append(f"{paths[0]}{others} stay dense ({reason})")
     return formats, [*chosen.notes, *notes]
+
+
+def check_dtypes(model: nn.Module, formats: Mapping[str, str], dtype: str) -> None:
+    """See that weights have a dtype that can be stored as planned. `dtype`: of the model by then, as a plan says it.
+
+    Raises:
+        RecipeError: bitsandbytes has no 4 bits of a float64 weight.
+    """
+    for path, form in formats.items():
+        weight = model.get_submodule(path).weight
+        if dtype == "keep" and FORMATS[form] == 4 and isinstance(weight, Tensor) and weight.dtype == torch.float64:
+            raise RecipeError(
+                f"{path} is in float64, of which bitsandbytes makes no {form}; say dtype: float32, or quantize with "
+                "gptq or rtn"
+            )
 
 
 def _shape(model: nn.Module, path: str) -> tuple[int, int]:

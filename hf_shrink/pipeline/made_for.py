@@ -11,6 +11,7 @@ from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.architectures.weights import weight_refs
 from hf_shrink.errors import ArchitectureError
+from hf_shrink.pipeline.formats import check_dtypes
 from hf_shrink.pipeline.leaves import cut_by, narrowed_by, without_removed
 from hf_shrink.pipeline.planning import Planned, experts_apart, find_binding, without_planned
 from hf_shrink.pipeline.recipes import plan_method
@@ -118,3 +119,4 @@ def _check_formats(model: nn.Module, binding: Binding | None, plan: Plan) -> Non
     kind = next(iter(plan.formats.values()))
     for path, reason in method.spares(model, {p: size for p, size in shapes.items() if size}, kind).items():
         raise ArchitectureError(f"{path} cannot be stored as {kind}: {reason}; take it out of the plan")
+    check_dtypes(model, plan.formats, plan.dtype)

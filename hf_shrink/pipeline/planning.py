@@ -14,7 +14,7 @@ from hf_shrink.architectures.absent import without_parts
 from hf_shrink.architectures.binding import Binding, bind
 from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.budget import plan_budget
-from hf_shrink.pipeline.formats import resolve_formats
+from hf_shrink.pipeline.formats import check_dtypes, resolve_formats
 from hf_shrink.pipeline.leaves import cut_by, narrowed_by, removed_by, without_removed
 from hf_shrink.pipeline.recipes import (
     depth_method,
@@ -206,6 +206,7 @@ def _resolve(
             f"{step.format} is stored by stock transformers, which cannot say uneven shapes: prune with portable: true"
         )
     formats, notes = resolve_formats(model, binding, step, method, cut_by(model, binding, plan))
+    check_dtypes(model, formats, recipe.dtype)
     return {}, formats, notes
 
 

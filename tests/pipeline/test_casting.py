@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from conformance.cases_mixtures import MORE
+from stock import Stock
 from tiny import tiny_llama
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
 
-from hf_shrink import shrink, shrink_checkpoint
+from hf_shrink import RecipeError, make_plan, shrink, shrink_checkpoint
 from hf_shrink.checkpoint.loaded_dtypes import loaded_dtypes
 from hf_shrink.residence import cast
 
@@ -87,3 +88,49 @@ def test_what_is_float32_in_a_half_precision_source_is_so_in_another_one() -> No
     bias = rounded.model.layers[1].mlp.gate.e_score_correction_bias
     dense = model.model.layers[1].mlp.gate.e_score_correction_bias
     assert bias.dtype == torch.float32 and torch.equal(bias, dense.bfloat16().float())
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"method": "rtn", "symmetric": False},
+        {"method": "hqq"},
+        {"method": "gptq"},
+        {"method": "learned", "steps": 3},
+        {"method": "rtn", "scheme": "W8A8"},
+        {"method": "rtn", "scheme": "FP8A16"},
+    ],
+)
+def test_a_float64_model_stays_one(step: dict[str, Any], tmp_path: Path, stock_process: Stock) -> None:
+    model = tiny_llama(num_hidden_layers=2).double()
+    by_channel = step.get("scheme") in ("W8A8", "FP8A16")
+    step = step if by_channel else {**step, "scheme": "W4A16", "group_size": 16}
+    ids = torch.randint(3, 300, (4, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        dense = model(ids).logits
+    data = [{"input_ids": half} for half in ids.chunk(2)]
+    shrink(model, {"steps": [{"quantize": step}]}, calibration=data, progress=False)
+    model.save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path)
+    with torch.no_grad():
+        ours, loaded = model(ids).logits, again(ids).logits
+    assert ours.dtype == torch.float64 == loaded.dtype and torch.allclose(ours, loaded, rtol=1e-6, atol=1e-7)
+    stored, read = ({name: t.dtype for name, t in m.state_dict().items()} for m in (model, again))
+    assert stored == read
+    assert 1e-4 < (ours - dense).norm() / dense.norm() < 0.3
+    if step.get("scheme") != "W8A8":  # which stock rounds no inputs of
+        found = stock_process.logits(tmp_path, "LlamaForCausalLM", ids.tolist())
+        assert (found - ours).norm() < 1e-4 * ours.norm()
+
+
+def test_float64_has_no_4_bits_of_bitsandbytes() -> None:
+    step = {"steps": [{"quantize": {"method": "bitsandbytes", "scheme": "NF4"}}]}
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16, "num_attention_heads": 4}
+    single = tiny_llama(**sizes, num_key_value_heads=2)
+    plan = make_plan(single, step, progress=False)
+    model = copy.deepcopy(single).double()
+    for asked in (step, plan):
+        with pytest.raises(RecipeError, match=r"is in float64, of which bitsandbytes makes no NF4; say dtype: float32"):
+            shrink(model, asked, progress=False)
+    shrink(model, {**step, "dtype": "float32"}, progress=False)
+    assert model.dtype == torch.float32
