@@ -19,14 +19,29 @@ def stored_bytes(folder: str | Path) -> int:
 
 
 def unique_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters and buffers, storages that several of them share (tied weights) counted once."""
-    storages: dict[tuple[object, int], int] = {}
-    for tensor in [*model.parameters(), *model.buffers(), *_saved_beside(model)]:
-        storage = tensor.untyped_storage()
-        # Meta tensors have no address: each is its own storage (a tied parameter is listed once already).
-        address = storage.data_ptr() if tensor.device.type != "meta" else id(tensor)
-        storages[(tensor.device, address)] = storage.nbytes()
-    return sum(storages.values())
+    """Bytes of all parameters and of the buffers that are saved; what is the same tensor (tied weights) counts once.
+
+    Of a view of something larger only its own elements count. A weight that a kernel holds in its own layout counts as
+    it is held.
+    """
+    return sum({_place(t): t.nbytes for t in [*model.parameters(), *_buffers(model), *_saved_beside(model)]}.values())
+
+
+def _place(tensor: Tensor) -> tuple[object, ...]:
+    """What is the same for tensors that are one in memory."""
+    if tensor.device.type == "meta":  # without an address; a tied parameter is listed once already
+        return (id(tensor),)
+    return tensor.device, tensor.untyped_storage().data_ptr(), tensor.storage_offset(), tensor.shape, tensor.stride()
+
+
+def _buffers(model: nn.Module) -> list[Tensor]:
+    """Buffers that are saved, and those in which packed modules of ours hold what is saved in another form."""
+    return [
+        buffer
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+        if buffer is not None and (isinstance(module, PackedModule) or name not in module._non_persistent_buffers_set)
+    ]
 
 
 def _saved_beside(model: nn.Module) -> list[Tensor]:

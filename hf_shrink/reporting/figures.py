@@ -78,7 +78,7 @@ METRIC_ROWS = {
     "attention_fidelity": ("Attention fidelity", "how far both models look at the same places; 1 for a perfect copy"),
     "latency": ("Latency", "of a forward pass over a made-up input, such as 128 tokens or an image; lower is better"),
     "peak_memory": ("Peak memory", "that the model took at most; lower is better"),
-    "weight_bytes": ("Weights in memory", "bytes of parameters and buffers as they are held; lower is better"),
+    "weight_bytes": ("Weights in memory", "bytes of parameters and saved buffers as they are held; lower is better"),
 }
 
 

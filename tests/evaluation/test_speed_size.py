@@ -19,6 +19,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from hf_shrink import shrink
 from hf_shrink.errors import ArchitectureError, CheckpointError, RecipeError
 from hf_shrink.evaluation import (
     Workload,
@@ -192,19 +193,43 @@ def test_models_that_do_not_generate_run_forward(family):
 def test_tied_weights_count_once(tmp_path):
     tied, untied = tiny_llama(tie_word_embeddings=True), tiny_llama(tie_word_embeddings=False)
     assert unique_bytes(untied) - unique_bytes(tied) == VOCABULARY * 48 * 4
-    everything = [*untied.parameters(), *untied.buffers()]
-    assert unique_bytes(untied) == sum(t.numel() * t.element_size() for t in everything)
+    assert any(name.endswith("inv_freq") for name, _ in untied.named_buffers())  # which is not saved
+    assert unique_bytes(untied) == sum(t.numel() * t.element_size() for t in untied.state_dict().values())
     tied.save_pretrained(tmp_path)
     loaded = type(tied).from_pretrained(tmp_path)
     assert unique_bytes(loaded) == unique_bytes(tied)
 
 
-def test_views_of_one_storage_count_once():
+def test_views_of_one_storage_count_by_their_own_elements():
     module, whole = torch.nn.Module(), torch.zeros(10, 4)
     module.register_buffer("first", whole[:5])
     module.register_buffer("second", whole[5:])
     assert unique_bytes(module) == 160
+    module.register_buffer("again", whole[5:])
+    module.weight = torch.nn.Parameter(torch.zeros(1000, 4)[:3])
+    assert unique_bytes(module) == 160 + 48
     assert unique_bytes(torch.nn.Linear(4, 3, device="meta")) == 60
+
+
+@pytest.mark.parametrize("views", ["one storage for all", "a part of a larger table"])
+def test_bytes_of_a_run_are_those_of_its_tensors_wherever_they_lie(views):
+    plain, model = (tiny_llama(num_hidden_layers=2) for _ in range(2))
+    if views == "one storage for all":
+        flat = torch.cat([parameter.data.flatten() for parameter in model.parameters()])
+        pieces = flat.split([parameter.numel() for parameter in model.parameters()])
+        for parameter, piece in zip(model.parameters(), pieces, strict=True):
+            parameter.data = piece.view_as(parameter)
+    else:
+        head = model.lm_head.weight.data
+        model.lm_head.weight = torch.nn.Parameter(torch.cat([head, torch.zeros(4096, head.shape[1])])[: len(head)])
+    reports = [
+        shrink(m, {"steps": [{"quantize": {"method": "rtn", "group_size": 16}}]}, progress=False).shrink_report
+        for m in (plain, model)
+    ]
+    assert reports[0].bytes_before == sum(p.nbytes for p in tiny_llama(num_hidden_layers=2).parameters())
+    assert [r.bytes_before for r in reports] == [reports[0].bytes_before] * 2
+    assert [r.bytes_after for r in reports] == [reports[0].bytes_after] * 2
+    assert reports[0].bytes_after == sum(t.nbytes for t in plain.state_dict().values())
 
 
 def test_stored_bytes_are_those_of_the_safetensors(tmp_path):

@@ -6,7 +6,7 @@ from hf_shrink.evaluation import modules
 
 
 class WeightBytes(modules.Ratio):
-    """Bytes of all parameters and buffers, tied ones once: lower is better."""
+    """Bytes of all parameters and saved buffers, tied ones once: lower is better."""
 
     reads = ("weight_bytes", "models")
     inputs = ("bytes", "1 per model")
