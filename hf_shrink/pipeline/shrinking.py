@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from hf_shrink.architectures.refused import check_type
+from hf_shrink.architectures.refused import check_bare, check_type
 from hf_shrink.calibration.data import CalibrationData, calibration_batches
 from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.checkpoint.inference import optimize_for_inference
@@ -164,6 +164,7 @@ class Job:
     keeper: Keeper = NOTHING_KEPT
 
     def __post_init__(self) -> None:
+        check_bare(self.model)
         asked = self.asked if isinstance(self.asked, Plan) else load_recipe(self.asked)
         self.spec = calibration_of(asked)
         if isinstance(self.calibration, str | os.PathLike):
