@@ -23,7 +23,8 @@ class CalibrationData:
             int64; images and sounds have the model's dtype. Text of seq2seq models comes with decoder_input_ids.
         description: one line for the report, for example "128 x 512 tokens of emma.txt".
         details: source, samples, length, batch_size, seed, tokens, dropped_overlap, notes and what else is known.
-        tokens: text tokens in all batches, of encoder and decoder; 0 for models that read none.
+        tokens: text tokens in all batches, of encoder and decoder, also where they are given as embeddings; 0 for
+            models that read none.
     """
 
     batches: list[dict[str, Tensor]]
@@ -57,6 +58,9 @@ def finish(
     if dtype is not None:
         batches = [{n: v.to(dtype) if v.is_floating_point() else v for n, v in batch.items()} for batch in batches]
     tokens = sum(b[n].numel() for b in batches for n in ("input_ids", "decoder_input_ids") if n in b)
+    tokens += sum(
+        b[n].shape[:-1].numel() for b in batches for n in ("inputs_embeds", "decoder_inputs_embeds") if n in b
+    )
     known = {
         "purpose": purpose,
         **details,

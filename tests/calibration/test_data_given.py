@@ -39,6 +39,12 @@ def test_batches_are_kept_in_order_and_cut_to_the_batch_size():
     assert data.tokens == 3 * 8 + 5 and data.notes == ()
 
 
+def test_text_that_comes_as_embeddings_is_counted_by_its_positions():
+    data = read([{"inputs_embeds": torch.randn(3, 8, 48)}, {"inputs_embeds": torch.randn(1, 5, 48)}])
+    assert data.tokens == data.details["tokens"] == 3 * 8 + 5
+    assert [tuple(b["inputs_embeds"].shape) for b in data.batches] == [(2, 8, 48), (1, 8, 48), (1, 5, 48)]
+
+
 def test_an_endless_iterable_is_read_only_as_far_as_needed():
     def endless() -> Iterator[dict[str, torch.Tensor]]:
         while True:
