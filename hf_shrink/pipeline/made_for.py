@@ -10,7 +10,7 @@ from torch import nn
 from hf_shrink.architectures.binding import Binding
 from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.architectures.weights import weight_refs
-from hf_shrink.errors import ArchitectureError
+from hf_shrink.errors import ArchitectureError, RecipeError
 from hf_shrink.pipeline.formats import check_dtypes
 from hf_shrink.pipeline.leaves import cut_by, narrowed_by, without_removed
 from hf_shrink.pipeline.planning import Planned, experts_apart, find_binding, without_planned
@@ -29,7 +29,7 @@ def check_made_for(model: nn.Module, plan: Plan) -> None:
     """See that all of a plan can be carried out on a model, which stays as it is.
 
     Raises:
-        ArchitectureError: the plan was made for another model, or names what this one does not have.
+        ArchitectureError: the plan was made for another model, or names what this one does not have, as a weight.
         RecipeError: it asks of a weight what cannot be done to it.
     """
     binding = find_binding(model)
@@ -99,7 +99,7 @@ def _check_weights(model: nn.Module, binding: Binding | None, plan: Plan) -> Non
     narrowed = narrowed_by(model, binding, plan)
     for path, amount in plan.weights.amounts.items():
         if reason := unfit(amount, narrowed.get(path.rpartition(".")[0], widths[path])):
-            raise ArchitectureError(f"{path} cannot be pruned as planned: {reason}; {ANEW}")
+            raise RecipeError(f"{path} cannot be pruned as planned: {reason}; {ANEW}")
 
 
 def _refuse(paths: Iterable[str], why: str) -> None:
@@ -118,5 +118,5 @@ def _check_formats(model: nn.Module, binding: Binding | None, plan: Plan) -> Non
     shapes |= {path: size for path, size in cut_by(model, binding, plan).items() if path in shapes}
     kind = next(iter(plan.formats.values()))
     for path, reason in method.spares(model, {p: size for p, size in shapes.items() if size}, kind).items():
-        raise ArchitectureError(f"{path} cannot be stored as {kind}: {reason}; take it out of the plan")
+        raise RecipeError(f"{path} cannot be stored as {kind}: {reason}; take it out of the plan")
     check_dtypes(model, plan.formats, plan.dtype)

@@ -16,6 +16,7 @@ from transformers import PreTrainedModel
 
 from hf_shrink import ArchitectureError, Plan, RecipeError, make_plan, shrink, shrink_checkpoint
 from hf_shrink.cli import main
+from hf_shrink.errors import ShrinkError
 from hf_shrink.plan import HiddenPlan
 from hf_shrink.sparsity import Amount
 
@@ -26,11 +27,17 @@ def plan_for(model: PreTrainedModel) -> Plan:
     return Plan.from_json(make_plan(model, RTN, progress=False).to_json())
 
 
-def refused(model: PreTrainedModel, plan: Plan, match: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def refused(
+    model: PreTrainedModel,
+    plan: Plan,
+    match: str,
+    monkeypatch: pytest.MonkeyPatch,
+    kind: type[ShrinkError] = ArchitectureError,
+) -> None:
     """The plan is refused, before there is data, and the model stays as it is."""
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr("hf_shrink.pipeline.shrinking.Job.data", lambda job: pytest.fail("made data"))
-    with pytest.raises(ArchitectureError, match=match):
+    with pytest.raises(kind, match=match):
         shrink(model, plan, progress=False)
     after = model.state_dict()
     assert before.keys() == after.keys()
@@ -128,14 +135,15 @@ def test_what_cannot_get_zeros_or_another_format(monkeypatch: pytest.MonkeyPatch
     plan = make_plan(tiny_llama(), {"steps": [zeros]}, progress=False)
     other = replace(plan, weights=None, formats={"model.embed_tokens": "NF4"}, method="bitsandbytes")
     assert plan.weights is not None
-    for path, amount, match in (
-        ("model.norm.weight", Amount(0.5), "names model.norm.weight, which is no weight here"),
-        ("model.layers.3.mlp.up_proj.bias", Amount(0.5), "which is no weight here"),
-        ("model.layers.3.mlp.up_proj.weight", Amount(pattern="3:7"), "3:7 does not divide rows of 48"),
+    for path, amount, match, kind in (
+        ("model.norm.weight", Amount(0.5), "names model.norm.weight, which is no weight here", ArchitectureError),
+        ("model.layers.3.mlp.up_proj.bias", Amount(0.5), "which is no weight here", ArchitectureError),
+        ("model.layers.3.mlp.up_proj.weight", Amount(pattern="3:7"), "3:7 does not divide rows of 48", RecipeError),
     ):
         wrong = replace(plan, weights=replace(plan.weights, amounts={**plan.weights.amounts, path: amount}))
-        refused(tiny_llama(), wrong, match, monkeypatch)
-    refused(tiny_llama(), other, "embed_tokens cannot be stored as NF4: bitsandbytes takes Linear only", monkeypatch)
+        refused(tiny_llama(), wrong, match, monkeypatch, kind)
+    why = "embed_tokens cannot be stored as NF4: bitsandbytes takes Linear only"
+    refused(tiny_llama(), other, why, monkeypatch, RecipeError)
 
 
 def test_a_stream_that_cannot_be_cut_so(monkeypatch: pytest.MonkeyPatch) -> None:
