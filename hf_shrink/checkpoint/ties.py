@@ -50,7 +50,7 @@ def hold_ties(model: PreTrainedModel) -> list[Pair]:
             continue
         for name in packed_buffers(target):
             setattr(target, name, None)
-        model.all_tied_weights_keys.pop(f"{pair[0]}.weight")
+        model.all_tied_weights_keys.pop(f"{pair[0]}.weight", None)
         held.append(pair)
     return held
 
@@ -133,10 +133,15 @@ def stored_names(model: nn.Module) -> dict[str, str]:
 
 
 def _weight_pairs(model: PreTrainedModel) -> list[Pair]:
-    """The pairs whose `weight` the model still counts as tied. Biases can be tied too (BERT's head)."""
+    """The pairs whose `weight` the model or its config still counts as tied. Biases can be tied too (BERT's head).
+
+    Where a checkpoint stores two weights of a pair that differ, transformers takes it out of the model's table, and the
+    config still says that it is tied.
+    """
+    said = model.get_expanded_tied_weights_keys(all_submodels=True)
     return [
         (target.removesuffix(".weight"), source.removesuffix(".weight"))
-        for target, source in model.all_tied_weights_keys.items()
+        for target, source in {**said, **model.all_tied_weights_keys}.items()
         if target.endswith(".weight") and source.endswith(".weight")
     ]
 
@@ -148,7 +153,7 @@ def _packed_pairs(model: PreTrainedModel) -> list[Pair]:
 
 
 def _parted_pairs(model: PreTrainedModel) -> list[Pair]:
-    """Dense pairs that the model still counts as tied, and that have a weight each."""
+    """Dense pairs that still count as tied, and that have a weight each."""
     found = []
     for pair in _weight_pairs(model):
         weights = [getattr(module, "weight", None) for module in _modules(model, pair)]

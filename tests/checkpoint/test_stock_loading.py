@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 import transformers
 from checkpoint.rows import ROWS
 from checkpoint.saved import Saved, logits_of
 from safetensors.torch import load_file
-from transformers import CompressedTensorsConfig
+from stock import Stock
+from tiny import tiny_llama
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+from hf_shrink import shrink_checkpoint
 
 PORTABLE = [name for name, row in ROWS.items() if row.stock in ("yes", "dequantize")]
 OTHERS = [name for name in ROWS if name not in PORTABLE]
@@ -73,3 +81,32 @@ def test_a_tie_is_kept_only_where_both_sides_are_stored_alike(saved_rows: dict[s
         "embedding with tied head of another scheme",
     }
     assert all(tied is False for name, tied in kept.items() if "apart" in name)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        {"quantize": {"method": "rtn", "scheme": "W4A16", "group_size": 16, "head": "W8A16"}},
+        {"quantize": {"method": "rtn", "scheme": "W4A16", "group_size": 16, "ignore": ["lm_head"]}},
+        {"prune": {"what": "width", "ratio": 0.2, "method": "magnitude", "refit": False}},
+    ],
+    ids=["head packed", "head dense", "nothing packed"],
+)
+def test_a_tie_that_only_the_config_speaks_of_is_taken_out_of_it(
+    step: dict[str, Any], tmp_path: Path, stock_process: Stock
+) -> None:
+    """transformers loads two stored weights that differ as they are, and says no more than a warning."""
+    tiny_llama(num_hidden_layers=2).save_pretrained(tmp_path / "dense")
+    file = tmp_path / "dense" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "tie_word_embeddings": True}))
+    out = tmp_path / "out"
+    recipe = {"steps": [step], "evaluation": {"metrics": []}}
+    report = shrink_checkpoint(tmp_path / "dense", out, recipe, progress=False)
+    assert report.portable
+    assert json.loads((out / "config.json").read_text())["tie_word_embeddings"] is False
+    model = AutoModelForCausalLM.from_pretrained(out).eval()
+    assert not torch.equal(model.lm_head.weight, model.model.embed_tokens.weight)
+    ids = [[5, 7, 11, 13]]
+    with torch.no_grad():
+        ours = model(torch.tensor(ids)).logits
+    torch.testing.assert_close(stock_process.logits(out, "LlamaForCausalLM", ids), ours, rtol=1e-3, atol=1e-3)
