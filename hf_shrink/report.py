@@ -15,7 +15,8 @@ class ShrinkReport:
         calibration: which data the statistics came from: "description" and what else is known of it; "object" where
             it was handed over in Python, so that no recipe can name it.
         parameters_before, parameters_after: logical parameters (a packed weight counts its unpacked elements).
-        bytes_before, bytes_after: of all weights as stored, tied ones once.
+        bytes_before, bytes_after: of all weights as stored, tied ones once; of the source's files without tensors that
+            the model's class has no place for.
         seconds: wall time by phase ("plan", "calibrate", "solve", ...), and "total".
         trained: whether it was made while the model was trained, so that the recipe alone does not give it again.
         recoveries: what `recover_checkpoint` was given each time that it was of use; "data" is None of an object.

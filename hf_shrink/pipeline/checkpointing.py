@@ -20,6 +20,7 @@ from hf_shrink.calibration.inputs import tokenizer_of
 from hf_shrink.calibration.recipes import data_files
 from hf_shrink.checkpoint.device import chosen_device, settle
 from hf_shrink.checkpoint.fingerprint import digest, fingerprint
+from hf_shrink.checkpoint.left_out import LeftOut, left_out
 from hf_shrink.checkpoint.record import RECORD_NAME, ShrinkRecord, current_versions, named, read_record
 from hf_shrink.checkpoint.run_folder import RunFolder
 from hf_shrink.checkpoint.save import bind as bind_save
@@ -111,8 +112,9 @@ def shrink_checkpoint(
         if run.whole:
             return ranks().on_first(lambda: read_record(run.target / RECORD_NAME).report)
         model = load_streamed(found, run.scratch, memory) if model is None else model
-        note = settle(model, where, asked=device is not None)
-        if note is not None:
+        without = left_out(found, model)
+        notes = [note for note in (without.note, settle(model, where, asked=device is not None)) if note is not None]
+        for note in notes:
             show.say(note)
         keeper = JournalKeeper(journal, run.finished, lambda: time.perf_counter() - since, memory, show.say)
         job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
@@ -122,11 +124,11 @@ def shrink_checkpoint(
             before = copy.deepcopy(processing)  # its tokens, where the run takes some out
             with recalling(Recalled(run.finished)):
                 record = replace(job.run(job.data()), source=named(found.name))
-        record.report.notes += [note] if note is not None else []
+        record.report.notes += notes
         bind_save(model, record)
         source_card = ranks().on_first(lambda: _save(model, found, record, run.output))
         model.name_or_path = str(run.output)  # where what it became is found, to be measured
-        record.report.bytes_before = _source_bytes(found, record.report.bytes_before)
+        record.report.bytes_before = _source_bytes(found, without, record.report.bytes_before)
         record.report.bytes_after = ranks().on_first(lambda: stored_bytes(run.output))
         if held_out is not None:
             dense = load_streamed(found, run.scratch / "dense", memory, check=False)
@@ -157,14 +159,15 @@ def open_checkpoint(
 ) -> Iterator[tuple[PreTrainedModel, Any]]:
     """A saved model, on the CPU one block of it in memory at a time, to make plans of, and its tokenizer or processor.
 
-    Arguments and errors as in `shrink_checkpoint`; `say` is told where the model is not on the accelerator whole.
+    Arguments and errors as in `shrink_checkpoint`; `say` is told where the model is not on the accelerator whole, and
+    which tensors its class has no place for.
     """
     found = open_source(source)
     with tempfile.TemporaryDirectory() as scratch:
         with silence():
             processing, model = load_processing(found), load_streamed(found, Path(scratch), bytes_of(max_memory))
-            note = settle(model, chosen_device(device), asked=device is not None)
-        if note is not None:
+            notes = [left_out(found, model).note, settle(model, chosen_device(device), asked=device is not None)]
+        for note in filter(None, notes):
             say(note)
         yield model, processing
 
@@ -213,6 +216,8 @@ def _held_out(
     return keeper.data("evaluation", lambda: ranks().on_first(make), named=True)
 
 
-def _source_bytes(source: Source, loaded: int) -> int:
-    """Bytes of the source's weights on disk where they are at hand, else as loaded."""
-    return sum(shard.stat().st_size for shard in source.shards) or loaded
+def _source_bytes(source: Source, without: LeftOut, loaded: int) -> int:
+    """Bytes of the source's weights on disk where they are at hand, without those left out; else as loaded."""
+    if not source.shards:
+        return loaded
+    return sum(shard.stat().st_size for shard in source.shards) - without.bytes - without.ignored
