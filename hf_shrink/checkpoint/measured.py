@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import transformers
@@ -12,7 +13,7 @@ from transformers.initialization import no_init_weights
 
 from hf_shrink.checkpoint.adapters import ADAPTER, has_adapter, load_adapter
 from hf_shrink.checkpoint.record import RECORD_NAME, read_record
-from hf_shrink.checkpoint.source import Source, model_class, open_source
+from hf_shrink.checkpoint.source import Source, from_checkpoint, model_class, open_source
 from hf_shrink.errors import CheckpointError
 
 
@@ -38,17 +39,14 @@ def load_measured(path_or_id: str | os.PathLike[str], dtype: str = "auto", devic
         CheckpointError: it cannot be found or loaded, or does not fit the device.
     """
     source = open_source(path_or_id, dense=False)
-    where = str(source.folder) if source.shards else source.name
     # Without a device map transformers does not go through accelerate, as for a user on the CPU.
     where_to = None if device == "cpu" else device
     try:
-        model = model_class(source).from_pretrained(where, dtype=dtype, use_safetensors=True, device_map=where_to)
+        model = from_checkpoint(source, dtype=dtype, device_map=where_to)[0]
     except torch.OutOfMemoryError as error:
         raise CheckpointError(f"{source.name} does not fit {device}; take --device cpu (device='cpu')") from error
-    except (OSError, ValueError, RuntimeError, ImportError) as error:
-        raise CheckpointError(f"{source.name} does not load: {' '.join(str(error).split())}") from error
     if has_adapter(source.folder):
-        model = load_adapter(model, source.folder / ADAPTER).get_base_model()
+        model = cast(PreTrainedModel, load_adapter(model, source.folder / ADAPTER).get_base_model())
     return Measured(source, model.eval())
 
 

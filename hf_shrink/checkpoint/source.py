@@ -121,22 +121,45 @@ def load_source_model(source: Source, dtype: torch.dtype | str = "auto", *, chec
     Raises:
         CheckpointError: the class is not one of transformers', or the weights do not fit it.
     """
-    where = source.name if not source.shards else str(source.folder)
-    try:
-        model, info = model_class(source).from_pretrained(
-            where, dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(f"{source.name} does not load: {' '.join(str(error).split())}") from error
+    model, info = from_checkpoint(source, dtype=dtype)
     if info["missing_keys"]:
         raise CheckpointError(
             f"{source.name} lacks {min(info['missing_keys'])} of its own class {type(model).__name__}, which would be "
             "random; download or save the model again"
         )
-    loaded: PreTrainedModel = model.eval()
     if check:
-        check_finite(loaded, source.name)
-    return loaded
+        check_finite(model, source.name)
+    return model
+
+
+def from_checkpoint(source: Source, **options: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """The model in eval mode as `from_pretrained` loads it with `options`, and what that says of its weights' names.
+
+    Raises:
+        CheckpointError: the class is not one of transformers', or does not load, or a weight is of another shape.
+        torch.OutOfMemoryError: it does not fit its device.
+    """
+    kind = model_class(source)
+    where = source.name if not source.shards else str(source.folder)
+    options |= {"use_safetensors": True, "output_loading_info": True}
+    try:
+        # Weights of another shape are refused below: transformers only says so in a report that is hidden here.
+        model, info = kind.from_pretrained(where, ignore_mismatched_sizes=True, **options)
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, ImportError) as error:
+        reason = " ".join(str(error).split())
+        if "above report" in reason:  # of tensors that could not be joined: it is hidden here
+            reason += f" transformers shows it for {kind.__name__}.from_pretrained({where!r})"
+        raise CheckpointError(f"{source.name} does not load: {reason}") from error
+    if misfits := sorted(info["mismatched_keys"]):
+        name, stored, due = misfits[0]
+        more = f", and {len(misfits) - 1} more do not fit" if len(misfits) > 1 else ""
+        raise CheckpointError(
+            f"{source.name} does not load: {name} is stored as {list(stored)}, and {list(due)} is what "
+            f"{type(model).__name__} has by {CONFIG_NAME}{more}; download or save the model again"
+        )
+    return model.eval(), info
 
 
 def model_class(source: Source) -> Any:

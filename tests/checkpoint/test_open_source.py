@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conformance.cases_mixtures import MIXTURES
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
 from transformers import AutoModel, BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -191,8 +192,30 @@ def test_a_weight_that_is_missing_is_not_made_up(copied: Path) -> None:
 
 def test_weights_of_another_shape(copied: Path) -> None:
     change_config(copied, intermediate_size=96)
-    with pytest.raises(CheckpointError, match="does not load"):
+    for load in (load_source_model, lambda source: load_measured(source.folder)):
+        with pytest.raises(CheckpointError, match="does not load") as caught:
+            load(open_source(copied))
+        said = (
+            "model.layers.0.mlp.down_proj.weight is stored as [48, 80], and [48, 96] is what LlamaForCausalLM has by "
+        )
+        assert f"{said}config.json, and 11 more do not fit" in str(caught.value)
+
+
+def test_one_weight_of_another_shape(copied: Path) -> None:
+    weights = load_file(copied / "model.safetensors")
+    weights["model.norm.weight"] = weights["model.norm.weight"][:40].clone()
+    save_file(weights, copied / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"model\.norm\.weight is stored as \[40\], and \[48\] is what .*; down"):
         load_source_model(open_source(copied))
+
+
+def test_experts_that_cannot_be_joined(tmp_path: Path) -> None:
+    MIXTURES["mixtral"]().save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.block_sparse_moe.experts.0.w1.weight"
+    save_file({**weights, name: weights[name][:3].clone()}, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"report! transformers shows it for MixtralForCausalLM\.from_pretrained"):
+        load_source_model(open_source(tmp_path))
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
