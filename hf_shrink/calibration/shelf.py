@@ -12,7 +12,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from hf_shrink.residence import Room
+from hf_shrink.residence import Room, writing
 
 IN_MEMORY = 64 << 20  # bytes that stay in memory; what is over goes to the file
 SMALLEST = 1 << 20  # bytes; less is not worth a system call
@@ -31,6 +31,7 @@ class Shelf:
 
     def __init__(self, room: Room | None = None, folder: Path | None = None) -> None:
         self._room = Room(IN_MEMORY) if room is None else room
+        self._folder = folder or tempfile.gettempdir()
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - lives as long as the shelf
         self._inside: dict[int, int] = {}  # owner -> bytes that it has in memory
         self._outside: dict[int, list[tuple[torch.UntypedStorage, int, int]]] = {}
@@ -74,7 +75,8 @@ class Shelf:
         self._end = max(self._end, place + size)
         done, content = 0, _bytes_of(storage)
         while done < size:
-            done += os.pwrite(self._file.fileno(), content[done:], place + done)
+            with writing(self._folder):
+                done += os.pwrite(self._file.fileno(), content[done:], place + done)
         storage.resize_(0)
         return storage, place, size
 

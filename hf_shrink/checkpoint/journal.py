@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from hf_shrink.errors import CheckpointError
-from hf_shrink.residence import flush_folder
+from hf_shrink.residence import flush_folder, writing
 from hf_shrink.sharding import ranks
 
 NAME = "journal.json"
@@ -82,7 +82,7 @@ class Journal:
 
 def _write(path: Path, data: Mapping[str, Any]) -> None:
     partial = path.with_name(f"{NAME}.partial")
-    with partial.open("w", encoding="utf-8") as file:
+    with writing(partial), partial.open("w", encoding="utf-8") as file:
         json.dump(data, file)
         file.flush()
         os.fsync(file.fileno())

@@ -7,6 +7,7 @@ says what went wrong.
 from __future__ import annotations
 
 import argparse
+import errno
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -39,6 +40,9 @@ then, in Python (after `import hf_shrink` for speed, or where run said that it i
 `hf-shrink COMMAND --help` has every option. A run that was interrupted goes on when it is started again.
 Exit codes: 0 done, 2 something to change first (nothing was written), 1 a failure on the way (what is done is kept).
 """
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)  # of a disk, or of what one may have of it
 
 
 class _Parser(argparse.ArgumentParser):
@@ -80,6 +84,11 @@ def _outcome(options: argparse.Namespace, here: Ranks) -> tuple[int, str]:
     except ProcessLost as error:
         return 1, one_line(error)
     except (OSError, RuntimeError, MemoryError) as error:
+        if isinstance(error, OSError) and error.errno in FULL:
+            return 1, (
+                f"the disk is full ({one_line(error)}); make room: what is finished is kept, and a run goes on when it "
+                "is started again"
+            )
         return 1, f"failed while running: {type(error).__name__}: {one_line(error)}"
     return 0, ""
 

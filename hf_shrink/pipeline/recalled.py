@@ -16,7 +16,7 @@ from torch import nn
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.calibration.walk_state import read_walk, write_walk
 from hf_shrink.recall import Course, Done, Recall
-from hf_shrink.residence import flush_folder, map_tensors, residence_of, rest, write_tensors
+from hf_shrink.residence import flush_folder, map_tensors, residence_of, rest, write_tensors, writing
 from hf_shrink.sharding import ranks
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ class Recalled(Recall):
         line = json.dumps(entries)
         path = self.folder / LOG
         new = not path.exists()
-        with path.open("a", encoding="utf-8") as file:
+        with writing(path), path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
             file.flush()
             os.fsync(file.fileno())

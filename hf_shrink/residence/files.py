@@ -5,7 +5,8 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,7 @@ def write_tensors(
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
     partial = path.with_name(f"{path.name}.partial")
-    with partial.open("wb") as file:
+    with writing(partial), partial.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name in names:
             tensor = (tensors[name] if read is None else read(name)).detach().cpu().contiguous()
@@ -69,6 +70,17 @@ def write_tensors(
         flush(file.fileno(), file)
     os.replace(partial, path)
     flush_folder(path.parent)
+
+
+@contextmanager
+def writing(place: Path | str) -> Iterator[None]:
+    """An error of the system that names no file, as that of a full disk, names `place` from here on."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None and error.filename is None:
+            error.filename = str(place)
+        raise
 
 
 def map_tensors(path: Path, names: Iterable[str] | None = None) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from hf_shrink.errors import RecipeError
+from hf_shrink.residence.files import writing
 
 UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
@@ -118,7 +119,8 @@ class States:
         place, done = self._places[batch][0], 0
         content = memoryview((ctypes.c_char * tensor.nbytes).from_address(tensor.data_ptr())) if tensor.nbytes else b""
         while done < tensor.nbytes:
-            count = move(self._file, [content[done:]], place + done)
+            with writing(self._folder or tempfile.gettempdir()):
+                count = move(self._file, [content[done:]], place + done)
             if not count:
                 raise OSError("the temporary file of the calibration was cut short; is the disk full?")
             done += count

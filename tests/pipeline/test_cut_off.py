@@ -15,6 +15,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from hf_shrink import shrink_checkpoint
 from hf_shrink.checkpoint import folder as folder_module
 from hf_shrink.checkpoint.journal import Journal
+from hf_shrink.cli import main
 from hf_shrink.errors import CheckpointError
 from hf_shrink.pipeline import checkpointing
 from hf_shrink.pipeline.keeping import JournalKeeper
@@ -169,3 +170,30 @@ def test_the_journal_forgets_that_the_output_was_whole(tmp_path: Path) -> None:
     write_again(tmp_path)
     assert not written(tmp_path)
     assert Journal.open(tmp_path, {"seed": 0}).entries == {"blocks": {"a": "b"}}
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_a_disk_that_fills_up_is_named_and_what_is_finished_kept(
+    source: Path, tmp_path: Path, monkeypatch: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / ".out.partial-run" / "finished" / "block-1.safetensors.partial"
+    finished, done, full_at = JournalKeeper.finished, [], [1]
+
+    def full(keeper: JournalKeeper, run: Any, stack: Any, place: int, **walks: Any) -> None:
+        if place in full_at:
+            full_at.remove(place)
+            file.symlink_to("/dev/full")
+        finished(keeper, run, stack, place, **walks)
+        done.append(place)
+
+    monkeypatch.setattr(JournalKeeper, "finished", full)
+    arguments = ["run", str(source), "--output", str(tmp_path / "out"), "--quiet", "--effort", "fast"]
+    arguments += ["--set", "quantize.group_size=16", "--evaluation", "none"]
+    assert main(arguments) == 1
+    error = capsys.readouterr().err
+    assert f"the disk is full ([Errno 28] No space left on device: '{file}')" in error
+    assert "what is finished is kept, and a run goes on when it is started again" in error
+    file.unlink()
+    assert main(arguments) == 0
+    assert done == [0, 1, 2, 3]
+    assert bits(tmp_path / "out") == {4}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import mmap
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,17 @@ def test_the_bytes_are_those_of_safetensors(tmp_path: Path) -> None:
     write_tensors(tmp_path / "one", tensors, read=lambda name: written.append(name) or tensors[name])
     assert len(written) == len(tensors)
     assert (tmp_path / "one").read_bytes()[-100:] == (tmp_path / "ours").read_bytes()[-100:]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a device that is always full is needed")
+def test_the_file_for_which_there_is_no_room_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "weights.partial").symlink_to("/dev/full")
+    with pytest.raises(OSError, match=r"No space left on device: '.*/weights\.partial'"):
+        write_tensors(tmp_path / "weights", {"a": torch.zeros(10)})
+    with open("/dev/full", "wb", buffering=0) as full:
+        monkeypatch.setattr("tempfile.TemporaryFile", lambda dir: nullcontext(full))
+        with pytest.raises(OSError, match=f"No space left on device: '{tmp_path}'"):
+            States(Room(0), tmp_path, [torch.zeros(10)])
 
 
 def mapped(folder: Path, blocks: int = 3) -> tuple[nn.Module, Residence, list[nn.Module]]:
