@@ -1,7 +1,7 @@
 """`hf-shrink`: thin commands over the functions of the package.
 
-Exit codes: 0 done, 2 bad input (one line on stderr, nothing written), 1 failure while running. Of several processes one
-says what went wrong.
+Exit codes: 0 done, 2 bad input (one line on stderr; nothing written, but for the plan and the blocks that a run had
+finished), 1 failure while running. Of several processes one says what went wrong.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ then, in Python (after `import hf_shrink` for speed, or where run said that it i
   AutoModelForCausalLM.from_pretrained("./small")
 
 `hf-shrink COMMAND --help` has every option. A run that was interrupted goes on when it is started again.
-Exit codes: 0 done, 2 something to change first (nothing was written), 1 a failure on the way (what is done is kept).
+Exit codes: 0 done, 2 something to change first (nothing was written; of a run that had begun, its plan and finished
+blocks are kept), 1 a failure on the way (what is done is kept).
 """
 
 

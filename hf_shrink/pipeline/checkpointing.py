@@ -28,6 +28,7 @@ from hf_shrink.checkpoint.side_files import copy_side_files
 from hf_shrink.checkpoint.source import Source, load_processing, open_source
 from hf_shrink.checkpoint.streamed import load_streamed
 from hf_shrink.evaluation import stored_bytes
+from hf_shrink.pipeline.foreseen import foreseen
 from hf_shrink.pipeline.keeping import JournalKeeper, Keeper
 from hf_shrink.pipeline.measuring import measure
 from hf_shrink.pipeline.recalled import Recalled
@@ -118,6 +119,7 @@ def shrink_checkpoint(
             show.say(note)
         keeper = JournalKeeper(journal, run.finished, lambda: time.perf_counter() - since, memory, show.say)
         job = Job(model, asked, processing, calibration, seed, show, keeper=keeper)
+        keeper.foresee(model, foreseen(model, asked))
         with evaluating(model):
             held_out = _held_out(spec, model, processing, seed, show, keeper)
             job.exclude = held_out.texts(processing) if held_out is not None and spec.data != "self" else None

@@ -49,6 +49,9 @@ class Keeper:
         """The batches that `make` makes. `named`: they are known by their name, and need not be made again."""
         return make()
 
+    def foresee(self, model: nn.Module, plan: Plan | None) -> None:
+        """The run is about to start; `plan` is what is known of its plan, None where that is nothing."""
+
     def planned(self, make: Callable[[], Planned]) -> Planned:
         """The plan that `make` makes."""
         return make()
@@ -113,6 +116,11 @@ class JournalKeeper(Keeper):
         entry |= {"details": data.details, "tokens": data.tokens, "batches": [[*batch] for batch in data.batches]}
         self.journal.add(**{name: entry})
         return data
+
+    def foresee(self, model: nn.Module, plan: Plan | None) -> None:
+        if plan is not None and self.journal.get("plan") is None:  # else `begin` knows better
+            needs = estimate(model, plan, 0, self.max_memory)
+            ranks().on_first(lambda: needs.check_disk(self.folder))
 
     def planned(self, make: Callable[[], Planned]) -> Planned:
         from hf_shrink.pipeline.planning import Planned

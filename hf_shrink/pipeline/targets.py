@@ -73,13 +73,8 @@ def resolve_schemes(
         RecipeError: nothing is left to quantize, a target or override matches nothing, or `portable` cannot be kept.
     """
     selected = select(model, binding, step)
-    chosen = {
-        path: step.base_scheme() if key is None else step.scheme_with(step.overrides[key])
-        for path, key in selected.paths.items()
-    }
-    chosen |= {path: step.head_scheme() for path in selected.head}
     notes = selected.notes
-    chosen = agree_on_ties(model, chosen)
+    chosen = asked_schemes(model, step, selected)
     check_inputs(model, chosen)
     widths = {path: width_of(model.get_submodule(path)) for path in chosen} | dict(narrowed or {})
     schemes = {path: scheme.for_width(widths[path]) for path, scheme in chosen.items()}
@@ -95,6 +90,16 @@ def resolve_schemes(
             )
     notes[:0] = group_notes(chosen, schemes)
     return Resolved(schemes, tuple(notes))
+
+
+def asked_schemes(model: nn.Module, step: QuantizeStep, selected: Selected) -> dict[str, Scheme]:
+    """What the step asks for of every selected weight, whether it can be had or not."""
+    chosen = {
+        path: step.base_scheme() if key is None else step.scheme_with(step.overrides[key])
+        for path, key in selected.paths.items()
+    }
+    chosen |= {path: step.head_scheme() for path in selected.head}
+    return agree_on_ties(model, chosen)
 
 
 def check_inputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:
