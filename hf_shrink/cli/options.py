@@ -60,6 +60,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_evaluation(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--evaluation", metavar="SPEC", help="what to measure on: 'self', a data recipe, a file, or 'none'"
+    )
+
+
 def recipe_of(options: argparse.Namespace) -> Any:
     """The recipe with the command line's changes, or what a JSON file holds."""
     from dataclasses import replace
@@ -106,14 +112,19 @@ def recipe_of(options: argparse.Namespace) -> Any:
 
 def evaluation_of(recipe: Any, wanted: str | None) -> Any:
     """What to measure of a recipe or a plan. `wanted`: None, `none`, or where the data is."""
-    from dataclasses import replace
-
     from hf_shrink.plan import Plan
     from hf_shrink.recipe import EvaluationSpec
 
     spec = EvaluationSpec() if isinstance(recipe, Plan) else recipe.evaluation
-    if wanted is None:
-        return spec
+    return spec if wanted is None else measured_on(spec, wanted)
+
+
+def measured_on(spec: Any, wanted: str) -> Any:
+    """An evaluation with other data, or with nothing to measure. `wanted` as in `evaluation_of`."""
+    from dataclasses import replace
+
+    from hf_shrink.recipe import EvaluationSpec
+
     if wanted == "none":
         return replace(spec, metrics=())
     # Who names data wants figures, also of a recipe that has none.

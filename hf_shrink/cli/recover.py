@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from hf_shrink.cli.options import Commands, add_common, add_device
+from hf_shrink.cli.options import Commands, add_common, add_device, add_evaluation, measured_on
 
 METHODS = ("lora", "full", "scales")
 MINUTES = 15.0
@@ -29,6 +29,7 @@ def add(commands: Commands) -> None:
     parser.add_argument("--rank", type=int, metavar="N", help="of the adapters of method lora")
     parser.add_argument("--learning-rate", type=float, metavar="X")
     parser.add_argument("--task", type=float, metavar="X", help="weight of the text's own next tokens (default: 0)")
+    add_evaluation(parser)
     add_device(parser)
     add_common(parser)
     parser.set_defaults(command=command, shared=True)
@@ -51,12 +52,23 @@ def command(options: argparse.Namespace) -> None:
         seed=options.seed,
         progress=not options.quiet,
         device=options.device,
+        evaluation=_evaluation(options),
         **chosen,
     )
     if not ranks().first:
         return
     print(result.note)
     print(f"\n{Path(options.output).resolve()}")
+
+
+def _evaluation(options: argparse.Namespace) -> Any:
+    """What the folder says that was measured, on other data; None where nothing else is asked for."""
+    if options.evaluation is None:
+        return None
+    from hf_shrink.checkpoint.record import RECORD_NAME, read_record
+    from hf_shrink.training.recovery.checkpoint import measured_before
+
+    return measured_on(measured_before(read_record(Path(options.directory) / RECORD_NAME)), options.evaluation)
 
 
 def recovering() -> Any:

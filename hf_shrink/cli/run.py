@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_shrink.cli.options import (
     Commands,
     add_device,
+    add_evaluation,
     add_memory,
     add_recipe,
     add_source,
@@ -32,9 +33,7 @@ def add(commands: Commands) -> None:
     add_recipe(parser)
     parser.add_argument("--output", required=True, metavar="DIR", help="new folder for the result")
     parser.add_argument("--overwrite", action="store_true", help="replace the output folder once the new one is whole")
-    parser.add_argument(
-        "--evaluation", metavar="SPEC", help="what to measure on: 'self', a data recipe, a file, or 'none'"
-    )
+    add_evaluation(parser)
     add_memory(parser)
     add_device(parser)
     parser.add_argument(

@@ -166,6 +166,25 @@ def test_a_recovery_after_a_plan_is_measured_as_the_run_was(folders: Path, tmp_p
     assert not json.loads((tmp_path / "none" / "shrink.json").read_text())["report"]["evaluation"]
 
 
+def test_the_command_measures_on_what_it_is_told_to(folders: Path, tmp_path: Path, capsys) -> None:
+    held_out = tmp_path / "held_out.txt"
+    held_out.write_text("A quick brown fox looks over the lazy dog, who is asleep under a tree by the river. " * 60)
+    arguments = ["recover", str(folders / "packed"), "--quiet", "--steps", "20", "--learning-rate", "0.01"]
+    arguments += ["--data", str(folders / "book.txt"), "--samples", "16", "--length", "24"]
+    reports = []
+    for name in (str(held_out), "none"):
+        out = tmp_path / Path(name).stem
+        assert main([*arguments, "--output", str(out), "--evaluation", name]) == 0
+        reports.append(json.loads((out / "shrink.json").read_text())["report"])
+    told, nothing = reports
+    assert "held_out.txt" in json.dumps(told["evaluation"]["data"])
+    assert told["evaluation"]["compressed"].keys() >= {"perplexity", "kl_divergence"}
+    # Not those of the model before it was recovered.
+    assert nothing["recoveries"] and not nothing["evaluation"] and not nothing["completions"]
+    assert main([*arguments, "--output", str(tmp_path / "no"), "--evaluation", "no-such-data"]) == 2
+    assert "no-such-data" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("output", ["dense", "."])
 def test_the_dense_model_is_not_overwritten(output: str, folders: Path) -> None:
     (folders / "config.json").write_text("{}")  # so that the folder around them looks like a model

@@ -89,7 +89,7 @@ def recover_checkpoint(
                 "the model before its vocabulary is pruned"
             )
         processing = load_processing(found.source)
-        spec = _spec(record) if evaluation is None else evaluation
+        spec = measured_before(record) if evaluation is None else evaluation
         held_out = None
         if spec.metrics:
             held_out = here.on_first(lambda: _held_out(spec, dense.model, processing, seed, show))
@@ -107,6 +107,8 @@ def recover_checkpoint(
             _note(record, result, data, seed, options)
             if held_out is not None:
                 measure(dense.model, found.model, held_out, spec, (processing, processing), record, show)
+            elif result.adopted:  # figures of the model as it was are none of this one
+                record.report.evaluation, record.report.completions = {}, []
         if isinstance(result.model, PeftModel):
             here.on_first(lambda: _save_adapter(result.model, folder, record))
             result.model.unload()
@@ -114,7 +116,7 @@ def recover_checkpoint(
     return replace(result, model=found.model)
 
 
-def _spec(record: ShrinkRecord | None) -> EvaluationSpec:
+def measured_before(record: ShrinkRecord | None) -> EvaluationSpec:
     """What the folder says that was measured; nothing where it says nothing."""
     return EvaluationSpec(metrics=()) if record is None else EvaluationSpec(**record.recipe.get("evaluation", {}))
 
