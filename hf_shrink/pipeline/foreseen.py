@@ -30,6 +30,7 @@ def foreseen(model: nn.Module, asked: Recipe | Plan) -> Plan | None:
     plan, step = Plan(model_type=type(model).__name__, refit=False, dtype=asked.dtype), asked.quantize
     if step is None:
         return plan
+    plan = replace(plan, method=step.method, options=dict(step.options))
     with experts_apart(model) as binding:
         selected = select(model, binding, step)
         if step.format is not None:
