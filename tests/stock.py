@@ -51,6 +51,16 @@ class Stock:
         assert not error.is_file(), error.read_text()
         return torch.load(folder / "stock.pt")
 
+    def called(self, folder: Path, kind: str, method: str, given: dict[str, Any]) -> Tensor:
+        """What a method of the model loaded from `folder` returns, called before the model itself has run."""
+        import torch
+
+        torch.save(given, folder / "given.pt")
+        self.run([{"folder": str(folder), "class": kind, "method": method, "given": str(folder / "given.pt")}])
+        error = folder / "stock.txt"
+        assert not error.is_file(), error.read_text()
+        return torch.load(folder / "stock.pt")
+
     def close(self) -> None:
         if self._process is not None:
             assert self._process.stdin is not None

@@ -2,8 +2,9 @@
 
 Reads lines of JSON, `[{"folder": ..., "class": ..., "ids": ...}, ...]`, and answers each with a line when it is done.
 Writes into each folder stock.pt, or stock.txt with the error. In place of "ids" (stock.pt: the logits) a job has
-"inputs", a file with a list of dicts of model inputs (for each its logits and what the model generates), or "text" (its
-ids by the folder's tokenizer, the logits, what the model generates).
+"inputs", a file with a list of dicts of model inputs (for each its logits and what the model generates), "text" (its
+ids by the folder's tokenizer, the logits, what the model generates), or "method" and "given", a file with its arguments
+(what it returns, called before anything else).
 """
 
 from __future__ import annotations
@@ -23,6 +24,9 @@ def generated(model: Any, batch: dict[str, Any], new: int, **options: Any) -> to
 
 def outcome(job: dict[str, Any], folder: Path) -> Any:
     model = getattr(transformers, job["class"]).from_pretrained(folder).eval()
+    if "method" in job:
+        found = getattr(model, job["method"])(**torch.load(job["given"]))
+        return found if isinstance(found, torch.Tensor) else found.pooler_output
     if "inputs" in job:
         batches = torch.load(job["inputs"])
         return [(model(**batch).logits, generated(model, batch, 4, min_new_tokens=4)) for batch in batches]

@@ -7,9 +7,13 @@ from tiny import VOCABULARY, tiny_tokenizer
 from tokenizers import Tokenizer
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertForMaskedLM,
     BertModel,
+    BlipConfig,
+    BlipForConditionalGeneration,
     CLIPConfig,
     CLIPModel,
     PreTrainedTokenizerFast,
@@ -23,6 +27,7 @@ from transformers import (
     WhisperForConditionalGeneration,
 )
 
+_SIDE = {"layers": 2, "ffn_dim": 48, "attention_heads": 2}
 CLS, SEP, MASK = VOCABULARY, VOCABULARY + 1, VOCABULARY + 2
 
 
@@ -68,6 +73,31 @@ def tiny_t5() -> T5ForConditionalGeneration:
         vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=2, decoder_start_token_id=0
     )
     return T5ForConditionalGeneration(config).eval()
+
+
+def tiny_bart() -> BartForConditionalGeneration:
+    torch.manual_seed(0)
+    sides = {f"{side}_{name}": size for side in ("encoder", "decoder") for name, size in _SIDE.items()}
+    config = BartConfig(
+        vocab_size=VOCABULARY,
+        d_model=32,
+        max_position_embeddings=64,
+        decoder_start_token_id=2,
+        forced_eos_token_id=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        **sides,
+    )
+    return BartForConditionalGeneration(config).eval()
+
+
+def tiny_blip() -> BlipForConditionalGeneration:
+    torch.manual_seed(0)
+    layers = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = dict(layers, vocab_size=VOCABULARY, encoder_hidden_size=32, bos_token_id=1, sep_token_id=2, pad_token_id=0)
+    vision = dict(layers, image_size=16, patch_size=8)
+    return BlipForConditionalGeneration(BlipConfig(text_config=text, vision_config=vision)).eval()
 
 
 def tiny_vit() -> ViTModel:

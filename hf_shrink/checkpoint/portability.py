@@ -5,7 +5,7 @@ Every row has a test in a process without hf_shrink (tests/checkpoint/test_stock
 - symmetric schemes, mixed or not, W8A8 and FP8A16 among them, and asymmetric ones with one scale per tensor, on
   Linears: loaded packed;
 - one scheme for everything, of any kind and on embeddings too: loaded when the block carries `"dequantize": true`,
-  which turns the weights dense;
+  which turns the weights dense; models of which parts are called before the whole (an encoder by `generate`) too;
 - experts of a mixture: all of them packed by one symmetric scheme (see checkpoint/experts.py);
 - everything else is not portable.
 """
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures.linears import has_usual_forward
@@ -88,9 +88,21 @@ def _dense_in_stock(
     }
     own = [p for p, kind in kinds.items() if issubclass(kind, nn.Linear) and not has_usual_forward(kind)]
     found["of a class that reads its weight in a forward of its own"] = own
+    if _runs_in_parts(model):
+        found["run by a part of the model before stock, at a forward of the whole, unpacks it"] = list(schemes)
     if not found["a quantized embedding"]:
         found["initialised by a code that asks for its weight"] = _initialised(model, schemes)
     return {what: paths for what, paths in found.items() if paths}
+
+
+def _runs_in_parts(model: PreTrainedModel) -> bool:
+    """Whether parts are called before the model itself: its encoder by `generate`, its towers by `get_..._features`.
+
+    compressed-tensors unpacks all weights in a hook of the outermost forward, so that parts would run packed.
+    """
+    if not model.can_generate():
+        return hasattr(model, "get_text_features")
+    return bool(model.config.is_encoder_decoder) or type(model).generate is not GenerationMixin.generate
 
 
 def _forced_ties(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[str]:

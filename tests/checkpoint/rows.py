@@ -245,8 +245,8 @@ ROWS: dict[str, Row] = {
     "w8a8, inputs without zero points": Row(all_linears(replace(W8A8, activation_symmetric=True)), "yes"),
     "bert, w8a8": Row(lambda: bert_head(W8A8), "yes"),
     "bert, fp8": Row(lambda: bert_head(FP8), "yes"),
-    "t5, w8a8": Row(t5(head=False, output=W8A8, scheme=W8A8), "yes"),
-    "t5, fp8": Row(t5(head=False, output=FP8, scheme=FP8), "yes"),
+    "t5, w8a8": Row(t5(head=False, output=W8A8, scheme=W8A8), "no inputs"),
+    "t5, fp8": Row(t5(head=False, output=FP8, scheme=FP8), "dequantize"),
     "fp8 embedding with tied head": Row(
         llama({"model.embed_tokens": FP8, "lm_head": FP8}, FP8, tie_word_embeddings=True), "dequantize"
     ),

@@ -3,21 +3,37 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import transformers
-from checkpoint.rows import ROWS
+from checkpoint.rows import FP8, IDS, ROWS, W4, W8A8, inner_linears, pack, spread
 from checkpoint.saved import Saved, logits_of
 from safetensors.torch import load_file
 from stock import Stock
 from tiny import tiny_llama
-from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+from tiny_readers import tiny_bart, tiny_blip, tiny_clip, tiny_t5, tiny_whisper
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, PreTrainedModel
 
 from hf_shrink import shrink_checkpoint
+from hf_shrink.checkpoint.save import model_portability
+from hf_shrink.plan import Scheme
 
+EIGHT = {"do_sample": False, "max_new_tokens": 8, "min_new_tokens": 8}
+FEATURES = torch.randn(1, 16, 100, generator=torch.Generator().manual_seed(0))
+PIXELS = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+TOKENS = torch.tensor(IDS)
+# A model, what is called on it first, and with what.
+CALLS: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, Any]]] = {
+    "bart": (tiny_bart, "generate", {"input_ids": TOKENS, **EIGHT}),
+    "t5": (tiny_t5, "generate", {"input_ids": TOKENS, **EIGHT}),
+    "whisper": (tiny_whisper, "generate", {"input_features": FEATURES, **EIGHT}),
+    "blip": (tiny_blip, "generate", {"pixel_values": PIXELS, **EIGHT}),
+    "clip": (tiny_clip, "get_text_features", {"input_ids": TOKENS}),
+}
 PORTABLE = [name for name, row in ROWS.items() if row.stock in ("yes", "dequantize")]
 OTHERS = [name for name in ROWS if name not in PORTABLE]
 
@@ -33,7 +49,29 @@ def test_stock_gives_the_same_logits(name: str, stock_rows: dict[str, Saved]) ->
     assert row.reasons == ()
 
 
-@pytest.mark.parametrize("name", ["w8a8", "bert, w8a8", "t5, w8a8"])
+@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("scheme", [W4, FP8], ids=["w4", "fp8"])
+def test_stock_runs_parts_before_the_model(name: str, scheme: Scheme, stock_process: Stock, tmp_path: Path) -> None:
+    build, method, given = CALLS[name]
+    dense: Any = build()
+    spread(dense)
+    model: Any = pack(dense, dict.fromkeys(inner_linears(dense), scheme))
+    assert model_portability(model) == []
+    model.save_pretrained(tmp_path)
+    with torch.no_grad():
+        own = getattr(model, method)(**given)
+    stock = stock_process.called(tmp_path, type(model).__name__, method, given)
+    torch.testing.assert_close(stock, own if isinstance(own, torch.Tensor) else own.pooler_output)
+
+
+@pytest.mark.parametrize("build", [CALLS["bart"][0], CALLS["clip"][0]], ids=["bart", "clip"])
+def test_inputs_in_int8_are_not_portable_where_parts_run_before_the_model(build: Callable[[], PreTrainedModel]) -> None:
+    model = build()
+    reasons = model_portability(pack(model, dict.fromkeys(inner_linears(model), W8A8)))
+    assert len(reasons) == 1 and "before stock" in reasons[0] and "rounds no inputs" in reasons[0]
+
+
+@pytest.mark.parametrize("name", ["w8a8", "bert, w8a8"])
 def test_stock_rounds_the_inputs_as_well(name: str, stock_rows: dict[str, Saved]) -> None:
     row = stock_rows[name]
     model = getattr(transformers, row.kind).from_pretrained(
