@@ -14,11 +14,14 @@ class Passed(NamedTuple):
     after: Tensor
 
     def relative_error(self, inputs: Tensor) -> float:
-        """||after - before||² / ||before - input||²: error of what the block adds to the residual stream.
-
-        A block whose output has another shape than its input (a stage that merges patches) adds to none: all of its
-        output is its own.
-        """
-        adds = self.before.shape == inputs.shape
-        size = (self.before - inputs.to(self.before.device) if adds else self.before).float().square().sum()
+        """||after - before||² / ||before - input||²: error of what the block adds to the residual stream."""
+        size = added(self.before, inputs).float().square().sum()
         return float((self.after - self.before).float().square().sum() / size.clamp_min(1e-30))
+
+
+def added(output: Tensor, inputs: Tensor) -> Tensor:
+    """What a block adds to its input, of the shape of `output`.
+
+    Where shapes differ (a stage that merges patches) there is no residual stream, and all of the output is the block's.
+    """
+    return output - inputs.to(output.device) if output.shape == inputs.shape else output

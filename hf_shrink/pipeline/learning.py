@@ -14,7 +14,7 @@ from hf_shrink.architectures.linears import matrix
 from hf_shrink.calibration.capture import first_output
 from hf_shrink.calibration.dense_stream import DenseStream
 from hf_shrink.calibration.frozen import frozen
-from hf_shrink.calibration.passed import Passed
+from hf_shrink.calibration.passed import Passed, added
 from hf_shrink.calibration.walk import StackWalk
 from hf_shrink.ops.precision import fast_precision
 from hf_shrink.quantization.base import LearningMethod, Learnt
@@ -37,11 +37,10 @@ class _Problem:
         with fast_precision(inputs.device):
             output = first_output(self._walk.run(batch))
         target = self._dense.target(batch)
-        lost, added = output.float() - target, target - inputs.to(target.device)
+        lost, own = output.float() - target, added(target, inputs)
         if mask is not None and mask.shape == target.shape[:2]:
-            lost, added = lost[mask.to(lost.device)], added[mask.to(added.device)]
-        found = lost.square().sum() / added.square().sum().clamp_min(1e-30)
-        return found
+            lost, own = lost[mask.to(lost.device)], own[mask.to(own.device)]
+        return lost.square().sum() / own.square().sum().clamp_min(1e-30)
 
 
 @dataclass

