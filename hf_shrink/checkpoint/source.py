@@ -10,7 +10,18 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from transformers import AutoModel, AutoModelForCausalLM, AutoProcessor, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    FEATURE_EXTRACTOR_MAPPING,
+    IMAGE_PROCESSOR_MAPPING,
+    AutoFeatureExtractor,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoProcessor,
+    AutoTokenizer,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import CONFIG_NAME
 from transformers.utils.hub import cached_file
@@ -186,18 +197,27 @@ def model_class(source: Source) -> Any:
 
 
 def load_processing(source: Source) -> Any:
-    """The model's processor, else its tokenizer; None when it has neither. Raises CheckpointError when it is broken."""
-    loaders = ((AutoProcessor, PROCESSOR_FILES), (AutoTokenizer, TOKENIZER_FILES))
-    for loader, names in loaders:
-        if any(side_file(source, name) is not None for name in names):
-            where = source.name if not source.shards else str(source.folder)
-            try:
-                return loader.from_pretrained(where)
-            except (OSError, ValueError, KeyError) as error:
-                raise CheckpointError(
-                    f"the tokenizer or processor of {source.name} does not load: {' '.join(str(error).split())}"
-                ) from error
-    return None
+    """The model's processor, else its tokenizer; None when it has neither. Raises CheckpointError when it is broken.
+
+    Without a tokenizer's files, what reads its images or sounds stands for the processor, which would want one.
+    """
+    has_processor, has_tokenizer = (
+        any(side_file(source, name) is not None for name in names) for names in (PROCESSOR_FILES, TOKENIZER_FILES)
+    )
+    if not has_processor and not has_tokenizer:
+        return None
+    loader: Any = AutoProcessor if has_processor else AutoTokenizer
+    if not has_tokenizer and (model_type := source.config["model_type"]) in CONFIG_MAPPING:
+        if CONFIG_MAPPING[model_type] in FEATURE_EXTRACTOR_MAPPING:
+            loader = AutoFeatureExtractor
+        elif CONFIG_MAPPING[model_type] in IMAGE_PROCESSOR_MAPPING:
+            loader = AutoImageProcessor
+    try:
+        return loader.from_pretrained(source.name if not source.shards else str(source.folder))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"the tokenizer or processor of {source.name} does not load: {' '.join(str(error).split())}"
+        ) from error
 
 
 def side_file(source: Source, name: str) -> Path | None:

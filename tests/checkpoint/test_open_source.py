@@ -5,13 +5,26 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from conformance.cases_mixtures import MIXTURES
 from safetensors.torch import load_file, save_file
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import AutoModel, BertConfig, BertForMaskedLM, LlamaForCausalLM, PreTrainedTokenizerFast
+from tiny_readers import tiny_clip, tiny_whisper
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    CLIPImageProcessor,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForSequenceClassification,
+    WhisperFeatureExtractor,
+)
 
 from hf_shrink.checkpoint.measured import load_measured
 from hf_shrink.checkpoint.shards import read_header
@@ -256,6 +269,33 @@ def test_a_broken_tokenizer(copied: Path) -> None:
     (copied / "tokenizer_config.json").write_text("{")
     with pytest.raises(CheckpointError, match="tokenizer"):
         load_processing(open_source(copied))
+
+
+def tiny_wav2vec2() -> Wav2Vec2ForSequenceClassification:
+    layers = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24}
+    convolutions = {"conv_dim": (8, 8), "conv_stride": (8, 8), "conv_kernel": (10, 8), "num_conv_pos_embeddings": 4}
+    return Wav2Vec2ForSequenceClassification(
+        Wav2Vec2Config(**layers, **convolutions, num_feat_extract_layers=2, num_conv_pos_embedding_groups=2)
+    )
+
+
+@pytest.mark.parametrize(
+    ("build", "reader", "medium"),
+    [
+        (tiny_wav2vec2, Wav2Vec2FeatureExtractor(), "input_values"),
+        (tiny_whisper, WhisperFeatureExtractor(feature_size=16), "input_features"),
+        (tiny_clip, CLIPImageProcessor(size={"shortest_edge": 32}), "pixel_values"),
+    ],
+    ids=["wav2vec2", "whisper", "clip"],
+)
+def test_what_reads_images_or_sounds_needs_no_tokenizer(build: Any, reader: Any, medium: str, tmp_path: Path) -> None:
+    build().save_pretrained(tmp_path)
+    reader.save_pretrained(tmp_path)
+    found = load_processing(open_source(tmp_path))
+    assert type(found) is type(reader) and medium in found.model_input_names
+    given = torch.rand(3, 48, 48) if medium == "pixel_values" else torch.rand(1600).numpy()
+    options = {} if medium == "pixel_values" else {"sampling_rate": 16000}
+    assert (found(given, **options)[medium][0] == reader(given, **options)[medium][0]).all()
 
 
 def test_a_bare_model(tmp_path: Path) -> None:
