@@ -6,12 +6,9 @@ import dataclasses
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -20,7 +17,7 @@ from hf_shrink.architectures.bound import BoundStack
 from hf_shrink.architectures.conventions import attentions, mlps
 from hf_shrink.architectures.declared import bind_stack
 from hf_shrink.architectures.keys import with_channels, with_depth, with_heads
-from hf_shrink.architectures.probe import build, find_inputs, outputs
+from hf_shrink.architectures.probe import build, find_inputs, outputs, plain_tensors
 from hf_shrink.architectures.search import find_stacks
 from hf_shrink.architectures.tiny import rebuilt, shrunken
 from hf_shrink.architectures.verify import Probe, check_absence, check_width, parts_of
@@ -49,7 +46,7 @@ def derive(model: PreTrainedModel) -> Derived:
     try:
         small = rebuilt(shrunken(model.config))
         key = (kind, json.dumps(small.to_dict(), sort_keys=True, default=str))
-        with _plain_tensors():
+        with plain_tensors():
             if key not in _known:
                 _known[key] = _derive(kind, small)
             derived, modules = _known[key]
@@ -58,18 +55,6 @@ def derive(model: PreTrainedModel) -> Derived:
         return derived
     except Exception as error:  # whatever a class does with a config that does not suit it: it can still be quantized
         return Derived(None, (f"a small copy to verify on: {error}",))
-
-
-@contextmanager
-def _plain_tensors() -> Iterator[None]:
-    """float32 on the CPU, and no gradients, whatever is being loaded around this."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float32)
-    try:
-        with torch.device("cpu"), torch.no_grad():
-            yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _derive(kind: type[PreTrainedModel], small: PretrainedConfig) -> tuple[Derived, _Modules]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,8 +12,9 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 from transformers.utils.generic import ModelOutput
 
+from hf_shrink.architectures.linears import is_matrix
 from hf_shrink.architectures.reads import accepted_names
-from hf_shrink.architectures.tiny import VOCABULARY
+from hf_shrink.architectures.tiny import VOCABULARY, rebuilt, shrunken
 
 Inputs = dict[str, Tensor]
 TOLERANCE = 1e-4  # of the largest output; float32 sums in another order stay far below
@@ -53,6 +55,43 @@ def _fill(model: nn.Module) -> None:
             else:
                 spread = 1.3 * fan_in**-0.5 if parameter.dim() > 1 else 0.2
                 parameter.copy_(spread * torch.randn(parameter.shape, generator=generator))
+
+
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """float32 on the CPU, and no gradients, whatever is being loaded around this."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        with torch.device("cpu"), torch.no_grad():
+            yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def input_dimensions(model: PreTrainedModel) -> dict[str, int]:
+    """How many dimensions the input of each matrix has, by path, in a narrow copy of the model.
+
+    Matrices that the copy does not run (of an image tower, where it reads text) are absent. Raises ProbeError: there is
+    no copy that runs.
+    """
+    found: dict[str, int] = {}
+
+    def note(path: str, given: Any) -> None:
+        found[path] = given[0].dim()
+
+    with plain_tensors():
+        try:
+            config = rebuilt(shrunken(model.config))
+        except Exception as error:  # whatever a class does with a config that does not suit it
+            raise ProbeError(f"its config cannot be made small ({_short(error)})") from error
+        small = build(type(model), config)
+        inputs = find_inputs(small)
+        for path, module in small.named_modules():
+            if is_matrix(module):
+                module.register_forward_pre_hook(lambda _, given, path=path: note(path, given))
+        outputs(small, inputs)
+    return found
 
 
 def find_inputs(model: PreTrainedModel) -> Inputs:

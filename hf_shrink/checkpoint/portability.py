@@ -21,6 +21,7 @@ from transformers import GenerationMixin, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from hf_shrink.architectures.linears import has_usual_forward
+from hf_shrink.architectures.probe import ProbeError, input_dimensions
 from hf_shrink.checkpoint.exchanged import exchange_reasons
 from hf_shrink.checkpoint.experts import expert_reasons
 from hf_shrink.checkpoint.ties import can_untie
@@ -68,6 +69,28 @@ def needs_dequantize(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> b
     return bool(_dense_in_stock(model, schemes, stock_kinds(model, schemes)))
 
 
+def rounded_otherwise(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[str]:
+    """Notes on inputs that stock rounds with other scales than this package, which takes one a token.
+
+    compressed-tensors takes one for each place in an input's first two dimensions, so one alone for (tokens, width).
+    What inputs look like is read off a narrow copy of the model; without one that runs nothing is said.
+    """
+    rounded = [path for path, scheme in schemes.items() if scheme.activation_bits < 16]
+    if not rounded:
+        return []
+    try:
+        dimensions = input_dimensions(model)
+    except ProbeError:
+        return []
+    other = [path for path in rounded if dimensions.get(path, 3) != 3]
+    if not other:
+        return []
+    return [
+        f"{_few(other)}: stock transformers rounds these inputs with one scale for many tokens, because their shape "
+        "is not (batch, tokens, width); with `import hf_shrink` each token gets its own, as it was measured here"
+    ]
+
+
 def stock_kinds(model: PreTrainedModel, paths: Iterable[str]) -> dict[str, type]:
     """The class that a stock model has at each path; a compressed module is looked up in a skeleton of the model."""
     modules = dict(model.named_modules())
@@ -102,7 +125,8 @@ def _runs_in_parts(model: PreTrainedModel) -> bool:
     """
     if not model.can_generate():
         return hasattr(model, "get_text_features")
-    return bool(model.config.is_encoder_decoder) or type(model).generate is not GenerationMixin.generate
+    own_loop = getattr(type(model), "generate", None) is not GenerationMixin.generate
+    return own_loop or bool(model.config.is_encoder_decoder)
 
 
 def _forced_ties(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> list[str]:

@@ -16,13 +16,14 @@ from transformers import BitsAndBytesConfig, PreTrainedModel
 from hf_shrink.architectures.adapters import without_adapters
 from hf_shrink.checkpoint.format import PRUNED_METHOD, quantization_config
 from hf_shrink.checkpoint.packed import packed_schemes
-from hf_shrink.checkpoint.portability import portability
+from hf_shrink.checkpoint.portability import portability, rounded_otherwise
 from hf_shrink.checkpoint.push import push_shrunk_to_hub
 from hf_shrink.checkpoint.record import ShrinkRecord
 from hf_shrink.checkpoint.shards import one_layout
 from hf_shrink.checkpoint.streamed import save_streamed
 from hf_shrink.checkpoint.ties import saved_state, settle_ties
 from hf_shrink.errors import CheckpointError
+from hf_shrink.report import ShrinkReport
 from hf_shrink.residence import at_home, residence_of
 from hf_shrink.surgery import build_skeleton, is_uneven
 from hf_shrink.surgery.sizes import RECORD_FORMAT
@@ -134,6 +135,14 @@ def config_block(model: PreTrainedModel) -> dict[str, Any] | None:
 def model_portability(model: PreTrainedModel) -> list[str]:
     """Why stock transformers cannot load a checkpoint of this model as it is now; empty when it can."""
     return portability(model, packed_schemes(model))
+
+
+def report_portability(model: PreTrainedModel, report: ShrinkReport) -> None:
+    """Say whether stock loads a checkpoint of this model as it is now, and which inputs it would round otherwise."""
+    report.not_portable_because = model_portability(model)
+    report.portable = not report.not_portable_because
+    if report.portable:
+        report.notes += rounded_otherwise(model, packed_schemes(model))
 
 
 def _without_adapters_beside(model: PreTrainedModel) -> AbstractContextManager[object]:

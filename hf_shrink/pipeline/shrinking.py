@@ -21,7 +21,7 @@ from hf_shrink.checkpoint.inference import optimize_for_inference
 from hf_shrink.checkpoint.loaded_dtypes import loaded_dtypes
 from hf_shrink.checkpoint.record import ShrinkRecord, source_of
 from hf_shrink.checkpoint.save import bind as bind_save
-from hf_shrink.checkpoint.save import model_portability
+from hf_shrink.checkpoint.save import report_portability
 from hf_shrink.checkpoint.source import check_finite
 from hf_shrink.checkpoint.ties import settle_ties
 from hf_shrink.errors import CalibrationError, RecipeError
@@ -272,8 +272,7 @@ class Job:
             report.seconds["tune"] = time.perf_counter() - since
         if isinstance(model, PreTrainedModel):
             settle_ties(model)
-            report.not_portable_because = model_portability(model)
-            report.portable = not report.not_portable_because
+            report_portability(model, report)
         report.parameters_after, report.bytes_after = count_parameters(model), unique_bytes(model)
         report.seconds["total"] = time.perf_counter() - started
         self.show.close()

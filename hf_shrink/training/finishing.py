@@ -15,7 +15,7 @@ from transformers.initialization import no_init_weights
 
 from hf_shrink.architectures.binding import same_family
 from hf_shrink.checkpoint.record import ShrinkRecord, source_of
-from hf_shrink.checkpoint.save import bind, model_portability, save_model
+from hf_shrink.checkpoint.save import bind, report_portability, save_model
 from hf_shrink.checkpoint.ties import settle_ties
 from hf_shrink.errors import CheckpointError
 from hf_shrink.evaluation.size import unique_bytes
@@ -50,8 +50,7 @@ def make_real(model: PreTrainedModel, parts: Sequence[Part], record: ShrinkRecor
         settle_config(model)
         report.notes += settle_generation(model, record.plan)
     settle_ties(model)
-    report.not_portable_because = model_portability(model)
-    report.portable = not report.not_portable_because
+    report_portability(model, report)
     report.parameters_after, report.bytes_after = count_parameters(model), unique_bytes(model)
     config = {"architectures": [type(model).__name__]}
     record.card = model_card(record, config=config, source_card=find_source_card(record.source))

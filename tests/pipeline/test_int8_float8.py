@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.quantization import QuantizationArgs
+from compressed_tensors.quantization.utils.helpers import compute_dynamic_scales_and_zp
 from pipeline.test_families import EVERY, outputs, reload
+from pipeline.test_stages import model_in_stages
 from tiny import QUICK_GPTQ, tiny_llama
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer
 
@@ -38,6 +41,28 @@ def test_families(name: str, first: str, scheme: str, tmp_path: Path) -> None:
     before, after = outputs(dense, inputs), outputs(model, inputs)
     assert 0 < float((after - before).norm() / before.norm()) < 0.25
     torch.testing.assert_close(outputs(reload(model, tmp_path), inputs), after, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "concerned"),
+    [("llama", None), ("bert", None), ("opt", "layers.0.fc1 and 7 more"), ("convnext", "pwconv1")],
+)
+def test_inputs_that_stock_rounds_with_one_scale_for_many_tokens_are_named(name: str, concerned: str | None) -> None:
+    model: Any = model_in_stages(name) if name == "convnext" else EVERY[name][0]()
+    quantize = {"method": "rtn", "scheme": "W8A8"}
+    report = shrink(copy.deepcopy(model), {"steps": [{"quantize": quantize}]}, progress=False).shrink_report
+    notes = [note for note in report.notes if "one scale for many tokens" in note]
+    assert report.portable and len(notes) == (concerned is not None)
+    assert concerned is None or concerned in notes[0]
+    shrink(model, {"portable": False, "steps": [{"quantize": {**quantize, "scheme": "W8A16"}}]}, progress=False)
+    assert not any("one scale" in note for note in model.shrink_report.notes)
+
+
+def test_stock_takes_scales_for_the_first_two_dimensions_of_an_input() -> None:
+    args = QuantizationArgs(num_bits=8, symmetric=False, strategy="token", dynamic=True)
+    for shape, scales in (((2, 5, 8), 10), ((10, 8), 1), ((2, 3, 4, 8), 6)):
+        scale, _ = compute_dynamic_scales_and_zp(torch.randn(shape), args, torch.nn.Linear(8, 8))
+        assert scale.numel() == scales
 
 
 def test_mixed_with_w4a16_in_bfloat16(tmp_path: Path) -> None:
