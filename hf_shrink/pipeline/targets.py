@@ -121,10 +121,12 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
     """
     # Subclasses of Embedding compute something of their own (a scale, positions), which a packed one would lose.
     weights = {p: m for p, m in model.named_modules() if p and (is_matrix(m) or type(m) is nn.Embedding)}
+    unusual = {p: m for p, m in model.named_modules() if isinstance(m, nn.Embedding) and p not in weights}
     patterns = {"targets": step.targets or (), "overrides": step.overrides, "ignore": step.ignore or ()}
 
     def means(pattern: str) -> bool:
-        return any(matches(path, module, pattern) for path, module in weights.items())
+        is_kind = pattern == nn.Embedding.__name__ and bool(unusual)
+        return is_kind or any(matches(path, module, pattern) for path, module in weights.items())
 
     unmatched = check_patterns("quantize", patterns, model, weights, means)
     candidates = weights
@@ -160,6 +162,12 @@ def select(model: nn.Module, binding: Binding | None, step: QuantizeStep) -> Sel
         notes.append(
             f"{min(left)} and what else of the image side the targets match stays as it is, because they mean the text "
             "blocks too; to quantize it, add a target that matches nothing else"
+        )
+    if unusual and nn.Embedding.__name__ in (step.targets or ()):
+        path, module = next(iter(unusual.items()))
+        notes.append(
+            f"{path} stays dense: its class, {type(module).__name__}, computes something of its own, which a packed "
+            "embedding would lose"
         )
     if not chosen:
         raise RecipeError("the quantize step matches no weight; see `hf-shrink inspect` for the module paths")

@@ -6,19 +6,21 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from conformance.cases import CASES
 from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from hf_shrink import make_plan
+from hf_shrink import make_plan, shrink
 from hf_shrink.architectures import bind
 from hf_shrink.checkpoint.format import quantization_config
 from hf_shrink.errors import RecipeError
 from hf_shrink.pipeline.targets import Resolved, resolve_schemes
 from hf_shrink.plan import Scheme
 from hf_shrink.recipe import Recipe
+from hf_shrink.runtime import PackedModule
 
 
 def resolve(model: Any, portable: bool = True, **step: Any) -> Resolved:
@@ -174,3 +176,18 @@ def test_portable_refuses_what_stock_cannot_load_and_says_how_to_go_on() -> None
     with pytest.raises(RecipeError, match="Conv1D"):
         resolve(gpt2)
     assert len(resolve(gpt2, portable=False).schemes) == 2 * 4
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_embeddings_of_a_class_of_their_own_stay_dense_with_a_note(tied: bool) -> None:
+    model: Any = CASES["gemma3_text"].build()
+    if tied:
+        model.config.tie_word_embeddings = True
+        model.lm_head.weight = model.model.embed_tokens.weight
+    embedding = model.model.embed_tokens.weight.clone()
+    shrink(model, "w8-full", progress=False)
+    packed = [path for path, module in model.named_modules() if isinstance(module, PackedModule)]
+    assert ("lm_head" in packed) is not tied and len(packed) == 4 * 7 + (not tied)
+    assert torch.equal(model.model.embed_tokens.weight, embedding) and model.shrink_report.portable
+    note = next(note for note in model.shrink_report.notes if "embed_tokens stays dense" in note)
+    assert "Gemma3TextScaledWordEmbedding" in note
