@@ -85,7 +85,7 @@ def resolve_schemes(
             schemes = _one_group_size(schemes, widths, "weights of this kind", notes)
         if reasons := portability(model, schemes, {}):
             raise RecipeError(
-                f"not portable: {'; '.join(reasons)}. Use one scheme (W8A8 aside), or set portable: false "
+                f"not portable: {'; '.join(reasons)}. {_one_scheme(model, schemes)} portable: false "
                 "(--set portable=false): the result then loads after `import hf_shrink`"
             )
     notes[:0] = group_notes(chosen, schemes)
@@ -100,6 +100,13 @@ def asked_schemes(model: nn.Module, step: QuantizeStep, selected: Selected) -> d
     }
     chosen |= {path: step.head_scheme() for path in selected.head}
     return agree_on_ties(model, chosen)
+
+
+def _one_scheme(model: PreTrainedModel, schemes: Mapping[str, Scheme]) -> str:
+    """The start of a remedy: one of the schemes for all weights, where stock loads that, or what comes next alone."""
+    alone = (s for s in dict.fromkeys(schemes.values()) if not portability(model, dict.fromkeys(schemes, s), {}))
+    helps = next(alone, None)
+    return "Set" if helps is None else f"Use one scheme for all, such as {helps.name}, or set"
 
 
 def check_inputs(model: nn.Module, schemes: Mapping[str, Scheme]) -> None:

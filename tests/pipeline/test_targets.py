@@ -10,6 +10,7 @@ import torch
 from conformance.cases import CASES
 from conformance.cases_mixtures import MIXTURES
 from tiny import tiny_llama
+from tiny_readers import tiny_t5
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -191,3 +192,14 @@ def test_embeddings_of_a_class_of_their_own_stay_dense_with_a_note(tied: bool) -
     assert torch.equal(model.model.embed_tokens.weight, embedding) and model.shrink_report.portable
     note = next(note for note in model.shrink_report.notes if "embed_tokens stays dense" in note)
     assert "Gemma3TextScaledWordEmbedding" in note
+
+
+def test_one_scheme_is_a_remedy_only_where_it_is_one() -> None:
+    with pytest.raises(
+        RecipeError, match=r"share one scheme\. Use one scheme for all, such as W4A16, or set portable: f"
+    ):
+        resolve(tiny_llama(), scheme="W4A16", head="W8A16", symmetric=False)
+    with pytest.raises(RecipeError, match=r"rounds no inputs to int8\. Set portable: false"):
+        resolve(tiny_t5(), scheme="W8A8", group_size=None)
+    with pytest.raises(RecipeError, match=r"knows only Linear and Embedding\. Set portable: false"):
+        resolve(CASES["gpt2"].build(), overrides={"re:.*c_fc": {"scheme": "W8A16"}})
