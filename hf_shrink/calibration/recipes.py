@@ -207,9 +207,14 @@ def _loading_errors() -> tuple[type[Exception], ...]:
 
 
 def _unreachable(recipe: DataRecipe, error: Exception) -> CalibrationError:
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return CalibrationError(
-        f"cannot load data {recipe.name!r} ({recipe.dataset}): {reason[:300]}. Without network access use "
-        "--calibration self or the path of a .txt, .jsonl or .parquet file, or fill the Hugging Face cache (HF_HOME) "
-        "on a machine that has it"
-    )
+    said = (" ".join(str(part).split()) or type(part).__name__ for part in (error, error.__cause__) if part is not None)
+    reason = ": ".join(part[:300].rstrip(".") for part in said)
+    place = Path(str(recipe.dataset))
+    if place.exists():
+        remedy = f"Check the files in {place}, and what is to be installed to read them"
+    else:
+        remedy = (
+            "Without network access use --calibration self or the path of a .txt, .jsonl or .parquet file, or fill the "
+            "Hugging Face cache (HF_HOME) on a machine that has it"
+        )
+    return CalibrationError(f"cannot load data {recipe.name!r} ({recipe.dataset}): {reason}. {remedy}")

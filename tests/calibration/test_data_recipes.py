@@ -111,6 +111,16 @@ def test_offline_says_how_to_go_on(tmp_path):
             read(name)
 
 
+def test_a_local_folder_that_cannot_be_read_says_the_cause_and_nothing_of_the_network(tmp_path):
+    recipe = local_recipe(tmp_path, {"train": TEXTS})
+    (tmp_path / "set" / "train.parquet").write_bytes(b"this is no parquet file")
+    with pytest.raises(
+        CalibrationError, match=r"cannot load data 'local'.*Parquet magic bytes not found.*Check"
+    ) as error:
+        read(recipe)
+    assert "network" not in str(error.value) and "HF_HOME" not in str(error.value)
+
+
 def test_a_missing_split_and_a_missing_column_are_errors(tmp_path):
     recipe = local_recipe(tmp_path, {"train": TEXTS}, split="tset")
     with pytest.raises(CalibrationError, match="tset"):
