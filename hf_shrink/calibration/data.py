@@ -74,6 +74,11 @@ def calibration_batches(
     check_data_name(name)
     if Path(name).suffix in FILES:
         return request.file(Path(name))
+    if Path(name).is_dir():
+        raise CalibrationError(
+            f"{name} is a folder; to read the files in it, give a data recipe, a .yaml file with `dataset: {name}` and "
+            "`kind: image`, audio, text or chat"
+        )
     if Path(name).exists() and Path(name).suffix not in (".yaml", ".yml"):
         raise CalibrationError(f"{name} is not a {', '.join(FILES)} or .yaml file; rename or convert it")
     recipe = load_recipe(name)

@@ -172,6 +172,7 @@ def need_text(inputs: ModelInputs, model: nn.Module, name: str) -> None:
     if not inputs.text:
         own = "mini-imagenet" if inputs.medium == "image" else "librispeech"
         raise CalibrationError(
-            f"{name} is text, but {type(model).__name__} reads {inputs.medium} ({inputs.main}); "
-            f"use --calibration self, {own}, or a data set with {inputs.medium}s"
+            f"{name} is read as text, but {type(model).__name__} reads {inputs.medium} ({inputs.main}); use "
+            f"--calibration self, {own}, a data set with {inputs.medium} in it, or a data recipe, a .yaml file with "
+            f"`kind: {inputs.medium}` and, as `dataset`, a folder of {inputs.medium} files"
         )

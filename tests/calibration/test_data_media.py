@@ -267,8 +267,28 @@ def test_a_mapped_stream_is_read_by_what_its_first_row_holds():
     tensors = torch.randn(5, 3, 32, 32)
     ready = read(streamed(datasets.Dataset.from_dict({"pixel_values": tensors.tolist()})), model=tiny_vit())
     torch.testing.assert_close(torch.cat([b["pixel_values"] for b in ready.batches]), tensors)
-    with pytest.raises(CalibrationError, match="a data set is text"):
+    with pytest.raises(CalibrationError, match="a data set is read as text"):
         read(streamed(datasets.Dataset.from_dict({"text": ["a"]})), model=tiny_vit(), tokenizer=image_processor())
+
+
+def test_a_folder_of_images_is_read_by_the_data_recipe_that_is_advised(tmp_path):
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, picture in enumerate(pictures(4)):
+        picture.save(folder / f"{number}.png")
+    with pytest.raises(CalibrationError, match=rf"{folder} is a folder.*dataset: {folder}.*kind: image"):
+        read(str(folder), model=tiny_vit(), tokenizer=image_processor())
+    recipe = tmp_path / "photos.yaml"
+    recipe.write_text(f"dataset: {folder}\nkind: image\n")
+    data = read(str(recipe), model=tiny_vit(), tokenizer=image_processor(), samples=4)
+    assert sum(len(batch["pixel_values"]) for batch in data.batches) == 4
+
+
+def test_lines_that_name_sounds_are_not_called_text(tmp_path):
+    lines = tmp_path / "speech.jsonl"
+    lines.write_text('{"audio": "a.wav", "text": "Good morning."}\n')
+    with pytest.raises(CalibrationError, match=r"speech.jsonl is read as text.*reads audio.*kind: audio.*a folder"):
+        read(str(lines), model=tiny_whisper(), tokenizer=extractor())
 
 
 def test_a_text_model_needs_no_eyes():
