@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from hf_shrink.calibration.inputs import longest_text
+
+_STARTS = 4  # tokens that a decoder may begin with: of a start, a language, a task, and no timestamps
 # What a model's own config may set that has no meaning in greedy decoding, or competes with the number of tokens.
 _UNSET = ("max_length", "min_length", "temperature", "top_p", "top_k", "min_p", "typical_p", "early_stopping")
 
@@ -14,10 +17,13 @@ def greedy_config(model: Any, new: int, *, exactly: bool = False, pad_token_id: 
 
     Args:
         model: a model that generates.
-        new: tokens.
+        new: tokens; fewer where the decoder beside an encoder has too few positions, unless `exactly`.
         exactly: an early end of text is suppressed.
         pad_token_id: where the config has none; else the end-of-text token is used, as transformers does.
     """
+    if model.config.is_encoder_decoder and not exactly:
+        limit = longest_text(model, decoder=True)
+        new = new if limit is None else max(1, min(new, limit - _STARTS))
     config = copy.deepcopy(model.generation_config)
     for name in _UNSET:
         setattr(config, name, None)

@@ -172,7 +172,8 @@ def test_images_of_files_stand_upright(tmp_path):
     assert np.array_equal(np.asarray(seen[0]), np.asarray(image.transpose(Image.Transpose.ROTATE_270)))
 
 
-def test_speech_of_wave_files(tmp_path):
+@pytest.mark.parametrize(("new", "written"), [(5, 5), (128, 20)], ids=["few", "more than there are positions"])
+def test_speech_of_wave_files(new, written, tmp_path):
     model, tokenizer = tiny_whisper(), tiny_tokenizer()
     extractor = WhisperFeatureExtractor(feature_size=16, chunk_length=1, sampling_rate=16000)
 
@@ -189,11 +190,11 @@ def test_speech_of_wave_files(tmp_path):
             file.setframerate(16000)
             file.writeframes(samples.tobytes())
         features = extractor(samples.astype(np.float32) / 2**15, sampling_rate=16000, return_tensors="pt")
-        ids = model.generate(features.input_features, max_new_tokens=5, do_sample=False)
+        ids = model.generate(features.input_features, max_new_tokens=written, do_sample=False)
         rows.append({"audio": f"{i}.wav", "text": tokenizer.decode(ids[0], skip_special_tokens=True)})
     path = tmp_path / "speech.jsonl"
     path.write_text("\n".join(map(json.dumps, rows)))
-    recipe = TaskRecipe("mine", "transcription", options={"new": 5})
+    recipe = TaskRecipe("mine", "transcription", options={"new": new})
     result = evaluate_model(model, path, tokenizer=Processor(), spec=recipe)
     assert value(result, "wer") == 0 and result["sequences"] == 3
     long = [{"audio": {"array": np.zeros(16001, np.float32), "sampling_rate": 16000}, "text": "a"}]
