@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conformance.cases import CASES
-from tiny import tiny_llama
+from tiny import QUICK_GPTQ, tiny_llama
 
 from hf_shrink import shrink
 from hf_shrink.calibration import walk
@@ -81,7 +81,7 @@ def test_the_same_bytes_twice() -> None:
 def test_matrices_that_hold_several_roles(name: str) -> None:
     """Fused and transposed ones lose rows of every role; in 8 bits next to nothing is lost beside the units."""
     both, pruned = CASES[name].build(), CASES[name].build()
-    shrunk(both, scheme="W8A16", group_size=2)
+    shrunk(both, **{**QUICK_GPTQ, "scheme": "W8A16", "group_size": 2})
     shrink(pruned, {"portable": False, "steps": [{"prune": PRUNE}]}, calibration=batches(), progress=False)
     assert both.shrink_record.plan.stacks == pruned.shrink_record.plan.stacks
     assert hidden_error(both, CASES[name].build()) < 1.05 * hidden_error(pruned, CASES[name].build())

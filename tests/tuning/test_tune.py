@@ -254,7 +254,7 @@ def test_an_encoder_decoder_that_adds_to_its_logits() -> None:
         labels[0, 4 + index % 4 :] = -100
         data.append({"input_ids": torch.randint(5, 300, (4, 12), generator=draw), "labels": labels})
     plain, tuned = (
-        shrunk(copy.deepcopy(dense), options, data[:8]) for options in (None, {"steps": 60, "learning_rate": 0.01})
+        shrunk(copy.deepcopy(dense), options, data[:8]) for options in (None, {"steps": 24, "learning_rate": 0.02})
     )
     assert any("tuning took the KL divergence" in note for note in tuned.shrink_report.notes)
     losses = [0.0, 0.0]
