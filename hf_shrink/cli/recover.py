@@ -68,7 +68,8 @@ def _evaluation(options: argparse.Namespace) -> Any:
     from hf_shrink.checkpoint.record import RECORD_NAME, read_record
     from hf_shrink.training.recovery.checkpoint import measured_before
 
-    return measured_on(measured_before(read_record(Path(options.directory) / RECORD_NAME)), options.evaluation)
+    path = Path(options.directory) / RECORD_NAME
+    return measured_on(measured_before(read_record(path) if path.is_file() else None), options.evaluation)
 
 
 def recovering() -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -183,6 +184,16 @@ def test_the_command_measures_on_what_it_is_told_to(folders: Path, tmp_path: Pat
     assert nothing["recoveries"] and not nothing["evaluation"] and not nothing["completions"]
     assert main([*arguments, "--output", str(tmp_path / "no"), "--evaluation", "no-such-data"]) == 2
     assert "no-such-data" in capsys.readouterr().err
+
+
+def test_figures_need_a_record_to_be_written_to(folders: Path, tmp_path: Path, capsys) -> None:
+    small = tmp_path / "small"
+    shutil.copytree(folders / "dense", small)
+    arguments = ["recover", str(small), "--baseline", str(folders / "dense"), "--quiet", "--steps", "1"]
+    arguments += ["--data", str(folders / "book.txt"), "--samples", "4", "--length", "24", "--output"]
+    assert main([*arguments, str(tmp_path / "told"), "--evaluation", str(folders / "book.txt")]) == 2
+    assert "no shrink.json, where figures would be written" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "nothing"), "--evaluation", "none"]) == 0
 
 
 @pytest.mark.parametrize("output", ["dense", "."])

@@ -67,6 +67,11 @@ def recover_checkpoint(
     record = replace(read_record(path), card=None) if path.is_file() else None
     if baseline is None and record is None:
         raise CheckpointError(f"{source} does not say which dense model it was made from; give the baseline")
+    if evaluation is not None and evaluation.metrics and record is None:
+        raise CheckpointError(
+            f"{source} has no {RECORD_NAME}, where figures would be written; leave the evaluation out, and measure the "
+            "result with `hf-shrink evaluate`"
+        )
     if has_adapter(Path(source)):
         raise CheckpointError(
             f"{source} has an adapter already; recover the folder that it was made from, or train the adapter further: "
